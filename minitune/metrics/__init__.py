@@ -1,0 +1,1 @@
+"""Scores of generated text: pure functions, one metric a file."""

@@ -1,0 +1,40 @@
+from setuptools import find_packages, setup
+
+# The folder kernels/ is imported as `minitune_kernels`: the bare name `kernels` belongs to a Hugging Face
+# package that transformers imports. Without an __init__.py in it, that package still wins when Python runs here.
+setup(
+    name="minitune",
+    version="0.1.0",
+    description="LoRA and QLoRA fine-tuning of Llama, Mistral and Phi models in raw PyTorch, written to be read",
+    license="Apache-2.0",
+    packages=[*find_packages(include=["minitune", "minitune.*"]), "minitune_kernels"],
+    package_dir={"minitune_kernels": "kernels"},
+    package_data={"minitune": ["embedded/*/*", "*.html"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.5",
+        "safetensors",  # weights and adapters
+        "sentencepiece",  # tokenizer.model of Llama and Mistral
+        "tokenizers",  # tokenizer.json of Phi and Llama 3
+        "huggingface-hub",  # downloads
+        "numpy",  # the study's split, random bits
+        "nltk",  # Porter stemmer of ROUGE-L
+        "scipy",  # bootstrap intervals
+        "tqdm",  # progress bars
+        "matplotlib",  # curves.png
+    ],
+    extras_require={
+        # The peers that the tests compare against; minitune itself never imports them.
+        "test": [
+            "pytest",
+            "transformers>=5",
+            "peft>=0.17",
+            "bitsandbytes>=0.46",
+            "sacrebleu",
+            "rouge-score",
+            "bert-score",
+            "hypothesis",
+        ],
+        "lint": ["ruff"],
+    },
+)

@@ -1,0 +1,19 @@
+"""Fixtures that every test file may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """Real weights, tokenizers and rows, which the project does not ship. Skips where they are absent."""
+    folder = Path(os.environ.get("MINITUNE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data in {folder}: set MINITUNE_TEST_DATA to a folder with it")
+    return folder
