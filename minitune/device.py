@@ -1,0 +1,100 @@
+"""What this machine is: device, precision and why, peak memory, versions. No model, no file of a run."""
+
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name):
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises ValueError where `name` is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def choose_dtype(name, device):
+    """(compute dtype, the reason in words) for `auto` or a name in DTYPES."""
+    if name != "auto":
+        return DTYPES[name], "as asked"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        chip = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        if major >= 8:
+            return torch.bfloat16, f"{chip} has bf16 tensor cores"
+        return torch.float16, f"{chip} has no bf16 tensor cores; gradients go through a scaler"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and cpu_has_bf16_units():
+        return torch.bfloat16, "this CPU has bf16 matrix units"
+    return torch.float32, "this CPU has no bf16 matrix units"
+
+
+def cpu_has_bf16_units():
+    """Whether /proc/cpuinfo lists AMX or AVX-512 bf16 (x86) or bf16 (Arm). False where there is no such file."""
+    info = Path("/proc/cpuinfo")
+    return bool(info.exists() and re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", info.read_text()))
+
+
+def reset_peak(device):
+    """Let the next peak_bytes() count from now, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # not Linux, or not permitted: the peak then counts from the start of the process
+
+
+def peak_bytes(device):
+    """Highest memory in use since reset_peak: allocated on a GPU, resident on a CPU (0 where the system does not tell)."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else proc_status("VmHWM")
+
+
+def resident_bytes():
+    """Resident memory of this process now (0 where the system does not tell)."""
+    return proc_status("VmRSS")
+
+
+def proc_status(key):
+    try:
+        return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    except OSError:
+        return 0
+
+
+def environment(device):
+    """Versions, machine and commit, for environment.json."""
+    packages = {}
+    for name in ("minitune", "torch", "safetensors", "sentencepiece", "tokenizers", "huggingface-hub", "numpy"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "git_commit": git.stdout.strip() or None,
+    }
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
