@@ -1,0 +1,258 @@
+"""The formulas that every architecture shares: RMSNorm, RoPE, attention, the key-value cache, cross-entropy over chunks.
+
+No wiring here: how a block connects them is written out in each model file. Letters: B batch, T tokens of this call,
+S keys (T plus what a cache holds), C hidden, H heads, H_kv key-value heads, D head dim, V vocabulary, N supervised tokens."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean in fp32 (arXiv 1910.07467). Keeps x.dtype."""
+
+    def __init__(self, hidden_size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864) in Hugging Face's half-split layout, with its scalings.
+
+    head_dim: number of dims that turn (all of a head, or Phi's first part). kind: default, linear, dynamic or llama3."""
+
+    head_dim: int
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_length: int = 0  # context of pre-training, for dynamic and llama3
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def inverse_frequencies(self, length, device=None):
+        """(head_dim / 2,) fp32. length: tokens in the longest sequence, which only the dynamic kind looks at."""
+        theta = self.theta
+        if self.kind == "dynamic" and length > self.original_length:
+            stretch = self.factor * length / self.original_length - (self.factor - 1)
+            theta = theta * stretch ** (self.head_dim / (self.head_dim - 2))
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=device).float() / self.head_dim
+        inverse = 1.0 / theta**steps
+        if self.kind == "linear":
+            inverse = inverse / self.factor
+        elif self.kind == "llama3":  # long waves are stretched, short ones kept, between them a blend
+            waves = 2 * math.pi / inverse
+            blend = (self.original_length / waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            blend = blend.clamp(0, 1)
+            inverse = (1 - blend) * inverse / self.factor + blend * inverse
+        return inverse
+
+    def tables(self, positions, dtype):
+        """positions (B, T) -> cos, sin, each (B, 1, T, head_dim / 2), computed in fp32, returned in dtype."""
+        length = int(positions.max()) + 1 if self.kind == "dynamic" else 0
+        angles = positions[:, None, :, None].float() * self.inverse_frequencies(length, positions.device)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def read_rope(config, head_dim, default_theta=10000.0, default_partial=1.0):
+    """Rope from a config.json as a dict, in the old spelling (rope_theta, rope_scaling) or the new one (rope_parameters).
+
+    Raises ValueError on a scaling that is not written here."""
+    settings = dict(config.get("rope_parameters") or {})
+    scaling = config.get("rope_scaling")
+    if scaling is not None and not isinstance(scaling, dict):
+        raise ValueError(f"rope_scaling is {scaling!r}, expected an object or null")
+    settings |= scaling or {}
+    theta = settings.pop("rope_theta", None) or config.get("rope_theta") or default_theta
+    partial = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or default_partial
+    kinds = {settings.pop(key) for key in ("rope_type", "type") if key in settings}
+    kind = kinds.pop() if len(kinds) == 1 else "default" if not kinds else f"both of {sorted(kinds)}"
+    takes = {
+        "default": (),
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if kind not in takes:
+        raise ValueError(f"rope scaling of type {kind!r} is not supported; minitune takes {', '.join(takes)}. "
+                         "Use a checkpoint without it, or add it to Rope in minitune/models/layers.py")
+    if missing := [key for key in takes[kind] if settings.get(key) is None]:
+        raise ValueError(f"rope scaling of type {kind!r} needs {', '.join(missing)}")
+    original = settings.pop("original_max_position_embeddings", None) or config.get("max_position_embeddings")
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if kind == "default":  # files carry a factor of 1 or none; another one would be ignored by every reader
+        settings.pop("factor", None)
+    if unknown := sorted(set(settings) - set(takes[kind])):
+        raise ValueError(f"rope scaling of type {kind!r} has settings that are not supported: {', '.join(unknown)}")
+    return Rope(int(head_dim * partial), theta, kind, original_length=original or 0, **settings)
+
+
+def apply_rope(x, cos, sin):
+    """Turn x (B, H, T, D) by its positions: dim i goes with dim i + D/2. cos, sin: (B, 1, T, D/2)."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+@dataclass
+class Layout:
+    """Where the tokens of a call stand and which keys each may see. Made once a call, shared by the layers.
+
+    positions: (B, T) int64. documents: lengths of the documents packed into the one row, or None.
+    mask: (B or 1, 1, T, S) bool, True where a query may look, or None: causal."""
+
+    positions: torch.Tensor
+    window: int | None = None
+    documents: list[int] | None = None
+    mask: torch.Tensor | None = None
+    window_masks: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, input_ids, attention_mask=None, documents=None, cache=None, window=None):
+        """input_ids (B, T); attention_mask (B, S), 0 on padding (left or right); documents: lengths that sum to T, with B = 1."""
+        B, T = input_ids.shape
+        past = cache.length if cache else 0
+        device = input_ids.device
+        if documents is not None:
+            if B != 1 or sum(documents) != T or attention_mask is not None or cache is not None:
+                raise ValueError(f"documents={documents} must sum to the {T} tokens of one row (here {B} rows), "
+                                 "without attention_mask and cache")
+            positions = torch.cat([torch.arange(n, device=device) for n in documents])[None]
+            return cls(positions, window, documents=[n for n in documents if n])
+        if attention_mask is None:
+            positions = torch.arange(past, past + T, device=device).expand(B, T)
+        else:
+            if attention_mask.shape != (B, past + T):
+                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, past + T)}: "
+                                 "one value for every token, those in the cache included")
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        mask = None
+        if attention_mask is not None or past and T > 1 or window and past + T > window:
+            mask = causal_mask(T, past + T, window, device)
+            if attention_mask is not None:
+                # Padding sees itself, so that no row of the softmax is empty: empty rows would be NaN.
+                own = torch.eye(T, dtype=torch.bool, device=device)
+                own = F.pad(own, (past, 0))
+                mask = mask & attention_mask.bool()[:, None, None, :] | own
+        return cls(positions, window, mask=mask)
+
+    def document_mask(self, length):
+        """The mask inside a packed document: None (plain causal) unless it is longer than the window."""
+        if not self.window or length <= self.window:
+            return None
+        if length not in self.window_masks:
+            self.window_masks[length] = causal_mask(length, length, self.window, self.positions.device)
+        return self.window_masks[length]
+
+
+def causal_mask(T, S, window, device):
+    """(1, 1, T, S) bool: the last T of S positions look at themselves and back, at most window - 1 tokens."""
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
+    mask = distance >= 0
+    return (mask & (distance < window) if window else mask)[None, None]
+
+
+def attention(q, k, v, layout):
+    """Softmax attention, scores over sqrt(D). q (B, H, T, D); k, v (B, H_kv, S, D), H a multiple of H_kv.
+    Returns (B, T, H * D) in q.dtype."""
+    B, H, T, D = q.shape
+    grouped = H != k.shape[1]
+
+    def attend(q, k, v, mask, is_causal):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+
+    if layout.documents is None:
+        out = attend(q, k, v, layout.mask, layout.mask is None and T > 1)
+    else:  # one call a document: no score across documents is ever computed
+        pieces = zip(*(t.split(layout.documents, dim=2) for t in (q, k, v)), layout.documents, strict=True)
+        masks = ((q, k, v, layout.document_mask(n)) for q, k, v, n in pieces)
+        out = torch.cat([attend(q, k, v, mask, mask is None) for q, k, v, mask in masks], dim=2)
+    return out.transpose(1, 2).reshape(B, T, H * D)
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, H_kv, max_length, D), taken from the memory at the first append."""
+
+    def __init__(self, max_length):
+        self.max_length, self.length = max_length, 0
+        self.k = self.v = None
+
+    def append(self, k, v):
+        """Store k, v (B, H_kv, T, D) behind what is there. Returns views of all keys and values so far."""
+        if self.k is None:
+            shape = (*k.shape[:2], self.max_length, k.shape[3])
+            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+        end = self.length + k.shape[2]
+        assert end <= self.max_length, f"cache of {self.max_length} tokens got {end}"
+        self.k[:, :, self.length:end] = k
+        self.v[:, :, self.length:end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class Cache:
+    """Key-value cache of a model: `layers[i]` for each block."""
+
+    def __init__(self, num_layers, max_length):
+        self.layers = [LayerCache(max_length) for _ in range(num_layers)]
+
+    @property
+    def length(self):
+        """Tokens stored."""
+        return self.layers[0].length
+
+
+def chunked_cross_entropy(hidden, head, targets, chunk=256):
+    """Sum of the cross-entropy of `head(hidden)` against targets, in fp32, without ever holding all logits.
+
+    hidden (N, C): only rows that have a label; head: a module (.., C) -> (.., V); targets (N,) int64. Returns a scalar.
+    The gradient of each chunk is computed at once in the forward pass, so that neither logits nor a recomputation remain."""
+    trained = [p for p in head.parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and (hidden.requires_grad or trained):
+        return ChunkedCrossEntropy.apply(hidden, head, targets, chunk, *trained)
+    losses = [F.cross_entropy(head(h).float(), t, reduction="sum")
+              for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
+    return torch.stack(losses).sum() if losses else hidden.sum().float() * 0
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """See chunked_cross_entropy. The idea of the gradient in the forward pass is Liger-Kernel's (arXiv 2410.10989)."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, chunk, *trained):
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grads = [torch.zeros_like(p) for p in trained]
+        grad_hidden = torch.empty_like(hidden)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                h = hidden[part].detach().requires_grad_()
+                loss = F.cross_entropy(head(h).float(), targets[part], reduction="sum")
+                grad_h, *grad_trained = torch.autograd.grad(loss, [h, *trained])
+            total += loss.detach()
+            grad_hidden[part] = grad_h
+            for total_grad, grad in zip(grads, grad_trained, strict=True):
+                total_grad += grad
+        ctx.save_for_backward(grad_hidden, *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, *grads = (grad_loss.to(g.dtype) * g for g in ctx.saved_tensors)
+        return grad_hidden, None, None, None, *grads

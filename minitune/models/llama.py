@@ -1,0 +1,141 @@
+"""Llama 1, 2 and 3.x (arXiv 2302.13971, 2307.09288, 2407.21783): pre-norm blocks, RoPE, grouped-query attention, SwiGLU.
+
+Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as in layers.py."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from minitune.models import config_json
+from minitune.models.layers import Layout, RMSNorm, Rope, apply_rope, attention, read_rope
+
+LORA_TARGETS = ("q_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What config.json says of a Llama."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_json(cls, raw):
+        """raw: config.json as a dict, in the old or the new spelling. Raises ValueError on what is not supported."""
+        read = config_json.Reader(raw, "llama")
+        heads = read.integer("num_attention_heads", 32)
+        hidden_size = read.integer("hidden_size", 4096)
+        head_dim = read.integer("head_dim", None) or hidden_size // heads
+        read.only("hidden_act", "silu", "swish")
+        read.only("attention_dropout", 0.0, None)
+        return read.done(cls(
+            vocab_size=read.integer("vocab_size", 32000),
+            hidden_size=hidden_size,
+            intermediate_size=read.integer("intermediate_size", 11008),
+            num_hidden_layers=read.integer("num_hidden_layers", 32),
+            num_attention_heads=heads,
+            num_key_value_heads=read.integer("num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            max_position_embeddings=read.integer("max_position_embeddings", 2048),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rope=read.rope(lambda raw: read_rope(raw, head_dim)),
+            attention_bias=read.boolean("attention_bias", False),
+            mlp_bias=read.boolean("mlp_bias", False),
+            tie_word_embeddings=read.boolean("tie_word_embeddings", False),
+        ))
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        C, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(C, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, C, bias=bias)
+
+    def forward(self, x, rope, layout, cache=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H_kv, S, D)
+        return self.o_proj(attention(q, k, v, layout))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(C, inner, bias=bias)
+        self.up_proj = nn.Linear(C, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, C, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = LlamaAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, rope, layout, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Tokens to hidden states. `recompute`: blocks keep only their input and run again in the backward pass."""
+
+    recompute = False
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
+        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a layers.Cache."""
+        layout = Layout.of(input_ids, attention_mask, documents, cache)
+        x = self.embed_tokens(input_ids)
+        rope = self.config.rope.tables(layout.positions, x.dtype)
+        for i, block in enumerate(self.layers):
+            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
+            x = run(x, rope, layout, cache.layers[i] if cache else None)
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Module):
+    """input_ids (B, T) int64 -> logits (B, T, vocab_size)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
+        return self.lm_head(self.model(input_ids, attention_mask, documents, cache))

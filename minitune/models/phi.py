@@ -1,0 +1,146 @@
+"""Phi 1, 1.5 and 2 (arXiv 2306.11644, 2309.05463): attention and MLP side by side on one LayerNorm, partial RoPE, biases.
+
+Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as in layers.py."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from minitune.models import config_json
+from minitune.models.layers import ACTIVATIONS, Layout, Rope, apply_rope, attention, read_rope
+
+LORA_TARGETS = ("q_proj", "v_proj", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class PhiConfig:
+    """What config.json says of a Phi."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    layer_norm_eps: float
+    hidden_act: str
+    rope: Rope
+    embd_pdrop: float
+    resid_pdrop: float
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_json(cls, raw):
+        """raw: config.json as a dict, in the old or the new spelling. Raises ValueError on what is not supported."""
+        read = config_json.Reader(raw, "phi")
+        heads = read.integer("num_attention_heads", 32)
+        hidden_size = read.integer("hidden_size", 2048)
+        head_dim = read.integer("head_dim", None) or hidden_size // heads
+        read.only("attention_dropout", 0.0, None)
+        read.only("qk_layernorm", False)
+        return read.done(cls(
+            vocab_size=read.integer("vocab_size", 51200),
+            hidden_size=hidden_size,
+            intermediate_size=read.integer("intermediate_size", 8192),
+            num_hidden_layers=read.integer("num_hidden_layers", 24),
+            num_attention_heads=heads,
+            num_key_value_heads=read.integer("num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            max_position_embeddings=read.integer("max_position_embeddings", 2048),
+            layer_norm_eps=read.number("layer_norm_eps", 1e-5),
+            hidden_act=read.only("hidden_act", "gelu_new", "gelu_pytorch_tanh", "gelu"),
+            rope=read.rope(lambda raw: read_rope(raw, head_dim, default_partial=0.5)),
+            embd_pdrop=read.number("embd_pdrop", 0.0),
+            resid_pdrop=read.number("resid_pdrop", 0.0),
+            tie_word_embeddings=read.boolean("tie_word_embeddings", False),
+        ))
+
+
+class PhiAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.rope_dim = config.rope.head_dim
+        C = config.hidden_size
+        self.q_proj = nn.Linear(C, config.num_attention_heads * config.head_dim)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim)
+        self.dense = nn.Linear(config.num_attention_heads * config.head_dim, C)
+
+    def forward(self, x, rope, layout, cache=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = (torch.cat((apply_rope(t[..., :self.rope_dim], *rope), t[..., self.rope_dim:]), dim=-1) for t in (q, k))
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H_kv, S, D)
+        if x.dtype == torch.float16:  # Phi-2's scores pass the largest fp16, 65504
+            return self.dense(attention(q.float(), k.float(), v.float(), layout).to(x.dtype))
+        return self.dense(attention(q, k, v, layout))
+
+
+class PhiMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class PhiBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = PhiAttention(config)
+        self.mlp = PhiMLP(config)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x, rope, layout, cache=None):
+        h = self.input_layernorm(x)
+        return self.resid_dropout(self.self_attn(h, rope, layout, cache)) + self.resid_dropout(self.mlp(h)) + x
+
+
+class PhiModel(nn.Module):
+    """Tokens to hidden states. `recompute`: blocks keep only their input and run again in the backward pass."""
+
+    recompute = False
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_dropout = nn.Dropout(config.embd_pdrop)
+        self.layers = nn.ModuleList(PhiBlock(config) for _ in range(config.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
+        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a layers.Cache."""
+        layout = Layout.of(input_ids, attention_mask, documents, cache)
+        x = self.embed_dropout(self.embed_tokens(input_ids))
+        rope = self.config.rope.tables(layout.positions, x.dtype)
+        for i, block in enumerate(self.layers):
+            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
+            x = run(x, rope, layout, cache.layers[i] if cache else None)
+        return self.final_layernorm(x)
+
+
+class PhiForCausalLM(nn.Module):
+    """input_ids (B, T) int64 -> logits (B, T, vocab_size)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = PhiModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
+        return self.lm_head(self.model(input_ids, attention_mask, documents, cache))
