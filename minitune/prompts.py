@@ -1,0 +1,60 @@
+"""Formats of rows and the templates that turn a row into text. No tokens here, and no files."""
+
+# Stanford Alpaca's, to the letter, with one newline after the last colon as in the study's `text` column.
+TEMPLATES = {
+    "alpaca": {
+        "with_input": "Below is an instruction that describes a task, paired with an input that provides "
+                      "further context. Write a response that appropriately completes the request.\n\n"
+                      "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "without_input": "Below is an instruction that describes a task. "
+                         "Write a response that appropriately completes the request.\n\n"
+                         "### Instruction:\n{instruction}\n\n### Response:\n",
+    },
+}
+FORMATS = {  # name -> the keys that it needs; the first that fits wins
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+SUPPORTED = ("minitune reads Alpaca rows (instruction, output and perhaps input), prompt/completion rows (prompt, "
+             "completion) and text rows (text)")
+CONVERSATIONS = ("messages", "conversations")
+
+
+def detect(row):
+    """The name of a row's format, by its keys. Raises ValueError that names the supported formats where none fits."""
+    for name, keys in FORMATS.items():
+        if keys[0] in row:
+            return name
+    if found := [key for key in CONVERSATIONS if key in row]:
+        raise ValueError(f"{found[0]!r} makes it a conversation, which is not supported yet; {SUPPORTED}")
+    raise ValueError(f"its keys are {', '.join(map(repr, row)) or 'none'}; {SUPPORTED}")
+
+
+def segments(row, row_format):
+    """The text of a row in pieces, each with whether it is the answer: [(text, is_supervised), ...].
+
+    The pieces are tokenised one by one, so that no marker has to be searched for.
+    Raises ValueError that names the key where a value is missing or is not text."""
+    if row_format == "text":
+        return [(text_of(row, "text"), True)]
+    if row_format == "prompt_completion":
+        return [(text_of(row, "prompt"), False), (text_of(row, "completion"), True)]
+    if row_format == "alpaca":
+        return [(alpaca_prompt(text_of(row, "instruction"), text_of(row, "input") if "input" in row else ""), False),
+                (text_of(row, "output"), True)]
+    raise ValueError(f"row_format is {row_format!r}, expected one of {', '.join(FORMATS)}")
+
+
+def alpaca_prompt(instruction, input=""):
+    """The Alpaca prompt, which ends with "### Response:\\n". A blank input counts as none."""
+    template = TEMPLATES["alpaca"]["with_input" if input.strip() else "without_input"]
+    return template.format(instruction=instruction, input=input)
+
+
+def text_of(row, key):
+    if key not in row:
+        raise ValueError(f"{key!r} is missing; the row has {', '.join(map(repr, row))}")
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key!r} is {row[key]!r}, expected text")
+    return row[key]
