@@ -1,5 +1,7 @@
 """Formats of rows and the templates that turn a row into text. No tokens here, and no files."""
 
+import reprlib
+
 # Stanford Alpaca's, to the letter, with one newline after the last colon as in the study's `text` column.
 TEMPLATES = {
     "alpaca": {
@@ -56,5 +58,5 @@ def text_of(row, key):
     if key not in row:
         raise ValueError(f"{key!r} is missing; the row has {', '.join(map(repr, row))}")
     if not isinstance(row[key], str):
-        raise ValueError(f"{key!r} is {row[key]!r}, expected text")
+        raise ValueError(f"{key!r} is {reprlib.repr(row[key])}, expected text")
     return row[key]
