@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -17,11 +18,12 @@ def arg(default, help, **extra):
 def parse(cls, argv=None, description=None):
     """Build `cls` from the command line: field `lora_rank` becomes option --lora-rank.
 
-    Strength, weakest first: the dataclass default, the recipe of the model (`cls.recipe(values)`, where the class has one),
-    the JSON file of --config, the options typed. Exits 2 with one line on an unknown option; --debug shows tracebacks.
-    Raises ValueError on a value that `cls` refuses."""
+    Strength, weakest first: the dataclass default, the recipe of the model (`cls.recipe(values)`, where the class has
+    one), the JSON file of --config, the options typed. Exits 2 with one line on an unknown option; --debug shows
+    tracebacks. Raises ValueError on a value that `cls` refuses."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="JSON file with options, such as the config.json of a run")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for f in fields(cls):
         flag, (kind, is_list, _) = "--" + f.name.replace("_", "-"), field_type(cls, f)
         shown = "the model's own" if f.default is None else " ".join(f.default) if is_list else f.default
@@ -32,18 +34,38 @@ def parse(cls, argv=None, description=None):
         elif is_list:
             parser.add_argument(flag, type=kind, nargs="+", choices=f.metadata.get("choices"), **common)
         else:
-            parser.add_argument(flag, type=kind, choices=f.metadata.get("choices"), metavar=kind.__name__.upper()
-                                if "choices" not in f.metadata else None, **common)
+            parser.add_argument(
+                flag,
+                type=kind,
+                choices=f.metadata.get("choices"),
+                metavar=kind.__name__.upper() if "choices" not in f.metadata else None,
+                **common,
+            )
     typed = vars(parser.parse_args(argv))
-    path = typed.pop("config")
+    path, _ = typed.pop("config"), typed.pop("debug")
     stored = from_file(cls, path) if path else {}
     recipe = cls.recipe({**stored, **typed}) if hasattr(cls, "recipe") else {}
     values = {**recipe, **stored, **typed}
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+def run_script(cls, job, description):
+    """What a script does: parse `cls` from the command line, run job(config), and end with the exit code.
+
+    0: done. 2: the user's input was wrong, in one line on stderr. 1: the run itself failed. 130: stopped by Ctrl-C."""
+    try:
+        job(parse(cls, description=description))
+    except (ValueError, FloatingPointError, OSError, KeyboardInterrupt) as error:
+        if "--debug" in sys.argv:
+            raise
+        kinds = {FloatingPointError: 1, OSError: 1, KeyboardInterrupt: 130}
+        sys.stderr.write(f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'error'}: {error or 'by Ctrl-C'}\n")
+        sys.exit(next((code for kind, code in kinds.items() if isinstance(error, kind)), 2))
+
+
 def from_file(cls, path):
-    """The options in the JSON file at `path`, as a dict. Raises ValueError on an unknown key or a value of the wrong type."""
+    """The options in the JSON file at `path`, as a dict. Raises ValueError on an unknown key or a value of the wrong
+    type."""
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds a {type(stored).__name__}, expected an object with options of {cls.__name__}")
@@ -56,10 +78,14 @@ def from_file(cls, path):
             continue
         items = value if is_list and isinstance(value, list) else [value]
         fits = is_list == isinstance(value, list) and all(
-            isinstance(v, (int, float) if kind is float else kind) and (kind is bool) == isinstance(v, bool) for v in items)
+            isinstance(v, (int, float) if kind is float else kind) and (kind is bool) == isinstance(v, bool)
+            for v in items
+        )
         choices = known[name].metadata.get("choices")
         if not fits or (choices and any(v not in choices for v in items)):
-            expected = f"one of {', '.join(choices)}" if choices else f"{'a list of ' if is_list else ''}{kind.__name__}"
+            expected = (
+                f"one of {', '.join(choices)}" if choices else f"{'a list of ' if is_list else ''}{kind.__name__}"
+            )
             raise ValueError(f"{path}: {name} is {value!r}, expected {expected}")
     return stored
 
@@ -84,15 +110,41 @@ def positive(config, *names):
 
 
 STUDY = {"quantize": "nf4", "lora_alpha": 16.0, "learning_rate": 2e-4, "batch_size": 2, "test_size": 0.0005}
-LLAMA_STUDY = {**STUDY, "lora_rank": 64, "lora_dropout": 0.1, "lora_targets": ("q_proj", "v_proj"), "schedule": "constant",
-               "warmup": 0.03, "weight_decay": 0.001, "max_grad_norm": 0.3, "group_by_length": True}
-TINY = {"lora_rank": 16, "lora_alpha": 32.0, "lora_targets": ("all-linear",), "batch_size": 16, "learning_rate": 5e-3,
-        "schedule": "cosine", "warmup": 0.05, "epochs": 4.0, "max_length": 256, "sample_tokens": 16}
+LLAMA_STUDY = {
+    **STUDY,
+    "lora_rank": 64,
+    "lora_dropout": 0.1,
+    "lora_targets": ("q_proj", "v_proj"),
+    "schedule": "constant",
+    "warmup": 0.03,
+    "weight_decay": 0.001,
+    "max_grad_norm": 0.3,
+    "group_by_length": True,
+}
+TINY = {
+    "lora_rank": 16,
+    "lora_alpha": 32.0,
+    "lora_targets": ("all-linear",),
+    "batch_size": 16,
+    "learning_rate": 5e-3,
+    "schedule": "cosine",
+    "warmup": 0.05,
+    "epochs": 4.0,
+    "max_length": 256,
+    "sample_tokens": 16,
+}
 RECIPES = {  # what --model NAME means beyond the weights: the study's settings, and ours for the embedded models
     "llama2": {**LLAMA_STUDY, "accumulation": 8},
     "mistral": {**LLAMA_STUDY, "accumulation": 16},
-    "phi2": {**STUDY, "lora_rank": 16, "lora_dropout": 0.05, "schedule": "linear", "max_grad_norm": 1.0, "max_length": 2048,
-             "lora_targets": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")},
+    "phi2": {
+        **STUDY,
+        "lora_rank": 16,
+        "lora_dropout": 0.05,
+        "schedule": "linear",
+        "max_grad_norm": 1.0,
+        "max_length": 2048,
+        "lora_targets": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    },
     "tiny-mistral": TINY,
     "tiny-llama": TINY,
     "tiny-phi": TINY,
@@ -103,31 +155,50 @@ RECIPES = {  # what --model NAME means beyond the weights: the study's settings,
 class TrainConfig:
     """Everything that a training run depends on. A run's config.json holds these fields and is a valid --config."""
 
-    model: str = arg("tiny-mistral", "llama2, mistral, phi2, an embedded model (tiny-mistral, tiny-llama, tiny-phi), a hub id, "
-                                     "or a folder with config.json and *.safetensors")
+    model: str = arg(
+        "tiny-mistral",
+        "llama2, mistral, phi2, an embedded model (tiny-mistral, tiny-llama, tiny-phi), a hub id, "
+        "or a folder with config.json and *.safetensors",
+    )
     revision: str | None = arg(None, "branch, tag or commit of a hub id")
-    data: str | None = arg(None, "JSON, JSONL or CSV file; 'alpaca' (52,002 rows, downloaded) or 'embedded'. "
-                                 "Not set: embedded for an embedded model, else alpaca")
+    data: str | None = arg(
+        None,
+        "JSON, JSONL or CSV file; 'alpaca' (52,002 rows, downloaded) or 'embedded'. "
+        "Not set: embedded for an embedded model, else alpaca",
+    )
     test_data: str | None = arg(None, "file with held-out rows; not set: they are split from --data")
-    test_size: float | None = arg(None, "held-out part of --data: a share below 1 (rounded up) or a number of rows, 0 for none. "
-                                        "Not set: 0.0005 for alpaca, 0.05 for a file")
+    test_size: float | None = arg(
+        None,
+        "held-out part of --data: a share below 1 (rounded up) or a number of rows, 0 for none. "
+        "Not set: 0.0005 for alpaca, 0.05 for a file",
+    )
     split_seed: int = arg(42, "seed of the split into training and held-out rows")
     run: str | None = arg(None, "run folder; not set: runs/MODEL-lora or runs/MODEL-qlora")
-    resume: str = arg("auto", "auto: go on from the state in --run, if there is one; never: start again", choices=("auto", "never"))
+    resume: str = arg(
+        "auto", "auto: go on from the state in --run, if there is one; never: start again", choices=("auto", "never")
+    )
 
     max_length: int = arg(512, "longest row in tokens")
-    over_length: str = arg("truncate", "a longer row: cut the end of its answer, drop it, or stop", choices=("truncate", "drop", "stop"))
+    over_length: str = arg(
+        "truncate", "a longer row: cut the end of its answer, drop it, or stop", choices=("truncate", "drop", "stop")
+    )
     loss_on: str = arg("answer", "tokens that are supervised", choices=("answer", "all"))
 
     lora_rank: int = arg(16, "rank r of the adapter")
     lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r")
     lora_dropout: float = arg(0.0, "dropout on the input of the adapter, 0 to 1")
-    lora_targets: tuple[str, ...] | None = arg(None, "names of the linear layers that get an adapter, or all-linear; "
-                                                     "not set: PEFT's for the architecture")
+    lora_targets: tuple[str, ...] | None = arg(
+        None, "names of the linear layers that get an adapter, or all-linear; not set: PEFT's for the architecture"
+    )
     use_rslora: bool = arg(False, "scale by alpha / sqrt(r) (rsLoRA)")
-    quantize: str = arg("none", "frozen weights: as they are, 4-bit NF4, or NF4 with double quantisation",
-                        choices=("none", "nf4", "nf4-dq"))
-    dtype: str = arg("auto", "compute dtype; auto chooses by the device and says why", choices=("auto", "fp32", "bf16", "fp16"))
+    quantize: str = arg(
+        "none",
+        "frozen weights: as they are, 4-bit NF4, or NF4 with double quantisation",
+        choices=("none", "nf4", "nf4-dq"),
+    )
+    dtype: str = arg(
+        "auto", "compute dtype; auto chooses by the device and says why", choices=("auto", "fp32", "bf16", "fp16")
+    )
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
 
     epochs: float = arg(1.0, "passes over the training rows")
@@ -144,14 +215,19 @@ class TrainConfig:
     adam_eps: float = arg(1e-8, "AdamW epsilon")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm; 0: not clipped")
     checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, a third more time")
-    spike_factor: float = arg(3.0, "stop when a step's loss is this many times the median of the last 16 steps, and 2 nats above "
-                                   "it; 0: only a loss that is not finite stops")
+    spike_factor: float = arg(
+        3.0,
+        "stop when a step's loss is this many times the median of the last 16 steps, and 2 nats above "
+        "it; 0: only a loss that is not finite stops",
+    )
 
     log_every: int = arg(1, "steps between lines of metrics.jsonl")
     eval_every: int | None = arg(None, "steps between held-out losses; not set: ten times in a run")
     save_every: int | None = arg(None, "steps between saved states; not set: as --eval-every")
     patience: int | None = arg(None, "stop after this many held-out losses without a new best; not set: never")
-    keep: str = arg("best", "what adapter/ holds in the end: the best held-out loss, or the last step", choices=("best", "last"))
+    keep: str = arg(
+        "best", "what adapter/ holds in the end: the best held-out loss, or the last step", choices=("best", "last")
+    )
     samples: int = arg(3, "held-out prompts that are answered at every evaluation")
     sample_tokens: int = arg(64, "longest sample answer, in tokens")
     seed: int = arg(42, "seed of the adapter's start, the order of the rows and the dropout")
@@ -162,8 +238,23 @@ class TrainConfig:
         return RECIPES.get(values.get("model", "tiny-mistral"), {})
 
     def __post_init__(self):
-        positive(self, "max_length", "lora_rank", "lora_alpha", "epochs", "max_steps", "batch_size", "accumulation",
-                 "learning_rate", "log_every", "eval_every", "save_every", "patience", "sample_tokens", "adam_eps")
+        positive(
+            self,
+            "max_length",
+            "lora_rank",
+            "lora_alpha",
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "accumulation",
+            "learning_rate",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "patience",
+            "sample_tokens",
+            "adam_eps",
+        )
         for name in ("warmup", "weight_decay", "max_grad_norm", "samples", "spike_factor", "test_size"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise ValueError(f"{name} is {value}, expected 0 or more")

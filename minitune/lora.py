@@ -1,0 +1,105 @@
+"""LoRA (arXiv 2106.09685) by hand: a frozen linear layer plus B(A(x)) * scaling, wrapped by name, and PEFT's key names.
+
+Files are not touched here: minitune/checkpoint.py reads and writes adapters."""
+
+import math
+import re
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LoRALinear(nn.Module):
+    """base_layer(x) + lora_B(lora_A(dropout(x))) * scaling.
+
+    base_layer: nn.Linear or a quantised one, frozen. lora_A (r, in) and lora_B (out, r) stay fp32 whatever the
+    compute dtype: in bf16 a step of the learning rate would be rounded away. A is kaiming-uniform and B zero, so that
+    step 0 is the base."""
+
+    def __init__(self, base_layer, r, alpha, dropout=0.0, use_rslora=False, device=None):
+        super().__init__()
+        self.base_layer = base_layer
+        self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
+        self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
+        self.lora_dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Linear(base_layer.in_features, r, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r, base_layer.out_features, bias=False, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        A = self.lora_A.weight.to(x.dtype)
+        B = (self.lora_B.weight * self.scaling).to(x.dtype)
+        low = F.linear(self.lora_dropout(x), A).flatten(0, -2)  # (B * T, r)
+        return torch.addmm(y.flatten(0, -2), low, B.T).view_as(y)  # one pass over y instead of three
+
+
+def match_targets(model, targets):
+    """Names of the linear layers that `targets` mean, in the model's order.
+
+    targets: names, each a whole name or its end after a dot; ("all-linear",): every linear layer but the head; or, as
+    in PEFT, a single string that is a regex for whole names. Raises ValueError with the names that match nothing."""
+    linears = [
+        name for name, module in model.named_modules() if hasattr(module, "in_features")
+    ]  # nn.Linear and its 4-bit kin
+    if isinstance(targets, str):
+        if targets != "all-linear":
+            found = [name for name in linears if re.fullmatch(targets, name)]
+            if not found:
+                raise ValueError(
+                    f"lora_targets: no linear layer matches the pattern {targets!r}; {known_leaves(linears)}"
+                )
+            return found
+        targets = ("all-linear",)
+    found, unmatched = set(), []
+    for target in targets:
+        if target == "all-linear":
+            matches = {name for name in linears if name != "lm_head"}
+        else:
+            matches = {name for name in linears if name == target or name.endswith("." + target)}
+        found |= matches
+        if not matches:
+            unmatched.append(target)
+    if unmatched:
+        raise ValueError(f"lora_targets: no linear layer is named {', '.join(unmatched)}; {known_leaves(linears)}")
+    return [name for name in linears if name in found]
+
+
+def known_leaves(linears):
+    return "this model has " + ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears))
+
+
+def inject(model, r, alpha, dropout=0.0, targets=("all-linear",), use_rslora=False, seed=0):
+    """Freeze `model` and wrap the linear layers that `targets` name (see match_targets) in LoRALinear, in place.
+
+    The start of A is drawn from `seed` alone, on the CPU: the same on every device. Returns the names of the wrapped
+    layers."""
+    model.requires_grad_(False)
+    names = match_targets(model, targets)
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        base = getattr(parent, leaf)
+        device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
+        layer = LoRALinear(base, r, alpha, dropout, use_rslora, device)
+        start = torch.empty(r, base.in_features)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        layer.lora_A.weight.data.copy_(start)
+        setattr(parent, leaf, layer.train(model.training))
+    return names
+
+
+def lora_layers(model):
+    """{name: LoRALinear} of a model, in its order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adapter_tensors(model):
+    """{PEFT's key: the trainable tensor} of every LoRALinear, without copying."""
+    return {
+        f"base_model.model.{name}.{part}.weight": getattr(module, part).weight
+        for name, module in lora_layers(model).items()
+        for part in ("lora_A", "lora_B")
+    }

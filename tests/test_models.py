@@ -1,0 +1,230 @@
+"""The blocks by hand against transformers: logits to 1e-5 and gradients to 1e-4 relative, in fp32, in every corner."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minitune.models import build
+from minitune.models.layers import Cache, chunked_cross_entropy
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CORNERS = {
+    "llama": ("Llama", {}),
+    "llama-gqa": ("Llama", {"num_key_value_heads": 2}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("Llama", {"head_dim": 24}),
+    "llama-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "llama-dynamic": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}}),
+    "llama-llama3": ("Llama", {"rope_scaling": LLAMA3}),
+    "mistral-window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
+    "mistral-no-window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None, "rope_theta": 1e6}),
+    "mistral-head-dim": ("Mistral", {"num_key_value_heads": 1, "sliding_window": None, "head_dim": 24}),
+    "phi": ("Phi", {}),
+    "phi-2": ("Phi", {"partial_rotary_factor": 0.4, "resid_pdrop": 0.1}),
+    "phi-gqa": ("Phi", {"num_key_value_heads": 2}),
+}
+
+
+def pair(corner, seed=0):
+    """(transformers' model, ours) with the same random weights, larger than an initialisation's so that faults show."""
+    transformers = pytest.importorskip("transformers", reason="parity is proven against transformers")
+    family, options = CORNERS[corner]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**SIZES, **copy.deepcopy(options))
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for parameter in theirs.parameters():
+        mean, std = (0.0, 0.08) if parameter.ndim > 1 else (1.0, 0.1)
+        torch.nn.init.normal_(parameter, mean, std)
+    ours = build(json.loads(config.to_json_string())).eval()
+    if config.tie_word_embeddings:
+        ours.lm_head.weight = ours.model.embed_tokens.weight
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(0, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("length", [40, 90], ids=["inside-the-context", "past-the-context"])
+@pytest.mark.parametrize("corner", CORNERS)
+@torch.no_grad()
+def test_logits_equal_transformers(corner, length):
+    theirs, ours = pair(corner)
+    ids = tokens(2, length)
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("corner", CORNERS)
+@torch.no_grad()
+def test_padded_logits_equal_transformers_where_there_are_tokens(corner, side):
+    theirs, ours = pair(corner)
+    ids, mask = tokens(3, 40), torch.ones(3, 40, dtype=torch.long)
+    padding = slice(0, 7) if side == "left" else slice(33, 40)
+    mask[0, padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = theirs(ids, attention_mask=mask, position_ids=positions).logits
+    found = ours(ids, attention_mask=mask)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+@torch.no_grad()
+def test_packed_documents_equal_each_document_alone_and_transformers(corner):
+    theirs, ours = pair(corner)
+    ids, documents = tokens(1, 40), [5, 22, 13]
+    packed = ours(ids, documents=documents)
+    alone = torch.cat([ours(part) for part in ids.split(documents, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+    positions = torch.cat([torch.arange(n) for n in documents])[None]
+    expected = theirs(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_gradients_equal_transformers(corner):
+    theirs, ours = pair(corner)
+    ids = tokens(2, 30)
+    for model, logits in ((theirs, theirs(ids).logits), (ours, ours(ids))):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        assert all(p.grad is not None for p in model.parameters())
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        error = (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm()
+        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+@torch.no_grad()
+def test_cached_equals_uncached(corner):
+    if "dynamic" in corner:
+        pytest.skip("dynamic scaling turns the cached keys by the length at their time, in transformers too")
+    _, ours = pair(corner)
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :4] = 0
+    for attention_mask in (None, mask):
+        whole = ours(ids, attention_mask=attention_mask)
+        cache, pieces, start = Cache(SIZES["num_hidden_layers"], 30), [], 0
+        for size in (12, 1, 1, 9, 7):
+            piece = slice(start, start + size)
+            seen = None if attention_mask is None else mask[:, : start + size]
+            pieces.append(ours(ids[:, piece], attention_mask=seen, cache=cache))
+            start += size
+        found = torch.cat(pieces, dim=1)
+        kept = mask.bool() if attention_mask is not None else torch.ones_like(mask).bool()
+        torch.testing.assert_close(found[kept], whole[kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("corner", ["llama-gqa", "mistral-window", "phi"])
+def test_recomputed_blocks_give_the_same_gradients(corner):
+    _, ours = pair(corner)
+    ours.train()
+    for module in ours.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    grads = []
+    for ours.model.recompute in (False, True):
+        ours.zero_grad()
+        ours(tokens(1, 24), documents=[10, 14]).square().mean().backward()
+        grads.append([p.grad.clone() for p in ours.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_phi_scores_beyond_the_range_of_fp16_stay_finite(dtype):
+    _, ours = pair("phi")
+    for block in ours.model.layers:
+        block.self_attn.q_proj.weight.mul_(60)
+        block.self_attn.k_proj.weight.mul_(60)
+    scores = ours.model.layers[0].self_attn.q_proj(
+        ours.model.layers[0].input_layernorm(ours.model.embed_tokens(tokens(1, 20)))
+    )
+    assert scores.square().sum(-1).max() > 65504, "the test must reach beyond fp16"
+    assert ours.to(dtype)(tokens(1, 20)).isfinite().all()
+
+
+@pytest.mark.parametrize("head_bias", [False, True])
+def test_cross_entropy_in_chunks_equals_the_whole(head_bias):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50, bias=head_bias)
+    targets = torch.randint(0, 50, (37,))
+    results = []
+    for loss_of in (
+        lambda h: F.cross_entropy(head(h), targets, reduction="sum"),
+        lambda h: chunked_cross_entropy(h, head, targets, chunk=10),
+    ):
+        hidden = torch.linspace(-1, 1, 37 * 16).view(37, 16).requires_grad_()
+        head.zero_grad()
+        loss = loss_of(hidden)
+        (loss / 37).backward()
+        results.append([loss.detach(), hidden.grad, *(p.grad.clone() for p in head.parameters())])
+    for whole, chunks in zip(*results, strict=True):
+        torch.testing.assert_close(chunks, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_of_no_tokens_is_zero_and_has_a_gradient():
+    head, hidden = torch.nn.Linear(4, 5).requires_grad_(False), torch.randn(0, 4, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad.shape == (0, 4)
+
+
+CONFIG = {"model_type": "llama", **SIZES, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"model_type": "gpt_neox"}, "expected one of llama, mistral, phi"),
+        ({"sliding_window": 64}, "sliding_window=64"),
+        ({"hidden_size": "64"}, "expected a whole number"),
+        ({"num_hidden_layers": 0}, "expected a whole number above 0"),
+        ({"router_aux_loss_coef": 0.02}, "does not know"),
+    ],
+)
+def test_a_key_that_is_not_supported_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        build(CONFIG | change)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+        ),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}),
+    ],
+)
+def test_both_spellings_of_the_rope_keys_mean_the_same(old, new):
+    first, second = build(CONFIG | old | {"torch_dtype": "bfloat16"}), build(CONFIG | new | {"dtype": "bfloat16"})
+    assert first.config == second.config
+    assert first.config.rope.theta == 5e5
