@@ -1,0 +1,221 @@
+"""NF4 4-bit weights (QLoRA, arXiv 2305.14314, section 3): the linear layer, and bitsandbytes' checkpoint format.
+Forward, and the gradient of x (and of the bias) only: the 4-bit weight is frozen. The arithmetic is in kernels/."""
+
+import json
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from minitune_kernels import nf4
+
+# What a bitsandbytes checkpoint stores beside `P.weight`, each as `P.weight.SUFFIX`; the last two with double quantisation.
+BNB_STATE = "quant_state.bitsandbytes__nf4"
+BNB_SUFFIXES = ("absmax", "quant_map", BNB_STATE, "nested_absmax", "nested_quant_map")
+BNB_KEYS = {  # of quantization_config: read here, or without effect on 4-bit weights that are already quantised
+    "quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_type",
+    "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight", "llm_int8_skip_modules", "llm_int8_threshold",
+}
+STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
+
+
+class NF4Product(torch.autograd.Function):
+    """x (.., in) -> x @ weight.T + bias (.., out). Saves the 4-bit weight and dequantises it again for the gradient of x."""
+
+    @staticmethod
+    def forward(ctx, x, bias, shape, packed, *scales):
+        ctx.shape = shape
+        ctx.save_for_backward(packed, *scales)
+        return nf4.matmul(x, packed, restore_absmax(*scales), shape, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        packed, *scales = ctx.saved_tensors
+        grad_x = grad_bias = None
+        rows = grad.reshape(-1, grad.shape[-1])  # (B*T, out)
+        if ctx.needs_input_grad[0]:
+            with nf4.workspace(ctx.shape, grad.dtype, grad.device) as weight:
+                nf4.dequantize(packed, restore_absmax(*scales), ctx.shape, grad.dtype, out=weight)
+                grad_x = (rows @ weight).view(*grad.shape[:-1], ctx.shape[1])
+        if ctx.needs_input_grad[1]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_bias, *[None] * (2 + len(scales))
+
+
+def restore_absmax(absmax, *nested):
+    """absmax fp32 from what a layer stores: itself, or (absmax_q, absmax2, code2, offset) with double quantisation."""
+    return nf4.double_dequantize(absmax, *nested) if nested else absmax
+
+
+class NF4Linear(nn.Module):
+    """A linear layer with a frozen 4-bit weight; made by `from_weight` or `from_bnb`.
+
+    Buffers: packed uint8 (out * in / 2,), and absmax fp32 (out * in / 64,), or with double quantisation absmax_q, absmax2, code2
+    and offset (see nf4.double_quantize). bias: a Parameter in `dtype`, or None. `dtype` is the compute dtype: x is cast
+    to it, the weight is dequantised to it, the output is cast back to x.dtype.
+
+    layer.to(dtype), .half() and the like change the compute dtype and the bias; the stored bits stay as they are."""
+
+    def __init__(self, shape, packed, scales, bias, dtype):
+        """shape: (out, in); scales: (absmax,) or (absmax_q, absmax2, code2, offset), see above."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
+        names = ("absmax",) if len(scales) == 1 else ("absmax_q", "absmax2", "code2", "offset")
+        for name, tensor in zip(("packed", *names), (packed, *scales), strict=True):
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
+
+    @classmethod
+    def from_weight(cls, weight, bias, dtype, double_quant=False):
+        """Quantise weight (out, in), fp32, fp16 or bf16, and bias (out,) or None. dtype: of the computation, None: weight.dtype.
+        Raises ValueError where the weight holds NaN or infinity."""
+        if weight.dim() != 2:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (out, in)")
+        packed, absmax = nf4.quantize(weight)
+        if not absmax.isfinite().all():
+            raise ValueError(f"weight of shape {tuple(weight.shape)} has NaN or infinity in "
+                             f"{int((~absmax.isfinite()).sum())} of {absmax.numel()} blocks of 64; the checkpoint is broken")
+        scales = nf4.double_quantize(absmax) if double_quant else (absmax,)
+        return cls(tuple(weight.shape), packed, scales, bias, check_dtype(dtype or weight.dtype))
+
+    @property
+    def double_quant(self):
+        return "absmax" not in self._buffers
+
+    @property
+    def scales(self):
+        return (self.absmax_q, self.absmax2, self.code2, self.offset) if self.double_quant else (self.absmax,)
+
+    def forward(self, x):
+        """x (.., in) -> (.., out) in x.dtype."""
+        shape = (self.out_features, self.in_features)
+        return NF4Product.apply(x.to(self.dtype), self.bias, shape, self.packed, *self.scales).to(x.dtype)
+
+    def dequantize(self, dtype=None):
+        """The weight (out, in) in `dtype`, None: the compute dtype. A new tensor."""
+        absmax = restore_absmax(*self.scales)
+        return nf4.dequantize(self.packed, absmax, (self.out_features, self.in_features), dtype or self.dtype)
+
+    def extra_repr(self):
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+                f"dtype={self.dtype}, double_quant={self.double_quant}")
+
+    def _apply(self, fn, recurse=True):
+        # The fp32 statistics travel as bytes, which no cast touches: .half() must not round what the 4-bit values rest on.
+        forms = {name: (tensor.dtype, tensor.shape) for name, tensor in self._buffers.items()}
+        for name, tensor in self._buffers.items():
+            self._buffers[name] = tensor.reshape(-1).view(torch.uint8)
+        try:
+            super()._apply(fn, recurse)
+            self.dtype = check_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype)
+        finally:
+            for name, (dtype, shape) in forms.items():
+                self._buffers[name] = self._buffers[name].view(dtype).view(shape)
+        return self
+
+    @classmethod
+    def from_bnb(cls, tensors, bias=None, dtype=None, name="the layer"):
+        """A layer from what a bitsandbytes checkpoint stores for one weight.
+        tensors: {"weight": .., "absmax": .., "quant_map": .., "quant_state.bitsandbytes__nf4": ..}, and with double
+        quantisation "nested_absmax" and "nested_quant_map"; the keys as in BNB_SUFFIXES. dtype: of the computation,
+        None: as stored. name: for the messages. Raises ValueError on anything but NF4 in blocks of 64."""
+        nested = "nested_absmax" in tensors or "nested_quant_map" in tensors
+        expected = {"weight", *BNB_SUFFIXES[:5 if nested else 3]}
+        if expected != set(tensors):
+            raise ValueError(f"{name}: missing {sorted(expected - set(tensors))}, unexpected {sorted(set(tensors) - expected)} "
+                             "beside a 4-bit weight; minitune reads NF4 as bitsandbytes >= 0.41.3 writes it")
+        state = read_state(tensors[BNB_STATE], nested, name)
+        if not torch.equal(tensors["quant_map"].float().cpu(), torch.tensor(nf4.CODE)):
+            raise ValueError(f"{name}: quant_map is not the NF4 table; the file is damaged or of another format")
+        shape = tuple(state["shape"])
+        packed = as_bytes(tensors["weight"])
+        absmax = tensors["absmax"].contiguous().view(-1)
+        try:
+            if nested:
+                offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
+                scales = (absmax, tensors["nested_absmax"].contiguous(), tensors["nested_quant_map"].contiguous(), offset)
+            else:
+                scales = (absmax,)
+            nf4.check_quantized(packed, restore_absmax(*scales), shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; the file is damaged") from None
+        return cls(shape, packed, scales, bias, check_dtype(dtype or getattr(torch, state["dtype"])))
+
+    def to_bnb(self, prefix):
+        """{key: tensor} of this layer as bitsandbytes and transformers store the linear layer `prefix`."""
+        state = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "dtype": str(self.dtype).removeprefix("torch."),
+                 "shape": [self.out_features, self.in_features]}
+        absmax, *nested = self.scales
+        tensors = {"absmax": absmax, "quant_map": torch.tensor(nf4.CODE, device=absmax.device)}
+        if nested:
+            tensors |= {"nested_absmax": self.absmax2, "nested_quant_map": self.code2}
+            state |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset.item()}
+        tensors[BNB_STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).to(absmax.device)
+        stored = {f"{prefix}.weight": self.packed.view(-1, 1)}
+        stored |= {f"{prefix}.weight.{suffix}": tensor for suffix, tensor in tensors.items()}
+        return stored if self.bias is None else stored | {f"{prefix}.bias": self.bias.detach()}
+
+
+def check_dtype(dtype):
+    if dtype not in nf4.FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected {' or '.join(map(str, nf4.FLOATS))} to compute with")
+    return dtype
+
+
+def as_bytes(tensor):
+    """The bytes of a weight that is stored as uint8, or as another dtype of the same bytes (bnb_4bit_quant_storage)."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def read_state(tensor, nested, name):
+    """The JSON beside a 4-bit weight, checked. Raises ValueError with the value that is not supported."""
+    try:
+        state = json.loads(bytes(tensor.tolist()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{name}: {BNB_STATE} is not JSON in uint8; the file is damaged") from None
+    fixed = {"quant_type": "nf4", "blocksize": nf4.BLOCK}
+    if nested:
+        fixed |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32"}
+    for key, value in fixed.items():
+        if state.get(key) != value:
+            raise ValueError(f"{name}: {key} is {state.get(key)!r} in {BNB_STATE}, minitune reads {value!r} only; "
+                             "quantise the original checkpoint with --quantize nf4")
+    shape = state.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
+        raise ValueError(f"{name}: shape is {shape!r} in {BNB_STATE}, expected [out, in]")
+    if state.get("dtype") not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"{name}: dtype is {state.get('dtype')!r} in {BNB_STATE}, expected float32, float16 or bfloat16")
+    if nested and not isinstance(state.get("nested_offset"), (int, float)):
+        raise ValueError(f"{name}: nested_offset is {state.get('nested_offset')!r} in {BNB_STATE}, expected a number")
+    return state
+
+
+def is_bnb_4bit(config, source="config.json"):
+    """Whether a model's config (dict) says that its weights are stored as bitsandbytes' NF4. False: not quantised at all.
+    Raises ValueError on every other quantisation. source: the file, for the messages."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return False
+    advice = ("minitune reads unquantised weights and bitsandbytes' NF4 (load_in_4bit true, bnb_4bit_quant_type nf4); use the "
+              "original checkpoint, with --quantize nf4 for 4 bits")
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization_config in {source} is {quantization!r}, expected an object")
+    load_8bit, load_4bit = (quantization.get(f"load_in_{bits}bit", quantization.get(f"_load_in_{bits}bit", False)) for bits in (8, 4))
+    # Files of 2023 have no quant_method; load_in_4bit says it, as in transformers.
+    method = quantization.get("quant_method", "bitsandbytes" if load_4bit or load_8bit else None)
+    if method != "bitsandbytes":
+        raise ValueError(f"quant_method={method!r} in {source} is not supported: {advice}")
+    if load_8bit or not load_4bit:
+        raise ValueError(f"load_in_8bit={load_8bit!r}, load_in_4bit={load_4bit!r} in {source} is not supported: {advice}")
+    kind = quantization.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
+    if kind != "nf4":
+        raise ValueError(f"bnb_4bit_quant_type={kind!r} in {source} is not supported: {advice}")
+    storage = str(quantization.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+    if storage not in STORAGES:
+        raise ValueError(f"bnb_4bit_quant_storage={storage!r} in {source} is not supported, expected {', '.join(STORAGES)}")
+    if unknown := sorted(set(quantization) - BNB_KEYS):
+        raise ValueError(f"quantization_config in {source} has keys that minitune does not know: {', '.join(unknown)}; {advice}")
+    return True
