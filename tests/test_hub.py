@@ -1,0 +1,435 @@
+"""Names to folders, and downloads from a server on the loopback that speaks the hub's API.
+
+huggingface_hub reads its environment at import, so a download runs in a process of its own. Large files are answered as
+the hub does: HEAD tells ETag (SHA-256) and size, GET redirects to another host, which must never see the token."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from minitune import hub
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "someone/model"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+INDEX = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode()
+WEIGHTS = {name: bytes([number]) * 100_000 for number, name in enumerate(SHARDS, 1)}
+SHARDED = {"config.json": b'{"model_type": "mistral"}', "tokenizer.model": b"pieces", hub.INDEX: INDEX, **WEIGHTS}
+SINGLE = {"config.json": b"{}", "model.safetensors": b"w" * 1000}
+
+PRELUDE = """
+import json, shutil, sys, time
+import huggingface_hub.constants
+from minitune import hub
+time.sleep = lambda seconds: None                       # huggingface_hub waits a second between retries
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000  # what it reads and writes at once: 10 MB, above our files
+def attempt(function, *arguments):
+    try:
+        outcome = ["ok", str(function(*arguments))]
+    except ValueError as error:
+        outcome = ["error", str(error)]
+    print(json.dumps(outcome) + "\\n", end="")  # one write: threads call this
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """repos: id -> {file: bytes}; pages: path -> bytes or a status, before all else. The rest says what goes wrong."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repos, self.pages, self.log = {REPO: SHARDED}, {}, []
+        self.gated = False
+        self.cut_at = {}  # file: no answer goes past this byte
+        self.damaged = set()
+        self.delay = 0  # seconds before the content of a large file
+
+    def fetched(self):
+        """Files whose content was asked for, in order."""
+        return [path.rpartition("/")[2] for method, path, _ in self.log if method == "GET" and "/resolve/" in path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for key, value in {"Content_Length": len(body), **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def send(self, name, body, **headers):
+        """A body, or what a Range header asks for of it, up to the byte at which the line is cut."""
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        headers["Content_Length"] = len(body) - start
+        if start:
+            headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        body = body[: self.server.cut_at.get(name)]
+        if name in self.server.damaged:
+            body = body[:-1] + b"!"
+        self.answer(206 if start else 200, body[start:], **headers)
+
+    def do_GET(self):
+        server, path = self.server, unquote(self.path.partition("?")[0])
+        server.log.append((self.command, path, {key.lower(): value for key, value in self.headers.items()}))
+        if self.headers.get("Authorization") == "Bearer hf_expired":
+            return self.answer(401, X_Error_Message="Invalid credentials in Authorization header")
+        if path in server.pages:
+            page = server.pages[path]
+            return self.answer(page) if isinstance(page, int) else self.send(path, page)
+        if path.startswith("/cdn/"):
+            repo, _, name = path.removeprefix("/cdn/").partition("//")
+            time.sleep(server.delay)
+            return self.send(name, server.repos[repo][name])
+        api = path.startswith("/api/models/")
+        repo, _, rest = path.removeprefix("/api/models/").lstrip("/").partition("/revision/" if api else "/resolve/")
+        revision, _, name = rest.partition("/")
+        if repo not in server.repos:
+            return self.answer(401, X_Error_Code="RepoNotFound")
+        if revision not in ("main", COMMIT):
+            return self.answer(404, X_Error_Code="RevisionNotFound")
+        files = server.repos[repo]
+        if api:
+            siblings = [{"rfilename": name} for name in files]
+            return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
+        if server.gated and "Authorization" not in self.headers:
+            return self.answer(401, X_Error_Code="GatedRepo")
+        if name not in files:
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        body = files[name]
+        if not name.endswith(".safetensors"):
+            return self.send(name, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+        linked = {"X_Linked_Etag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Linked_Size": len(body)}
+        cdn = f"http://localhost:{server.server_port}/cdn/{repo}//{name}"
+        return self.answer(302, ETag='"of the redirect"', X_Repo_Commit=COMMIT, Location=cdn, **linked)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def server():
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def closed_port():
+    """The address of a server that is gone."""
+    with Hub() as gone:
+        return gone.url
+
+
+@pytest.fixture
+def run(tmp_path, server):
+    """Runs code in a process with an empty HF_HOME; returns what `attempt` printed, and stderr."""
+
+    def run(code=f"attempt(hub.resolve, {REPO!r})", **variables):
+        ours = re.compile("HF_|HUGGINGFACE|MINITUNE|.*_proxy$", re.IGNORECASE)
+        kept = {key: value for key, value in os.environ.items() if not ours.match(key)}
+        home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
+        bars = {"TQDM_POSITION": "-1"}  # huggingface_hub shows its bars on a terminal only, or with this
+        done = subprocess.run(
+            [sys.executable, "-c", PRELUDE + code],
+            env={**kept, **home, **bars, "PYTHONPATH": str(ROOT), **variables},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+    return run
+
+
+def one_line(outcome, *parts, ways_out="tiny-mistral"):
+    """The error in `outcome` is one line with all `parts` and a way out."""
+    kind, message = outcome
+    assert kind == "error" and "\n" not in message
+    for part in (*parts, ways_out):
+        assert part in message
+    return True
+
+
+def is_whole(outcome, files):
+    kind, folder = outcome
+    assert kind == "ok", folder
+    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == files
+    return True
+
+
+# Names
+
+
+def test_import_is_cheap():
+    code = "import sys, minitune.hub; print('huggingface_hub' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_local_folder_is_itself(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (tmp_path / "m", str(tmp_path / "m"), "m", "./m", "m/", "~/m"):
+        assert hub.resolve(name).resolve() == (tmp_path / "m").resolve()
+    with pytest.raises(ValueError, match="revision 'v1' is for models on the hub"):
+        hub.resolve("./m", revision="v1")
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("./no", "folder ./no does not exist"),
+        ("../no", "folder ../no does not exist"),
+        ("/no/where", "folder /no/where does not exist"),
+        ("~/no/where", "folder ~/no/where does not exist"),
+        ("no/where/else", "folder no/where/else does not exist"),
+        ("no/where/", "folder no/where/ does not exist"),
+        ("empty", "empty has no config.json"),
+        ("adapter", "adapter holds an adapter, not a model"),
+        ("file.gguf", "file.gguf is a file, not a folder"),
+        ("mistrall", "unknown model 'mistrall'. Did you mean mistral"),
+        ("", "unknown model ''"),
+        ("some one/model", "unknown model 'some one/model'"),
+        ("https://huggingface.co/microsoft/phi-2", "is an address; expected a hub id"),
+    ],
+)
+def test_a_name_that_is_no_model_is_refused_without_the_network(tmp_path, monkeypatch, name, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(hub, "_from_hub", lambda *arguments: pytest.fail("asked the hub"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "file.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError) as error:
+        hub.resolve(name)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_short_names_win_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path / "package")
+    monkeypatch.setattr(hub, "_from_hub", lambda repo, revision: (repo, revision))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mistral", "tiny-llama", "package/tiny-llama"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    assert hub.resolve("mistral") == ("mistralai/Mistral-7B-v0.1", "main")
+    assert hub.resolve("mistral", revision="v2") == ("mistralai/Mistral-7B-v0.1", "v2")
+    assert hub.resolve("tiny-llama") == tmp_path / "package" / "tiny-llama"
+    assert hub.resolve("./mistral") == Path("mistral")
+
+
+def test_embedded_rows_are_files_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.json").write_text("[]")
+    assert hub.embedded_rows("train") == tmp_path / "rows" / "train.json"
+    with pytest.raises(ValueError, match="test.json is missing"):
+        hub.embedded_rows("test")
+    with pytest.raises(ValueError, match="parts train and test, not 'all'"):
+        hub.embedded_rows("all")
+
+
+# Downloads
+
+
+def test_only_config_tokenizer_and_one_copy_of_the_weights_are_fetched(server, run):
+    wanted = {**SHARDED, **{name: name.encode() for name in hub.SMALL_FILES if name not in SHARDED}}
+    unwanted = "consolidated.safetensors onnx/model.safetensors pytorch_model.bin a.pth a.pt modeling.py README.md"
+    server.repos[REPO] = {**wanted, **{name: b"no" for name in unwanted.split()}}
+    (outcome, again), stderr = run(f"attempt(hub.resolve, {REPO!r})\nattempt(hub.resolve, {REPO!r})")
+    assert is_whole(outcome, wanted) and again == outcome
+    assert sorted(server.fetched()) == sorted(wanted), "each wanted file once, and nothing else"
+    assert SHARDS[1] in stderr and "100%" in stderr, "a bar shows the progress"
+
+
+def test_weights_without_an_index(server, run):
+    server.repos = {
+        "a/single": {**SINGLE, hub.INDEX: INDEX, **WEIGHTS, "model.fp16.safetensors": b"half"},
+        "a/variant": {"config.json": b"{}", "model-a.safetensors": b"a", "consolidated.safetensors": b"no"},
+        "a/other": {"config.json": b"{}", "weights.safetensors": b"a"},
+    }
+    outcomes, _ = run("\n".join(f"attempt(hub.resolve, {repo!r})" for repo in server.repos))
+    assert is_whole(outcomes[0], SINGLE)
+    assert is_whole(outcomes[1], {"config.json": b"{}", "model-a.safetensors": b"a"})
+    assert is_whole(outcomes[2], server.repos["a/other"])
+
+
+def test_the_token_goes_to_the_hub_and_to_no_other_host(server, run):
+    server.gated = True
+    (outcome,), _ = run(HF_TOKEN="hf_secret")
+    assert is_whole(outcome, SHARDED)
+    repo = [(path.startswith("/cdn/"), headers.get("authorization")) for _, path, headers in server.log if REPO in path]
+    assert set(repo) == {(False, "Bearer hf_secret"), (True, None)}
+
+
+def test_a_model_that_cannot_be_had_is_explained(server, run, closed_port):
+    server.repos |= {
+        "a/pickled": {"config.json": b"{}", "pytorch_model.bin": b"no"},
+        "a/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a"},
+        "a/gap": {"config.json": b"{}", hub.INDEX: INDEX, SHARDS[0]: b"a"},
+        "a/list": {"config.json": b"{}", hub.INDEX: b"[]", SHARDS[0]: b"a"},
+    }
+    server.pages = {
+        "/api/models/a/portal/revision/main": b"<html>Log in</html>",
+        "/api/models/a/busy/revision/main": 503,
+    }
+    code = f"attempt(hub.resolve, {REPO!r}, 'v9')\n"
+    code += "\n".join(
+        f"attempt(hub.resolve, 'a/{name}')" for name in "typo pickled adapter gap list portal busy".split()
+    )
+    (revision, typo, pickled, adapter, gap, no_map, portal, busy), _ = run(code)
+    assert one_line(revision, f"{REPO} cannot be downloaded", "no revision 'v9'")
+    assert one_line(typo, f"{server.url} has no such model, or it is private", "HF_TOKEN is not set")
+    assert one_line(pickled, "no safetensors, only pytorch_model.bin", "Convert it")
+    assert one_line(adapter, "has no config.json: it is an adapter")
+    assert one_line(gap, f"names {SHARDS[1]}, which the repository does not have")
+    assert one_line(no_map, "has no weight_map", ways_out="expected")
+    assert one_line(portal, f"the connection to {server.url} failed")
+    assert one_line(busy, f"{server.url} answered with HTTP status 503")
+    assert not any(name.endswith(("bin", "safetensors")) for name in server.fetched()), "no weights for a lost cause"
+
+    (outcome,), _ = run(HF_TOKEN="hf_expired")
+    assert one_line(outcome, "refused the token", "Renew it")
+    (outcome,), _ = run(HF_ENDPOINT=closed_port)
+    assert one_line(outcome, "not in the cache", f"the connection to {closed_port} failed")
+    (outcome,), _ = run(HF_HUB_OFFLINE="1")
+    assert one_line(outcome, "not in the cache", "HF_HUB_OFFLINE is set")
+
+
+def test_a_gated_model_names_the_page_of_its_licence(server, run):
+    server.gated = True
+    (outcome,), _ = run()
+    assert one_line(outcome, "gated", f"https://huggingface.co/{REPO}", "HF_TOKEN is not set")
+    assert server.fetched() == []
+
+
+@pytest.mark.parametrize("variables", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "closed port"}])
+def test_without_the_hub_the_cached_copy_is_used_and_said_if_it_is_whole(server, run, closed_port, variables):
+    variables = {key: value.replace("closed port", closed_port) for key, value in variables.items()}
+    (online,), _ = run()
+    (outcome,), stderr = run(**variables)
+    assert outcome == online and is_whole(outcome, SHARDED)
+    assert f"using the copy in {outcome[1]}" in stderr
+
+    (Path(outcome[1]) / SHARDS[1]).resolve().unlink()
+    (outcome,), _ = run(**variables)
+    assert one_line(outcome, f"is incomplete: it lacks {SHARDS[1]}", "cannot be downloaded")
+
+    before = len(server.log)
+    (outcome,), _ = run()
+    assert is_whole(outcome, SHARDED)
+    assert SHARDS[0] not in "".join(path for _, path, _ in server.log[before:]), "what is there is not fetched again"
+
+
+def test_a_cut_download_is_an_error_and_a_rerun_goes_on_where_it_stopped(server, run):
+    server.cut_at = {SHARDS[1]: 60_000}
+    (outcome,), _ = run()
+    assert one_line(outcome, "failed or was cut", "run the command again to go on")
+    (offline,), _ = run(HF_HUB_OFFLINE="1")
+    assert one_line(offline, f"is incomplete: it lacks {SHARDS[1]}")
+
+    server.cut_at, server.log = {}, []
+    (outcome,), _ = run()
+    assert is_whole(outcome, SHARDED)
+    assert [headers["range"] for _, path, headers in server.log if path.startswith("/cdn/")] == ["bytes=60000-"]
+    assert server.fetched() == [SHARDS[1]]
+
+
+def test_a_damaged_file_is_refused_and_fetched_anew(server, run):
+    server.damaged = {SHARDS[0]}
+    (outcome,), _ = run()
+    assert one_line(outcome, f"{SHARDS[0]} arrived damaged")
+    server.damaged = set()
+    (outcome,), _ = run()
+    assert is_whole(outcome, SHARDED)
+
+
+def test_two_that_want_one_model_fetch_it_once(server, run):
+    server.delay = 0.2
+    code = f"""
+from threading import Thread
+both = [Thread(target=attempt, args=(hub.resolve, {REPO!r})) for _ in range(2)]
+[thread.start() for thread in both]
+[thread.join() for thread in both]
+"""
+    (one, other), _ = run(code)
+    assert one == other and is_whole(one, SHARDED)
+    assert sorted(path for _, path, _ in server.log if "/cdn/" in path) == [f"/cdn/{REPO}//{name}" for name in SHARDS]
+
+
+def test_a_full_disk_is_seen_before_the_weights_come(server, run):
+    code = f"shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 150_000)\nattempt(hub.resolve, {REPO!r})"
+    (outcome,), _ = run(code)
+    assert one_line(outcome, "200,000 bytes", "150,000", "HF_HOME")
+    assert not set(SHARDS) & set(server.fetched())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, where each write finds the disk full")
+def test_a_disk_that_fills_up_meanwhile_is_explained(run, tmp_path):
+    blobs = tmp_path / "home" / "hub" / "models--someone--model" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hashlib.sha256(WEIGHTS[SHARDS[0]]).hexdigest()}.incomplete").symlink_to("/dev/full")
+    (outcome,), _ = run()
+    assert one_line(outcome, "is full", "HF_HOME")
+
+
+# The Alpaca rows
+
+
+def rows(number):
+    return json.dumps([{"instruction": "Say it.", "input": "", "output": "It."}] * number).encode()
+
+
+def test_the_alpaca_rows_are_downloaded_once_and_without_the_token(server, run):
+    server.pages = {"/alpaca": rows(52_002)}
+    code, url = "attempt(hub.alpaca_file)", f"{server.url}/alpaca"
+    (outcome,), stderr = run(code, MINITUNE_ALPACA_URL=url, HF_TOKEN="hf_secret")
+    assert Path(outcome[1]).read_bytes() == server.pages["/alpaca"]
+    assert outcome[1].endswith("home/minitune/alpaca_data.json") and "100%" in stderr
+    (again,), _ = run(code, MINITUNE_ALPACA_URL=url, HF_HUB_OFFLINE="1")
+    assert again == outcome
+    assert [headers.get("authorization") for _, _, headers in server.log] == [None]
+
+
+def test_alpaca_rows_that_are_not_the_original_are_refused_and_not_kept(server, run, tmp_path, closed_port):
+    code, whole = "attempt(hub.alpaca_file)", rows(52_002)
+    server.pages = {"/few": rows(3), "/html": b"<html>", "/keys": b'[{"text": "a"}]', "/cut": whole}
+    server.cut_at = {"/cut": len(whole) // 2}
+    for page, says in {
+        "/few": "3 rows instead of 52,002",
+        "/html": "not JSON",
+        "/keys": "not a list of rows with instruction, input and output",
+        "/cut": "failed or was cut",
+        "/none/of/it": "HTTP status",
+    }.items():
+        (outcome,), _ = run(code, MINITUNE_ALPACA_URL=server.url + page)
+        assert one_line(outcome, says, "--data FILE", ways_out="--data embedded")
+    (outcome,), _ = run(code, MINITUNE_ALPACA_URL=closed_port)
+    assert one_line(outcome, "failed", "--data FILE", ways_out="--data embedded")
+    (outcome,), _ = run(code, HF_HUB_OFFLINE="1")
+    assert one_line(outcome, "HF_HUB_OFFLINE", "--data FILE", ways_out="--data embedded")
+    assert not (tmp_path / "home" / "minitune").exists()
