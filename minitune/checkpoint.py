@@ -17,6 +17,7 @@ from minitune.files import read_json, write_json, write_whole
 from minitune.models import architecture, build
 
 GB = 1e9
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # of one value
 
 
 def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapter=None, revision=None, say=None):
@@ -116,7 +117,7 @@ class Tensors:
                 for name in names if expected is None else expected:
                     view = f.get_slice(name)
                     self.files[name], self.shapes[name] = file, tuple(view.get_shape())
-                    size = quant.BYTES.get(view.get_dtype(), 4) * torch.Size(self.shapes[name]).numel()
+                    size = BYTES[view.get_dtype()] * torch.Size(self.shapes[name]).numel()
                     self.largest_bytes = max(self.largest_bytes, size)
 
     def shards(self):

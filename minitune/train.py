@@ -185,6 +185,8 @@ def train(config: TrainConfig, say=print):
                 "grad_norm": grad_norm,
                 "tokens": progress.tokens,
                 "supervised_tokens": supervised,
+                "examples": sum(len(batch.rows) for batch in batches),
+                "seconds": seconds,
                 "tokens_per_s": round(step_tokens / seconds, 1),
                 "peak_bytes": peak_bytes(device),
             }

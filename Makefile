@@ -1,0 +1,41 @@
+# Each target makes .venv by itself. PYTHON chooses the interpreter that it is made with.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo train test lint bench clean
+
+demo: $(VENV)/.installed
+	$(RUN) scripts/demo.py
+
+train: $(VENV)/.installed
+	$(RUN) scripts/train.py $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/.installed-test
+	$(RUN) scripts/bench_train.py $(ARGS)
+
+# torch first and pinned: without the pin pip fetches gigabytes of CUDA libraries on a machine that may have no GPU.
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) "setuptools>=64" wheel "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable ".[test]"
+	touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable ".[lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

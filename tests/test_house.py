@@ -1,0 +1,126 @@
+"""The shape of the house: who may import whom, the kernels/ folder's name, and what the project must not depend on."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = [  # a module imports only from floors below its own; a name that ends with a dot stands for all below it
+    ["minitune_kernels."],
+    [
+        "minitune.files",
+        "minitune.config",
+        "minitune.device",
+        "minitune.hub",
+        "minitune.quant",
+        "minitune.lora",
+        "minitune.prompts",
+        "minitune.tiny_corpus",
+        "minitune.models.layers",
+        "minitune.models.config_json",
+        "minitune.metrics.",
+    ],
+    ["minitune.models.llama", "minitune.models.mistral", "minitune.models.phi"],
+    ["minitune.models", "minitune.tokenizer", "minitune.generate"],
+    ["minitune.checkpoint", "minitune.data", "minitune.run_folder"],
+    ["minitune.train"],
+    ["minitune.tiny", "minitune.demo", "minitune.inspect_data"],
+    ["scripts."],
+]
+GROUND = ["minitune.files", "minitune.config"]  # plain facts that other modules of floor 1 may use
+PEERS = {"transformers", "peft", "bitsandbytes", "sacrebleu", "rouge_score", "bert_score", "hypothesis", "datasets"}
+RUNTIME = {"torch", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "numpy", "nltk", "scipy", "tqdm",
+           "matplotlib", "minitune", "minitune_kernels", "pyarrow"}  # fmt: skip
+
+
+def floor(name):
+    for number, row in enumerate(FLOORS):
+        if any(name == entry or entry.endswith(".") and name.startswith(entry) for entry in row):
+            return number
+    raise AssertionError(f"{name} stands on no floor: add it to FLOORS in {__file__}")
+
+
+def modules():
+    for folder in ("minitune", "kernels", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            yield name.replace("kernels", "minitune_kernels", 1) if folder == "kernels" else name, path
+
+
+def imports(path):
+    """Every module that a file imports, relative to the top level: `from minitune import hub` is minitune.hub."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import; write the whole name"
+            for alias in node.names:
+                inner = ROOT / f"{node.module}.{alias.name}".replace(".", "/").replace("minitune_kernels", "kernels")
+                yield f"{node.module}.{alias.name}" if inner.with_suffix(".py").exists() else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "name, path", [pytest.param(*m, id=m[0]) for m in modules() if m[0] not in ("minitune", "minitune.metrics")]
+)
+def test_imports_point_down(name, path):
+    for target in imports(path):
+        if target.split(".")[0] not in ("minitune", "minitune_kernels"):
+            continue
+        same_kernels = name.startswith("minitune_kernels") and target.startswith("minitune_kernels")
+        ground = target in GROUND and floor(name) == floor(target) and name not in GROUND[:1]
+        assert same_kernels or ground or floor(target) < floor(name), (
+            f"{path.relative_to(ROOT)} imports {target}, from its floor or above"
+        )
+
+
+def test_only_the_runtime_dependencies_are_imported():
+    for name, path in modules():
+        for target in imports(path):
+            top = target.split(".")[0]
+            assert top not in PEERS, f"{name} imports {top}, which only tests may"
+            assert top in RUNTIME or top in sys.stdlib_module_names, (
+                f"{name} imports {top}, which setup.py does not bring"
+            )
+
+
+def test_importing_minitune_loads_no_peer():
+    code = "import sys, minitune.train, minitune.tiny; print(sorted(set(sys.modules) & set(%r)))" % sorted(PEERS)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_kernels_folder_does_not_shadow_hugging_face():
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "see the comment in setup.py"
+    import minitune_kernels.nf4
+
+    assert Path(minitune_kernels.nf4.__file__).parent == ROOT / "kernels"
+
+
+def test_scripts_stay_short():
+    for path in (ROOT / "scripts").glob("*.py"):
+        lines = len(path.read_text().splitlines())
+        assert lines <= 50, (
+            f"{path.name} has {lines} lines: what it does belongs into minitune/, where a test can call it"
+        )
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "scripts").glob("*.py")))
+def test_every_script_has_help_and_one_clear_line_for_a_wrong_option(script):
+    run = lambda *argv: subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *argv], capture_output=True, text=True
+    )
+    shown = run("--help")
+    assert shown.returncode == 0 and "usage:" in shown.stdout, shown.stderr
+    wrong = run("--no-such-option")
+    assert wrong.returncode == 2 and "--no-such-option" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_readme_names_every_module():
+    readme = (ROOT / "README.md").read_text()
+    missing = [
+        str(path.relative_to(ROOT)) for _, path in modules() if path.name != "__init__.py" and path.name not in readme
+    ]
+    assert not missing, f"the tree in README.md lacks {', '.join(missing)}"
