@@ -20,7 +20,9 @@ def choose_device(name):
         raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise ValueError(
+            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     return device
 
 
@@ -57,7 +59,8 @@ def reset_peak(device):
 
 
 def peak_bytes(device):
-    """Highest memory in use since reset_peak: allocated on a GPU, resident on a CPU (0 where the system does not tell)."""
+    """Highest memory in use since reset_peak: allocated on a GPU, resident on a CPU (0 where the system does not
+    tell)."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else proc_status("VmHWM")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def write_whole(path, content):
-    """Write bytes or str to `path` so that a reader, or a process that starts after a kill, sees the old file or the new one.
+    """Write bytes or str to `path` so that a reader, or a process that starts after a kill, sees the old file or the
+    new one.
 
     The content goes to a temporary file in the same folder, to the disk, and then takes the name in one step."""
     path = Path(path)

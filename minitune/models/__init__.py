@@ -13,8 +13,10 @@ def architecture(raw):
     """The row of a config.json, given as a dict. Raises ValueError on a model_type that is not in the table."""
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ValueError(f"config.json: model_type is {kind!r}, expected one of {', '.join(ARCHITECTURES)}; "
-                         "a new architecture is one file in minitune/models and one row in its __init__.py")
+        raise ValueError(
+            f"config.json: model_type is {kind!r}, expected one of {', '.join(ARCHITECTURES)}; "
+            "a new architecture is one file in minitune/models and one row in its __init__.py"
+        )
     return ARCHITECTURES[kind]
 
 

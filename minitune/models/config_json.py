@@ -1,18 +1,22 @@
 """Reads a model's config.json key by key: every key is used, known and without effect here, or an error."""
 
-# Keys without effect on the logits of a forward pass: bookkeeping, generation defaults, what Hugging Face's code chooses.
-IGNORED = frozenset("""
-    architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path auto_map use_cache initializer_range
-    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id tokenizer_class
-    pretraining_tp attn_implementation _attn_implementation _attn_implementation_autoset use_flash_attn flash_attn fused_dense
-    quantization_config output_attentions output_hidden_states return_dict torchscript use_bfloat16 tf_legacy_loss pruned_heads
-    chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
-    output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens finetuning_task id2label label2id num_labels task_specific_params problem_type prefix
-    unsloth_fixed unsloth_version
-""".split())
+# Keys without effect on the logits of a forward pass: bookkeeping, generation defaults, what Hugging Face's code
+# chooses.
+IGNORED = frozenset(
+    """
+    architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path auto_map use_cache
+    initializer_range bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id tokenizer_class pretraining_tp attn_implementation _attn_implementation
+    _attn_implementation_autoset use_flash_attn flash_attn fused_dense quantization_config output_attentions
+    output_hidden_states return_dict torchscript use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward
+    is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder max_length
+    min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens finetuning_task
+    id2label label2id num_labels task_specific_params problem_type prefix unsloth_fixed unsloth_version
+""".split()
+)
 
 
 class Reader:
@@ -47,13 +51,16 @@ class Reader:
         return self.value(key, default, bool, "true or false")
 
     def only(self, key, *allowed):
-        """The value of a key that this architecture takes in these forms only; the first is what a missing key means."""
+        """The value of a key that this architecture takes in these forms only; the first is what a missing key
+        means."""
         self.seen.add(key)
         value = self.raw.get(key, allowed[0])
         if value not in allowed:
             shown = " or ".join("null" if a is None else repr(a) for a in allowed)
-            raise ValueError(f"config.json: {key} is {value!r}; minitune's {self.family} takes {shown}. "
-                             f"Use another checkpoint, or add it to minitune/models/{self.family}.py")
+            raise ValueError(
+                f"config.json: {key} is {value!r}; minitune's {self.family} takes {shown}. "
+                f"Use another checkpoint, or add it to minitune/models/{self.family}.py"
+            )
         return value
 
     def rope(self, read):
@@ -68,6 +75,8 @@ class Reader:
         """Returns `config`, or raises ValueError with the keys that were not read."""
         if unknown := sorted(set(self.raw) - self.seen):
             shown = ", ".join(f"{key}={self.raw[key]!r}" for key in unknown[:5])
-            raise ValueError(f"config.json has keys that minitune's {self.family} does not know: {shown}. They may change "
-                             f"the model: support them in minitune/models/{self.family}.py, or remove them if they do not")
+            raise ValueError(
+                f"config.json has keys that minitune's {self.family} does not know: {shown}. They may change "
+                f"the model: support them in minitune/models/{self.family}.py, or remove them if they do not"
+            )
         return config

@@ -1,7 +1,9 @@
-"""The formulas that every architecture shares: RMSNorm, RoPE, attention, the key-value cache, cross-entropy over chunks.
+"""The formulas that every architecture shares: RMSNorm, RoPE, attention, the key-value cache, cross-entropy over
+chunks.
 
 No wiring here: how a block connects them is written out in each model file. Letters: B batch, T tokens of this call,
-S keys (T plus what a cache holds), C hidden, H heads, H_kv key-value heads, D head dim, V vocabulary, N supervised tokens."""
+S keys (T plus what a cache holds), C hidden, H heads, H_kv key-value heads, D head dim, V vocabulary, N supervised
+tokens."""
 
 import math
 from dataclasses import dataclass, field
@@ -37,7 +39,8 @@ class RMSNorm(nn.Module):
 class Rope:
     """Rotary position embedding (arXiv 2104.09864) in Hugging Face's half-split layout, with its scalings.
 
-    head_dim: number of dims that turn (all of a head, or Phi's first part). kind: default, linear, dynamic or llama3."""
+    head_dim: number of dims that turn (all of a head, or Phi's first part). kind: default, linear, dynamic or
+    llama3."""
 
     head_dim: int
     theta: float
@@ -59,7 +62,9 @@ class Rope:
             inverse = inverse / self.factor
         elif self.kind == "llama3":  # long waves are stretched, short ones kept, between them a blend
             waves = 2 * math.pi / inverse
-            blend = (self.original_length / waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            blend = (self.original_length / waves - self.low_freq_factor) / (
+                self.high_freq_factor - self.low_freq_factor
+            )
             blend = blend.clamp(0, 1)
             inverse = (1 - blend) * inverse / self.factor + blend * inverse
         return inverse
@@ -72,7 +77,8 @@ class Rope:
 
 
 def read_rope(config, head_dim, default_theta=10000.0, default_partial=1.0):
-    """Rope from a config.json as a dict, in the old spelling (rope_theta, rope_scaling) or the new one (rope_parameters).
+    """Rope from a config.json as a dict, in the old spelling (rope_theta, rope_scaling) or the new one
+    (rope_parameters).
 
     Raises ValueError on a scaling that is not written here."""
     settings = dict(config.get("rope_parameters") or {})
@@ -91,8 +97,10 @@ def read_rope(config, head_dim, default_theta=10000.0, default_partial=1.0):
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
     if kind not in takes:
-        raise ValueError(f"rope scaling of type {kind!r} is not supported; minitune takes {', '.join(takes)}. "
-                         "Use a checkpoint without it, or add it to Rope in minitune/models/layers.py")
+        raise ValueError(
+            f"rope scaling of type {kind!r} is not supported; minitune takes {', '.join(takes)}. "
+            "Use a checkpoint without it, or add it to Rope in minitune/models/layers.py"
+        )
     if missing := [key for key in takes[kind] if settings.get(key) is None]:
         raise ValueError(f"rope scaling of type {kind!r} needs {', '.join(missing)}")
     original = settings.pop("original_max_position_embeddings", None) or config.get("max_position_embeddings")
@@ -125,22 +133,27 @@ class Layout:
 
     @classmethod
     def of(cls, input_ids, attention_mask=None, documents=None, cache=None, window=None):
-        """input_ids (B, T); attention_mask (B, S), 0 on padding (left or right); documents: lengths that sum to T, with B = 1."""
+        """input_ids (B, T); attention_mask (B, S), 0 on padding (left or right); documents: lengths that sum to T,
+        with B = 1."""
         B, T = input_ids.shape
         past = cache.length if cache else 0
         device = input_ids.device
         if documents is not None:
             if B != 1 or sum(documents) != T or attention_mask is not None or cache is not None:
-                raise ValueError(f"documents={documents} must sum to the {T} tokens of one row (here {B} rows), "
-                                 "without attention_mask and cache")
+                raise ValueError(
+                    f"documents={documents} must sum to the {T} tokens of one row (here {B} rows), "
+                    "without attention_mask and cache"
+                )
             positions = torch.cat([torch.arange(n, device=device) for n in documents])[None]
             return cls(positions, window, documents=[n for n in documents if n])
         if attention_mask is None:
             positions = torch.arange(past, past + T, device=device).expand(B, T)
         else:
             if attention_mask.shape != (B, past + T):
-                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, past + T)}: "
-                                 "one value for every token, those in the cache included")
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, past + T)}: "
+                    "one value for every token, those in the cache included"
+                )
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         mask = None
         if attention_mask is not None or past and T > 1 or window and past + T > window:
@@ -200,8 +213,8 @@ class LayerCache:
             self.k, self.v = k.new_empty(shape), v.new_empty(shape)
         end = self.length + k.shape[2]
         assert end <= self.max_length, f"cache of {self.max_length} tokens got {end}"
-        self.k[:, :, self.length:end] = k
-        self.v[:, :, self.length:end] = v
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
@@ -222,12 +235,15 @@ def chunked_cross_entropy(hidden, head, targets, chunk=256):
     """Sum of the cross-entropy of `head(hidden)` against targets, in fp32, without ever holding all logits.
 
     hidden (N, C): only rows that have a label; head: a module (.., C) -> (.., V); targets (N,) int64. Returns a scalar.
-    The gradient of each chunk is computed at once in the forward pass, so that neither logits nor a recomputation remain."""
+    The gradient of each chunk is computed at once in the forward pass, so that neither logits nor a recomputation
+    remain."""
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         return ChunkedCrossEntropy.apply(hidden, head, targets, chunk, *trained)
-    losses = [F.cross_entropy(head(h).float(), t, reduction="sum")
-              for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
+    losses = [
+        F.cross_entropy(head(h).float(), t, reduction="sum")
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
     return torch.stack(losses).sum() if losses else hidden.sum().float() * 0
 
 

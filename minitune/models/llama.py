@@ -1,4 +1,5 @@
-"""Llama 1, 2 and 3.x (arXiv 2302.13971, 2307.09288, 2407.21783): pre-norm blocks, RoPE, grouped-query attention, SwiGLU.
+"""Llama 1, 2 and 3.x (arXiv 2302.13971, 2307.09288, 2407.21783): pre-norm blocks, RoPE, grouped-query attention,
+SwiGLU.
 
 Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as in layers.py."""
 
@@ -42,21 +43,23 @@ class LlamaConfig:
         head_dim = read.integer("head_dim", None) or hidden_size // heads
         read.only("hidden_act", "silu", "swish")
         read.only("attention_dropout", 0.0, None)
-        return read.done(cls(
-            vocab_size=read.integer("vocab_size", 32000),
-            hidden_size=hidden_size,
-            intermediate_size=read.integer("intermediate_size", 11008),
-            num_hidden_layers=read.integer("num_hidden_layers", 32),
-            num_attention_heads=heads,
-            num_key_value_heads=read.integer("num_key_value_heads", None) or heads,
-            head_dim=head_dim,
-            max_position_embeddings=read.integer("max_position_embeddings", 2048),
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-            rope=read.rope(lambda raw: read_rope(raw, head_dim)),
-            attention_bias=read.boolean("attention_bias", False),
-            mlp_bias=read.boolean("mlp_bias", False),
-            tie_word_embeddings=read.boolean("tie_word_embeddings", False),
-        ))
+        return read.done(
+            cls(
+                vocab_size=read.integer("vocab_size", 32000),
+                hidden_size=hidden_size,
+                intermediate_size=read.integer("intermediate_size", 11008),
+                num_hidden_layers=read.integer("num_hidden_layers", 32),
+                num_attention_heads=heads,
+                num_key_value_heads=read.integer("num_key_value_heads", None) or heads,
+                head_dim=head_dim,
+                max_position_embeddings=read.integer("max_position_embeddings", 2048),
+                rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+                rope=read.rope(lambda raw: read_rope(raw, head_dim)),
+                attention_bias=read.boolean("attention_bias", False),
+                mlp_bias=read.boolean("mlp_bias", False),
+                tie_word_embeddings=read.boolean("tie_word_embeddings", False),
+            )
+        )
 
 
 class LlamaAttention(nn.Module):

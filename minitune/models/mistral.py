@@ -1,4 +1,5 @@
-"""Mistral 7B v0.1 to v0.3 (arXiv 2310.06825): Mistral's block with grouped-query attention and, in v0.1, a sliding window.
+"""Mistral 7B v0.1 to v0.3 (arXiv 2310.06825): Mistral's block with grouped-query attention and, in v0.1, a sliding
+window.
 
 Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as in layers.py."""
 
@@ -41,20 +42,22 @@ class MistralConfig:
         head_dim = read.integer("head_dim", None) or hidden_size // heads
         read.only("hidden_act", "silu", "swish")
         read.only("attention_dropout", 0.0, None)
-        return read.done(cls(
-            vocab_size=read.integer("vocab_size", 32000),
-            hidden_size=hidden_size,
-            intermediate_size=read.integer("intermediate_size", 14336),
-            num_hidden_layers=read.integer("num_hidden_layers", 32),
-            num_attention_heads=heads,
-            num_key_value_heads=read.integer("num_key_value_heads", 8, null=True) or heads,
-            head_dim=head_dim,
-            max_position_embeddings=read.integer("max_position_embeddings", 131072),
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-            rope=read.rope(lambda raw: read_rope(raw, head_dim)),
-            sliding_window=read.integer("sliding_window", 4096, null=True),
-            tie_word_embeddings=read.boolean("tie_word_embeddings", False),
-        ))
+        return read.done(
+            cls(
+                vocab_size=read.integer("vocab_size", 32000),
+                hidden_size=hidden_size,
+                intermediate_size=read.integer("intermediate_size", 14336),
+                num_hidden_layers=read.integer("num_hidden_layers", 32),
+                num_attention_heads=heads,
+                num_key_value_heads=read.integer("num_key_value_heads", 8, null=True) or heads,
+                head_dim=head_dim,
+                max_position_embeddings=read.integer("max_position_embeddings", 131072),
+                rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+                rope=read.rope(lambda raw: read_rope(raw, head_dim)),
+                sliding_window=read.integer("sliding_window", 4096, null=True),
+                tie_word_embeddings=read.boolean("tie_word_embeddings", False),
+            )
+        )
 
 
 class MistralAttention(nn.Module):

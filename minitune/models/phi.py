@@ -1,4 +1,5 @@
-"""Phi 1, 1.5 and 2 (arXiv 2306.11644, 2309.05463): attention and MLP side by side on one LayerNorm, partial RoPE, biases.
+"""Phi 1, 1.5 and 2 (arXiv 2306.11644, 2309.05463): attention and MLP side by side on one LayerNorm, partial RoPE,
+biases.
 
 Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as in layers.py."""
 
@@ -43,22 +44,24 @@ class PhiConfig:
         head_dim = read.integer("head_dim", None) or hidden_size // heads
         read.only("attention_dropout", 0.0, None)
         read.only("qk_layernorm", False)
-        return read.done(cls(
-            vocab_size=read.integer("vocab_size", 51200),
-            hidden_size=hidden_size,
-            intermediate_size=read.integer("intermediate_size", 8192),
-            num_hidden_layers=read.integer("num_hidden_layers", 24),
-            num_attention_heads=heads,
-            num_key_value_heads=read.integer("num_key_value_heads", None) or heads,
-            head_dim=head_dim,
-            max_position_embeddings=read.integer("max_position_embeddings", 2048),
-            layer_norm_eps=read.number("layer_norm_eps", 1e-5),
-            hidden_act=read.only("hidden_act", "gelu_new", "gelu_pytorch_tanh", "gelu"),
-            rope=read.rope(lambda raw: read_rope(raw, head_dim, default_partial=0.5)),
-            embd_pdrop=read.number("embd_pdrop", 0.0),
-            resid_pdrop=read.number("resid_pdrop", 0.0),
-            tie_word_embeddings=read.boolean("tie_word_embeddings", False),
-        ))
+        return read.done(
+            cls(
+                vocab_size=read.integer("vocab_size", 51200),
+                hidden_size=hidden_size,
+                intermediate_size=read.integer("intermediate_size", 8192),
+                num_hidden_layers=read.integer("num_hidden_layers", 24),
+                num_attention_heads=heads,
+                num_key_value_heads=read.integer("num_key_value_heads", None) or heads,
+                head_dim=head_dim,
+                max_position_embeddings=read.integer("max_position_embeddings", 2048),
+                layer_norm_eps=read.number("layer_norm_eps", 1e-5),
+                hidden_act=read.only("hidden_act", "gelu_new", "gelu_pytorch_tanh", "gelu"),
+                rope=read.rope(lambda raw: read_rope(raw, head_dim, default_partial=0.5)),
+                embd_pdrop=read.number("embd_pdrop", 0.0),
+                resid_pdrop=read.number("resid_pdrop", 0.0),
+                tie_word_embeddings=read.boolean("tie_word_embeddings", False),
+            )
+        )
 
 
 class PhiAttention(nn.Module):
@@ -77,7 +80,9 @@ class PhiAttention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = (torch.cat((apply_rope(t[..., :self.rope_dim], *rope), t[..., self.rope_dim:]), dim=-1) for t in (q, k))
+        q, k = (
+            torch.cat((apply_rope(t[..., : self.rope_dim], *rope), t[..., self.rope_dim :]), dim=-1) for t in (q, k)
+        )
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, S, D)
         if x.dtype == torch.float16:  # Phi-2's scores pass the largest fp16, 65504
