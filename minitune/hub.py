@@ -123,7 +123,7 @@ def _local(folder, revision):
 def _from_hub(repo, revision):
     """The snapshot folder of a model in the hub's cache, after fetching what it lacks."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HTTPError  # of httpx2 or httpx, whichever it uses; those of requests are OSErrors
+    from huggingface_hub.errors import HTTPError  # of httpx2 or httpx; those of requests are OSErrors
 
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
