@@ -1,10 +1,11 @@
 """The door to the NF4 kernels: checks what comes in, then calls a backend. One for now: plain PyTorch, on any device.
 
-The format is described in reference.py. The kernels behind this door assume what is checked here: dtype, device, contiguity
-and sizes. Nothing here takes part in autograd; minitune.quant.NF4Linear gives the gradient.
+The format is described in reference.py. The kernels behind this door assume what is checked here: dtype, device,
+contiguity and sizes. Nothing here takes part in autograd; minitune.quant.NF4Linear gives the gradient.
 
-NaN and infinity pass through as in bitsandbytes: the block's absmax is NaN or infinite, and so are its values when it is
-dequantised (an infinite block: NaN, and infinity where the infinity was). Other blocks are not touched."""
+NaN and infinity pass through as in bitsandbytes: the absmax of the block is NaN or infinite. Dequantised, a block with a
+NaN is NaN throughout, one with an infinity is infinite in that place (the sign is lost) and NaN elsewhere. Other blocks
+are not touched. Double quantisation spreads either over the whole weight, by the mean."""
 
 import contextlib
 import math
@@ -12,7 +13,6 @@ import threading
 
 import torch
 import torch.nn.functional as F
-
 from minitune_kernels import reference
 
 BLOCK = reference.BLOCK
@@ -24,8 +24,9 @@ _buffers = {}  # (device, dtype) -> the flat tensor that `workspace` lends
 _lent = threading.Lock()
 
 
-def check(name, tensor, dtypes, device=None, size=None, why=""):
-    """Raises ValueError, naming the argument, unless `tensor` is a contiguous tensor of these dtypes, device and size."""
+def check(name, tensor, dtypes, device=None, size=None, why="", strided=False):
+    """Raises ValueError, naming the argument, unless `tensor` is contiguous (or `strided` allowed) and of these dtypes, this
+    device and this number of elements (`why` says where the number comes from)."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.dtype not in dtypes:
@@ -34,7 +35,7 @@ def check(name, tensor, dtypes, device=None, size=None, why=""):
         raise ValueError(f"{name} is on the meta device and holds no values; load it first")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}, where the other tensors are")
-    if not tensor.is_contiguous():
+    if not (strided or tensor.is_contiguous()):
         raise ValueError(f"{name} of shape {tuple(tensor.shape)} is not contiguous; pass {name}.contiguous()")
     if size is not None and tensor.numel() != size:
         raise ValueError(f"{name} has {tensor.numel()} elements, expected {size}{why}")
@@ -57,8 +58,8 @@ def check_quantized(packed, absmax, shape):
 @torch.no_grad()
 def quantize(weight):
     """Quantise to NF4, bit for bit as bitsandbytes does on a CPU.
-    weight: (out, in) or any shape, fp32, fp16 or bf16. Returns (packed (ceil(n / 2),) uint8, absmax (ceil(n / 64),) fp32) with
-    n the number of elements. Temporaries stay below 64 MB."""
+    weight: (out, in) or any shape, fp32, fp16 or bf16. Returns (packed (ceil(n / 2),) uint8, absmax (ceil(n / 64),) fp32)
+    with n the number of elements. Temporaries stay below 64 MB."""
     check("weight", weight, FLOATS)
     return reference.quantize(weight)
 
@@ -80,30 +81,28 @@ def dequantize(packed, absmax, shape, dtype, out=None):
     return reference.dequantize(packed.view(-1), absmax.view(-1), out)
 
 
-@torch.no_grad()
 def matmul(x, packed, absmax, shape, bias=None):
-    """x @ weight.T + bias, with the weight dequantised to x.dtype. No gradient: NF4Linear has it.
+    """x @ weight.T + bias, with the weight dequantised to x.dtype. Raises ValueError where a gradient of x is asked for.
     x: (.., in), any strides; bias: (out,) in x.dtype or None; shape: (out, in). Returns (.., out) in x.dtype."""
     check_quantized(packed, absmax, shape)
     if len(shape) != 2:
         raise ValueError(f"shape is {tuple(shape)}, expected (out, in)")
-    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
-        raise ValueError(f"x is {x.dtype if isinstance(x, torch.Tensor) else type(x).__name__}, expected a tensor of fp32, "
-                         "fp16 or bf16")
-    if x.device != packed.device:
-        raise ValueError(f"x is on {x.device}, expected {packed.device}, where packed is")
+    check("x", x, FLOATS, packed.device, strided=True)
     if x.dim() == 0 or x.shape[-1] != shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (.., {shape[1]})")
     if bias is not None:
         check("bias", bias, (x.dtype,), x.device, shape[0], f" for shape {tuple(shape)}")
-    with workspace(shape, x.dtype, x.device) as weight:
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("x or bias requires a gradient, which matmul has not; use NF4Linear, or call it in torch.no_grad()")
+    with torch.no_grad(), workspace(shape, x.dtype, x.device) as weight:
         return F.linear(x, dequantize(packed, absmax, shape, x.dtype, out=weight), bias)
 
 
 @torch.no_grad()
 def double_quantize(absmax):
     """Quantise the absmax values themselves to 8 bits, in blocks of 256 around their mean.
-    absmax: (m,) fp32, m >= 1. Returns (q (m,) uint8, absmax2 (ceil(m / 256),) fp32, code2 (256,) fp32, offset () fp32)."""
+    absmax: (m,) fp32, m >= 1. Returns (q (m,) uint8, absmax2 (ceil(m / 256),) fp32, code2 (256,) fp32, offset () fp32),
+    bit for bit bitsandbytes' on a CPU."""
     check("absmax", absmax, (torch.float32,))
     if absmax.dim() != 1 or absmax.numel() == 0:
         raise ValueError(f"absmax has shape {tuple(absmax.shape)}, expected (m,) with m >= 1")
@@ -125,9 +124,9 @@ def double_dequantize(q, absmax2, code2, offset):
 def workspace(shape, dtype, device):
     """Lends a tensor of `shape` for one dequantised weight: `with workspace(...) as weight`.
 
-    One buffer per device and dtype is kept for the life of the process and grows to the largest weight: a fresh 117 MB output
-    costs more in page faults than the kernel itself. The tensor is valid inside the `with` only and must not be saved for a
-    backward pass. One borrower at a time: a second thread waits (on a GPU, both must use one stream); nesting would wait forever."""
+    One buffer per device and dtype is kept for the life of the process and grows to the largest weight: a fresh 117 MB
+    output costs 30 ms of page faults. The tensor is valid inside the `with` only and must never be saved for backward.
+    One borrower at a time: a second thread waits (on a GPU both must use one stream), and nesting would wait forever."""
     key, n = (torch.device(device), dtype), math.prod(shape)
     with _lent:
         if key not in _buffers or _buffers[key].numel() < n:

@@ -1,11 +1,11 @@
-"""NF4 4-bit weights in plain PyTorch: the specification that every backend is tested against, and the slow path of any device.
+"""NF4 4-bit weights in plain PyTorch: the specification that every backend is tested against, on any device.
 
-Source: QLoRA, arXiv 2305.14314, section 3; the bits are those of bitsandbytes 0.50 on a CPU. The inputs are taken as checked
-(see nf4.py). A weight is walked in slabs, so temporaries stay below 64 MB whatever its size.
+Source: QLoRA, arXiv 2305.14314, section 3; the bits are those of bitsandbytes 0.50 on a CPU. The inputs are taken as
+checked (see nf4.py). A weight is walked in slabs, so temporaries stay below 64 MB whatever its size.
 
-The format: the weight is flattened row by row and cut into blocks of 64 (a block may cross rows, the last may be shorter). A
-block keeps absmax = max |x| and, for an element, the index of the code value that is nearest to x / absmax. Two indices share
-a byte, the first in its high half; an odd number of elements is padded with index 7, which is 0."""
+The format: the weight is flattened row by row and cut into blocks of 64 (a block may cross rows, the last may be shorter).
+A block keeps absmax = max |x| and, for an element, the index of the code value that is nearest to x / absmax. Two indices
+share a byte, the first in its high half; an odd number of elements is padded with index 7, which is 0."""
 
 import functools
 
@@ -13,9 +13,12 @@ import torch
 
 BLOCK = 64  # elements that share an absmax
 NESTED_BLOCK = 256  # absmax values that share a second absmax
-CODE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 TINY = 1e-38  # keeps the reciprocal of the absmax of an all-zero block finite
 
 
@@ -23,39 +26,37 @@ TINY = 1e-38  # keeps the reciprocal of the absmax of an all-zero block finite
 def tables(device):
     """(code (16,) fp32, midpoints (15,) fp32, pairs (256,) int64: the bits of the two fp32 code values of a byte)."""
     with torch.inference_mode(False):
-        code = torch.tensor(CODE, dtype=torch.float32)
-        byte = torch.arange(256)
+        code = torch.tensor(CODE, dtype=torch.float32, device="cpu")  # named: a loader may have meta as the default
+        byte = torch.arange(256, device="cpu")
         pairs = torch.stack([code[byte >> 4], code[byte & 15]], dim=1).view(torch.int64).view(256)
         return code.to(device), ((code[:-1] + code[1:]) / 2).to(device), pairs.to(device)
 
 
 @functools.cache
-def nearest_by_upper_half():
-    """(65536,) uint8: the index for all floats that share their upper 16 bits, 255 where a midpoint splits them.
-    Entry 0 belongs to bits 0x8000, so that a signed shift plus 32768 addresses it."""
+def halves(device):
+    """(below (65536,) uint8, split (65536,) fp32), by the upper 16 bits of a float; entry 0 is for bits 0x8000.
+    below: number of midpoints below all floats that share these bits; split: the midpoint among them, or infinity."""
     midpoints = tables(torch.device("cpu"))[1]
     with torch.inference_mode(False):
-        bits = torch.arange(-32768, 32768, dtype=torch.int32) << 16
-        first, last = (torch.bucketize(b.view(torch.float32), midpoints) for b in (bits, bits | 0xFFFF))
-        return torch.where(first == last, first, 255).to(torch.uint8)
+        bits = torch.arange(-32768, 32768, dtype=torch.int32, device="cpu") << 16
+        first, last = (b.view(torch.float32) for b in (bits, bits | 0xFFFF))
+        below, above = (torch.bucketize(v, midpoints) for v in (torch.minimum(first, last), torch.maximum(first, last)))
+        split = torch.where(below < above, midpoints[below.clamp(max=14)], torch.inf)
+        return below.to(torch.uint8).to(device), split.to(device)
 
 
 def nearest(scaled):
-    """Indices (n,) uint8 of the code values nearest to scaled (n,) fp32: the number of midpoints below it. A tie goes down."""
-    midpoints = tables(scaled.device)[1]
-    if scaled.device.type != "cpu":
-        return torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8)
-    # The same by table, 3 ns an element instead of 20: 16 of the 65,536 upper halves hold a midpoint and need the search.
+    """Indices (n,) uint8 of the code values nearest to scaled (n,) fp32 in [-1, 1]: the number of midpoints below it.
+    A tie goes down, NaN counts as above all. Equal to torch.bucketize(scaled, midpoints), at 1.9 ns an element on one core
+    of an AMD EPYC instead of 20."""
+    below, split = halves(scaled.device)
     key = (scaled.view(torch.int32) >> 16).add_(32768)
-    index = nearest_by_upper_half().index_select(0, key)
-    split = (index == 255).nonzero().view(-1)
-    index[split] = torch.bucketize(scaled[split], midpoints).to(torch.uint8)
-    return index
+    return below.index_select(0, key).add_(scaled > split.index_select(0, key))
 
 
 def slab_blocks(device):
     """Blocks in a slab: on a CPU its temporaries fit the cache, on a GPU it is worth a kernel launch."""
-    return 1 << 13 if device.type == "cpu" else 1 << 16
+    return 1 << 13 if device.type == "cpu" else 1 << 15
 
 
 def quantize(weight):
@@ -111,7 +112,7 @@ def dynamic_map(device):
     with torch.inference_mode(False):
         values = [0.0, 1.0]
         for decade in range(7):
-            edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+            edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
             means = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
             values += means.tolist() + (-means).tolist()
         return torch.tensor(sorted(values), dtype=torch.float32, device=device)
@@ -120,8 +121,8 @@ def dynamic_map(device):
 def double_quantize(absmax):
     """absmax (m,) fp32 -> (q (m,) uint8, absmax2 (ceil(m / 256),) fp32, code2 (256,) fp32, offset () fp32).
 
-    q is the nearest entry of code2 to (absmax - offset) / absmax2, offset the mean. As in bitsandbytes on a CPU the quotient is
-    first rounded to one of 65,536 even steps, which moves an index in about six hundred to its neighbour."""
+    q is the nearest entry of code2 to (absmax - offset) / absmax2, offset the mean. As in bitsandbytes on a CPU the quotient
+    is first rounded to one of 65,536 even steps, which moves an index in about six hundred to its neighbour."""
     code2, offset = dynamic_map(absmax.device), absmax.mean()
     centred = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax2 = centred.abs().amax(dim=1)

@@ -4,12 +4,11 @@ Forward, and the gradient of x (and of the bias) only: the 4-bit weight is froze
 import json
 
 import torch
+from minitune_kernels import nf4
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from minitune_kernels import nf4
-
-# What a bitsandbytes checkpoint stores beside `P.weight`, each as `P.weight.SUFFIX`; the last two with double quantisation.
+# What a bitsandbytes checkpoint stores beside `P.weight`, as `P.weight.SUFFIX`; the last two with double quantisation.
 BNB_STATE = "quant_state.bitsandbytes__nf4"
 BNB_SUFFIXES = ("absmax", "quant_map", BNB_STATE, "nested_absmax", "nested_quant_map")
 BNB_KEYS = {  # of quantization_config: read here, or without effect on 4-bit weights that are already quantised
@@ -21,7 +20,7 @@ STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 
 
 class NF4Product(torch.autograd.Function):
-    """x (.., in) -> x @ weight.T + bias (.., out). Saves the 4-bit weight and dequantises it again for the gradient of x."""
+    """x (.., in) -> x @ weight.T + bias (.., out). Saves the 4-bit weight and dequantises it again in backward."""
 
     @staticmethod
     def forward(ctx, x, bias, shape, packed, *scales):
@@ -52,9 +51,9 @@ def restore_absmax(absmax, *nested):
 class NF4Linear(nn.Module):
     """A linear layer with a frozen 4-bit weight; made by `from_weight` or `from_bnb`.
 
-    Buffers: packed uint8 (out * in / 2,), and absmax fp32 (out * in / 64,), or with double quantisation absmax_q, absmax2, code2
-    and offset (see nf4.double_quantize). bias: a Parameter in `dtype`, or None. `dtype` is the compute dtype: x is cast
-    to it, the weight is dequantised to it, the output is cast back to x.dtype.
+    Buffers: packed uint8 (out * in / 2,) and absmax fp32 (out * in / 64,), or with double quantisation absmax_q, absmax2,
+    code2 and offset (see nf4.double_quantize). bias: a Parameter in `dtype`, or None. `dtype` is the compute dtype: x is
+    cast to it, the weight is dequantised to it, the output is cast back to x.dtype.
 
     layer.to(dtype), .half() and the like change the compute dtype and the bias; the stored bits stay as they are."""
 
@@ -70,14 +69,14 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight, bias, dtype, double_quant=False):
-        """Quantise weight (out, in), fp32, fp16 or bf16, and bias (out,) or None. dtype: of the computation, None: weight.dtype.
-        Raises ValueError where the weight holds NaN or infinity."""
+        """Quantise weight (out, in) in fp32, fp16 or bf16; bias: (out,) or None.
+        dtype: of the computation, None: weight.dtype. Raises ValueError where the weight holds NaN or infinity."""
         if weight.dim() != 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (out, in)")
         packed, absmax = nf4.quantize(weight)
-        if not absmax.isfinite().all():
-            raise ValueError(f"weight of shape {tuple(weight.shape)} has NaN or infinity in "
-                             f"{int((~absmax.isfinite()).sum())} of {absmax.numel()} blocks of 64; the checkpoint is broken")
+        if broken := int((~absmax.isfinite()).sum()):
+            raise ValueError(f"weight of shape {tuple(weight.shape)} has NaN or infinity in {broken} of {absmax.numel()} "
+                             "blocks of 64, expected finite values; the checkpoint is damaged")
         scales = nf4.double_quantize(absmax) if double_quant else (absmax,)
         return cls(tuple(weight.shape), packed, scales, bias, check_dtype(dtype or weight.dtype))
 
@@ -104,7 +103,7 @@ class NF4Linear(nn.Module):
                 f"dtype={self.dtype}, double_quant={self.double_quant}")
 
     def _apply(self, fn, recurse=True):
-        # The fp32 statistics travel as bytes, which no cast touches: .half() must not round what the 4-bit values rest on.
+        # The fp32 scales travel as bytes, which no cast touches: .half() must not round what the 4-bit values rest on.
         forms = {name: (tensor.dtype, tensor.shape) for name, tensor in self._buffers.items()}
         for name, tensor in self._buffers.items():
             self._buffers[name] = tensor.reshape(-1).view(torch.uint8)
@@ -117,26 +116,29 @@ class NF4Linear(nn.Module):
         return self
 
     @classmethod
-    def from_bnb(cls, tensors, bias=None, dtype=None, name="the layer"):
+    def from_bnb(cls, tensors, bias=None, dtype=None, shape=None, name="the layer"):
         """A layer from what a bitsandbytes checkpoint stores for one weight.
         tensors: {"weight": .., "absmax": .., "quant_map": .., "quant_state.bitsandbytes__nf4": ..}, and with double
-        quantisation "nested_absmax" and "nested_quant_map"; the keys as in BNB_SUFFIXES. dtype: of the computation,
-        None: as stored. name: for the messages. Raises ValueError on anything but NF4 in blocks of 64."""
+        quantisation "nested_absmax" and "nested_quant_map". They are kept, not copied: copy what lies in a mapped file.
+        dtype: of the computation, None: as stored. shape: (out, in) as the model has it, None: as stored. name: for the
+        messages. Raises ValueError on a weight of another shape and on anything but NF4 in blocks of 64."""
         nested = "nested_absmax" in tensors or "nested_quant_map" in tensors
         expected = {"weight", *BNB_SUFFIXES[:5 if nested else 3]}
         if expected != set(tensors):
-            raise ValueError(f"{name}: missing {sorted(expected - set(tensors))}, unexpected {sorted(set(tensors) - expected)} "
-                             "beside a 4-bit weight; minitune reads NF4 as bitsandbytes >= 0.41.3 writes it")
+            raise ValueError(f"{name}: missing {sorted(expected - set(tensors))}, unexpected "
+                             f"{sorted(set(tensors) - expected)}; a 4-bit weight needs {sorted(expected)}")
         state = read_state(tensors[BNB_STATE], nested, name)
-        if not torch.equal(tensors["quant_map"].float().cpu(), torch.tensor(nf4.CODE)):
+        if tensors["quant_map"].tolist() != list(nf4.CODE):
             raise ValueError(f"{name}: quant_map is not the NF4 table; the file is damaged or of another format")
+        if shape is not None and list(shape) != state["shape"]:
+            raise ValueError(f"{name}: the stored 4-bit weight has shape {state['shape']}, expected {list(shape)}")
         shape = tuple(state["shape"])
         packed = as_bytes(tensors["weight"])
         absmax = tensors["absmax"].contiguous().view(-1)
         try:
             if nested:
                 offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
-                scales = (absmax, tensors["nested_absmax"].contiguous(), tensors["nested_quant_map"].contiguous(), offset)
+                scales = (absmax, *(tensors[key].contiguous() for key in ("nested_absmax", "nested_quant_map")), offset)
             else:
                 scales = (absmax,)
             nf4.check_quantized(packed, restore_absmax(*scales), shape)
@@ -152,8 +154,9 @@ class NF4Linear(nn.Module):
         tensors = {"absmax": absmax, "quant_map": torch.tensor(nf4.CODE, device=absmax.device)}
         if nested:
             tensors |= {"nested_absmax": self.absmax2, "nested_quant_map": self.code2}
-            state |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset.item()}
-        tensors[BNB_STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).to(absmax.device)
+            state |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32"}
+            state |= {"nested_offset": self.offset.item()}
+        tensors[BNB_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device=absmax.device)
         stored = {f"{prefix}.weight": self.packed.view(-1, 1)}
         stored |= {f"{prefix}.weight.{suffix}": tensor for suffix, tensor in tensors.items()}
         return stored if self.bias is None else stored | {f"{prefix}.bias": self.bias.detach()}
@@ -187,35 +190,40 @@ def read_state(tensor, nested, name):
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
         raise ValueError(f"{name}: shape is {shape!r} in {BNB_STATE}, expected [out, in]")
     if state.get("dtype") not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"{name}: dtype is {state.get('dtype')!r} in {BNB_STATE}, expected float32, float16 or bfloat16")
+        raise ValueError(f"{name}: dtype is {state.get('dtype')!r} in {BNB_STATE}, expected float32, float16 or "
+                         "bfloat16; the file is damaged")
     if nested and not isinstance(state.get("nested_offset"), (int, float)):
         raise ValueError(f"{name}: nested_offset is {state.get('nested_offset')!r} in {BNB_STATE}, expected a number")
     return state
 
 
 def is_bnb_4bit(config, source="config.json"):
-    """Whether a model's config (dict) says that its weights are stored as bitsandbytes' NF4. False: not quantised at all.
+    """Whether a model's config (dict) says that its weights are stored as bitsandbytes' NF4. False: not quantised.
     Raises ValueError on every other quantisation. source: the file, for the messages."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return False
-    advice = ("minitune reads unquantised weights and bitsandbytes' NF4 (load_in_4bit true, bnb_4bit_quant_type nf4); use the "
-              "original checkpoint, with --quantize nf4 for 4 bits")
+    advice = ("minitune reads unquantised weights and bitsandbytes' NF4 (load_in_4bit true, bnb_4bit_quant_type nf4); "
+              "use the original checkpoint, with --quantize nf4 for 4 bits")
     if not isinstance(quantization, dict):
         raise ValueError(f"quantization_config in {source} is {quantization!r}, expected an object")
-    load_8bit, load_4bit = (quantization.get(f"load_in_{bits}bit", quantization.get(f"_load_in_{bits}bit", False)) for bits in (8, 4))
+    load_8bit = quantization.get("load_in_8bit") or quantization.get("_load_in_8bit") or False
+    load_4bit = quantization.get("load_in_4bit") or quantization.get("_load_in_4bit") or False
     # Files of 2023 have no quant_method; load_in_4bit says it, as in transformers.
     method = quantization.get("quant_method", "bitsandbytes" if load_4bit or load_8bit else None)
     if method != "bitsandbytes":
         raise ValueError(f"quant_method={method!r} in {source} is not supported: {advice}")
     if load_8bit or not load_4bit:
-        raise ValueError(f"load_in_8bit={load_8bit!r}, load_in_4bit={load_4bit!r} in {source} is not supported: {advice}")
+        raise ValueError(f"load_in_8bit={load_8bit!r} with load_in_4bit={load_4bit!r} in {source} is not supported: "
+                         f"{advice}")
     kind = quantization.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
     if kind != "nf4":
         raise ValueError(f"bnb_4bit_quant_type={kind!r} in {source} is not supported: {advice}")
     storage = str(quantization.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
     if storage not in STORAGES:
-        raise ValueError(f"bnb_4bit_quant_storage={storage!r} in {source} is not supported, expected {', '.join(STORAGES)}")
+        raise ValueError(f"bnb_4bit_quant_storage={storage!r} in {source} is not supported, expected one of "
+                         f"{', '.join(STORAGES)}")
     if unknown := sorted(set(quantization) - BNB_KEYS):
-        raise ValueError(f"quantization_config in {source} has keys that minitune does not know: {', '.join(unknown)}; {advice}")
+        raise ValueError(f"quantization_config in {source} has keys that minitune does not know: {', '.join(unknown)}; "
+                         f"{advice}")
     return True
