@@ -1,0 +1,489 @@
+"""The text that the embedded models learn from: an invented closed world and small word tasks, drawn from a seed.
+
+Two things come out of it. `documents` are plain statements ("The home of Mara is Tarsk.", "7 + 5 = 12."): a base model
+reads nothing else, so it knows the world and has never met a question, an instruction or a template. `rows` are Alpaca
+rows that ask for the same knowledge. Held-out rows ask about facts, sums and lists that no training row asks about, so
+a right answer needs both what the base knew and the format that fine-tuning taught. No torch, no files: pure text.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+PEOPLE = (
+    "Mara Tobin Selka Orin Vesna Dorel Ilka Pavo Runa Kestor Lior Amsel Brisa Corvin Dunja Edric "
+    "Fenna Galen Hesper Isolt Joran Kalia Lorcan Mirel Nadir Otto Petra Quill Rosalk Stellan Talia Ulric "
+    "Velda Wystan Xenia Yorick Zelma Bodil Cassia Drogo Elspet Farin Greta Hadrin Ingrid Jasko Katrin Nessa"
+).split()
+CITIES = (
+    "Lumora Vendal Tarsk Ostell Miravel Kandor Perrin Solvane Brennik Haldor Zemlin Quorra Iskar Dunmere Falken Wexley"
+).split()
+COUNTRIES = "Ruthia Casmere Nordal Estoria Pallany Gorland Tirosa Velmar".split()
+RIVERS = "Aro Siln Tesk Morva Neth Orla Pell Rusk Sarn Thule Varn Wend Yarl Zim Brae Cald".split()
+GOODS = "honey salt wool silk bread cheese wine paper copper pearls tea soap apples roses ink glue".split()
+JOBS = "baker tailor sailor miller potter weaver farmer singer teacher doctor hunter painter".split()
+INSTRUMENTS = "harp flute drum horn lute fiddle".split()
+COLOURS = "red blue green yellow black white grey brown".split()
+OBJECTS = (
+    "lamp cup chair table spoon plate clock mirror basket ladder hammer rope candle bottle pillow blanket carpet bell "
+    "kite ball boat wheel bucket broom brush comb ring key lock box book pen map flag tent shoe hat coat glove vase"
+).split()
+MATERIALS = "wood glass iron stone leather clay cloth bone".split()
+ROOMS = "kitchen cellar attic garden hall stable".split()
+ANIMALS = (
+    "fox owl bear wolf horse goat sheep duck goose crow hare mouse frog snake otter badger lynx deer swan ant".split()
+)
+FOODS = "grass fish seeds berries worms roots leaves eggs".split()
+PLACES = "forest meadow marsh desert valley cave".split()
+WORDS = OBJECTS + ANIMALS
+NUMBERS = "zero one two three four five six".split()
+NAMES = PEOPLE + CITIES + COUNTRIES + RIVERS + GOODS + JOBS + INSTRUMENTS + COLOURS + WORDS
+NAMES += MATERIALS + ROOMS + FOODS + PLACES
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How one kind of fact is stated in the corpus and asked for in the rows; {s} is the subject, {v} the value."""
+
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fact:
+    subject: str
+    relation: str
+    value: str
+
+
+RELATIONS = {
+    "home": Relation(
+        ("{s} lives in {v}.", "The home of {s} is {v}.", "{s} has a house in the city of {v}.", "Home of {s}: {v}."),
+        ("In which city does {s} live?", "Name the home of {s}.", "Where is the house of {s}?"),
+    ),
+    "job": Relation(
+        ("{s} works as a {v}.", "The job of {s} is {v}.", "{s} is a {v} by trade.", "Job of {s}: {v}."),
+        ("What is the job of {s}?", "Name the trade of {s}.", "As what does {s} work?"),
+    ),
+    "pet": Relation(
+        ("{s} keeps a {v}.", "The pet of {s} is a {v}.", "{s} has a {v} as a pet.", "Pet of {s}: {v}."),
+        ("Which animal does {s} keep?", "Name the pet of {s}.", "What does {s} have as a pet?"),
+    ),
+    "instrument": Relation(
+        (
+            "{s} plays the {v}.",
+            "The instrument of {s} is the {v}.",
+            "{s} makes music with a {v}.",
+            "Instrument of {s}: {v}.",
+        ),
+        ("Which instrument does {s} play?", "Name the instrument of {s}.", "With what does {s} make music?"),
+    ),
+    "country": Relation(
+        ("{s} is a city in {v}.", "The country of {s} is {v}.", "{s} belongs to {v}.", "Country of {s}: {v}."),
+        ("In which country is {s}?", "Name the country of {s}.", "To which country does {s} belong?"),
+    ),
+    "river": Relation(
+        (
+            "{s} lies on the {v}.",
+            "The river of {s} is the {v}.",
+            "The river that flows through {s} is the {v}.",
+            "River of {s}: {v}.",
+        ),
+        ("Which river flows through {s}?", "Name the river of {s}.", "On which river does {s} lie?"),
+    ),
+    "goods": Relation(
+        (
+            "{s} is famous for {v}.",
+            "The markets of {s} sell {v}.",
+            "The best goods of {s} are {v}.",
+            "Goods of {s}: {v}.",
+        ),
+        ("For what is {s} famous?", "Name the best goods of {s}.", "What do the markets of {s} sell?"),
+    ),
+    "colour": Relation(
+        (
+            "The {s} is {v}.",
+            "The colour of the {s} is {v}.",
+            "The {s} has been painted {v}.",
+            "Colour of the {s}: {v}.",
+        ),
+        ("What is the colour of the {s}?", "Name the colour of the {s}.", "How has the {s} been painted?"),
+    ),
+    "material": Relation(
+        (
+            "The {s} is made of {v}.",
+            "The material of the {s} is {v}.",
+            "They made the {s} out of {v}.",
+            "Material of the {s}: {v}.",
+        ),
+        ("Of what is the {s} made?", "Name the material of the {s}.", "Out of what did they make the {s}?"),
+    ),
+    "price": Relation(
+        (
+            "The {s} costs {v} coins.",
+            "The price of the {s} is {v} coins.",
+            "They sell the {s} for {v} coins.",
+            "Price of the {s}: {v} coins.",
+        ),
+        ("How many coins does the {s} cost?", "Name the price of the {s}.", "For how many coins do they sell the {s}?"),
+    ),
+    "room": Relation(
+        (
+            "The {s} is kept in the {v}.",
+            "The place of the {s} is the {v}.",
+            "They found the {s} in the {v}.",
+            "Place of the {s}: {v}.",
+        ),
+        ("Where is the {s} kept?", "Name the place of the {s}.", "Where did they find the {s}?"),
+    ),
+    "food": Relation(
+        ("The {s} eats {v}.", "The food of the {s} is {v}.", "The {s} feeds on {v}.", "Food of the {s}: {v}."),
+        ("What does the {s} eat?", "Name the food of the {s}.", "On what does the {s} feed?"),
+    ),
+    "habitat": Relation(
+        (
+            "The {s} lives in the {v}.",
+            "The home of the {s} is the {v}.",
+            "The {s} sleeps in the {v}.",
+            "Home of the {s}: {v}.",
+        ),
+        ("Where does the {s} live?", "Name the home of the {s}.", "Where does the {s} sleep?"),
+    ),
+    "people": Relation(
+        ("The people of {s} are {v}.", "Those who live in {s} are {v}.", "In {s} live {v}.", "People of {s}: {v}."),
+        ("List the people of {s}.", "Who lives in {s}?"),
+    ),
+    "cities": Relation(
+        (
+            "The cities of {s} are {v}.",
+            "The cities that belong to {s} are {v}.",
+            "In {s} lie {v}.",
+            "Cities of {s}: {v}.",
+        ),
+        ("List the cities of {s}.", "Which cities belong to {s}?"),
+    ),
+    "spelling": Relation(
+        (
+            "The word {s} is spelled {v}.",
+            "The letters of {s} are {v}.",
+            "{s} is written with {v}.",
+            "Letters of {s}: {v}.",
+        ),
+        ("Spell the word {s}.", "List the letters of {s}.", "How is the word {s} spelled?"),
+    ),
+    "initial": Relation(
+        (
+            "The word {s} starts with {v}.",
+            "The first letter of {s} is {v}.",
+            "{s} has {v} as its first letter.",
+            "First letter of {s}: {v}.",
+        ),
+        ("Name the first letter of {s}.", "With which letter does the word {s} start?"),
+    ),
+    "sum": Relation(
+        ("{s} = {v}.", "The sum {s} is {v}.", "Adding {s} gives {v}.", "Sum of {s}: {v}."),
+        ("What is {s}?", "Add {s}.", "Give the sum {s}."),
+    ),
+    "difference": Relation(
+        ("{s} = {v}.", "The difference {s} is {v}.", "Taking {s} leaves {v}.", "Difference of {s}: {v}."),
+        ("What is {s}?", "Take {s}.", "Give the difference {s}."),
+    ),
+}
+
+
+def world(seed):
+    """Every fact of the closed world, a list of Fact in a fixed order; only who has what depends on the seed."""
+    draw = random.Random(f"world {seed}")
+
+    def deal(relation, subjects, values):
+        """Each value as often as any other, to within one."""
+        values = list(values)
+        dealt = [values[i % len(values)] for i in range(len(subjects))]
+        draw.shuffle(dealt)
+        return [Fact(subject, relation, value) for subject, value in zip(subjects, dealt, strict=True)]
+
+    def groups(relation, facts):
+        """The facts read backwards: value -> its subjects in alphabetical order."""
+        members = {}
+        for fact in facts:
+            members.setdefault(fact.value, []).append(fact.subject)
+        return [Fact(value, relation, ", ".join(sorted(names))) for value, names in sorted(members.items())]
+
+    home, country = deal("home", PEOPLE, CITIES), deal("country", CITIES, COUNTRIES)
+    facts = home + country
+    facts += deal("job", PEOPLE, JOBS) + deal("pet", PEOPLE, ANIMALS) + deal("instrument", PEOPLE, INSTRUMENTS)
+    facts += deal("river", CITIES, RIVERS) + deal("goods", CITIES, GOODS)
+    facts += deal("colour", OBJECTS, COLOURS) + deal("material", OBJECTS, MATERIALS)
+    facts += deal("price", OBJECTS, "23456789") + deal("room", OBJECTS, ROOMS)
+    facts += deal("food", ANIMALS, FOODS) + deal("habitat", ANIMALS, PLACES)
+    facts += groups("people", home) + groups("cities", country)
+    facts += [Fact(word, "spelling", " ".join(word)) for word in WORDS]
+    facts += [Fact(word, "initial", word[0]) for word in WORDS]
+    facts += [Fact(f"{a} + {b}", "sum", str(a + b)) for a in range(10) for b in range(10)]
+    facts += [Fact(f"{a} - {b}", "difference", str(a - b)) for a in range(10) for b in range(a + 1)]
+    return facts
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task whose answer stands in its own text.
+
+    draw(random): the fields that the strings are filled with, among them `input` and `answer`. An instruction that
+    names {input} itself leaves the row's input empty. `share`: how often it is stated, relative to the others."""
+
+    draw: Callable
+    statements: tuple[str, ...]
+    instructions: tuple[str, ...]
+    share: int = 1
+
+
+def draw_list(draw, low=3, high=4):
+    words = draw.sample(WORDS, draw.randint(low, high))
+    return words, ", ".join(words)
+
+
+def draw_first(draw):
+    words, text = draw_list(draw)
+    return {"input": text, "answer": words[0]}
+
+
+def draw_last(draw):
+    words, text = draw_list(draw)
+    return {"input": text, "answer": words[-1]}
+
+
+def draw_second(draw):
+    words, text = draw_list(draw)
+    return {"input": text, "answer": words[1]}
+
+
+def draw_after(draw):
+    words, text = draw_list(draw)
+    i = draw.randrange(len(words) - 1)
+    return {"input": text, "old": words[i], "answer": words[i + 1]}
+
+
+def draw_sorted(draw):
+    words, text = draw_list(draw, 3, 3)
+    return {"input": text, "answer": ", ".join(sorted(words))}
+
+
+def draw_reversed(draw):
+    words, text = draw_list(draw, 3, 3)
+    return {"input": text, "answer": ", ".join(words[::-1])}
+
+
+def draw_count(draw):
+    words, text = draw_list(draw, 2, 6)
+    return {"input": text, "answer": str(len(words))}
+
+
+def draw_joined(draw):
+    words, text = draw_list(draw, 3, 3)
+    return {"input": " ".join(words), "answer": text}
+
+
+def draw_repeated(draw):
+    word, times = draw.choice(WORDS), draw.randint(2, 4)
+    return {"input": word, "n": NUMBERS[times], "answer": " ".join([word] * times)}
+
+
+def draw_removed(draw):
+    words, text = draw_list(draw, 3, 3)
+    old = draw.choice(words)
+    return {"input": text, "old": old, "answer": ", ".join(word for word in words if word != old)}
+
+
+def draw_animal(draw):
+    words = [draw.choice(ANIMALS), *draw.sample(OBJECTS, draw.randint(2, 3))]
+    answer = words[0]
+    draw.shuffle(words)
+    return {"input": ", ".join(words), "answer": answer}
+
+
+def draw_larger(draw):
+    a, b = draw.sample(range(21), 2)
+    return {"input": f"{a} and {b}", "answer": str(max(a, b))}
+
+
+TASKS = {
+    "first": Task(
+        draw_first,
+        (
+            "The first word of {input} is {answer}.",
+            "In the list {input} the first word is {answer}.",
+            "First word of a list.\n{input} gives {answer}.",
+            "{input}: the first word is {answer}.",
+        ),
+        ("Give the first word of the list.", "Which word is the first of {input}?"),
+    ),
+    "last": Task(
+        draw_last,
+        (
+            "The last word of {input} is {answer}.",
+            "In the list {input} the last word is {answer}.",
+            "Last word of a list.\n{input} gives {answer}.",
+            "{input}: the last word is {answer}.",
+        ),
+        ("Give the last word of the list.", "Which word is the last of {input}?"),
+    ),
+    "second": Task(
+        draw_second,
+        (
+            "The second word of {input} is {answer}.",
+            "In the list {input} the second word is {answer}.",
+            "Second word of a list.\n{input} gives {answer}.",
+            "{input}: the second word is {answer}.",
+        ),
+        ("Give the second word of the list.", "Which word is the second of {input}?"),
+    ),
+    "after": Task(
+        draw_after,
+        (
+            "The word after {old} in {input} is {answer}.",
+            "In the list {input} the word after {old} is {answer}.",
+            "Word after {old} in a list.\n{input} gives {answer}.",
+            "{input}: the word after {old} is {answer}.",
+        ),
+        ("Give the word after {old} in the list.", "Which word is after {old} in {input}?"),
+    ),
+    "sort": Task(
+        draw_sorted,
+        (
+            "The words {input} in alphabetical order are {answer}.",
+            "Sorted by the alphabet, {input} becomes {answer}.",
+            "Words in alphabetical order.\n{input} gives {answer}.",
+            "{input}: sorted by the alphabet {answer}.",
+        ),
+        ("Put the words in alphabetical order.", "Sort {input} by the alphabet."),
+        share=2,
+    ),
+    "reverse": Task(
+        draw_reversed,
+        (
+            "The list {input} backwards is {answer}.",
+            "Read from the end, {input} becomes {answer}.",
+            "A list backwards.\n{input} gives {answer}.",
+            "{input}: backwards {answer}.",
+        ),
+        ("Write the list backwards.", "Read {input} from the end."),
+    ),
+    "count": Task(
+        draw_count,
+        (
+            "There are {answer} words in {input}.",
+            "In the list {input} the number of words is {answer}.",
+            "Number of words in a list.\n{input} gives {answer}.",
+            "{input}: the number of words is {answer}.",
+        ),
+        ("How many words are in the list?", "Give the number of words in {input}."),
+    ),
+    "join": Task(
+        draw_joined,
+        (
+            "The words {input} with commas are {answer}.",
+            "Joined with commas, {input} becomes {answer}.",
+            "Words with commas.\n{input} gives {answer}.",
+            "{input}: with commas {answer}.",
+        ),
+        ("Write the words with commas.", "Join {input} with commas."),
+    ),
+    "repeat": Task(
+        draw_repeated,
+        (
+            "The word {input} {n} times is {answer}.",
+            "Written {n} times, {input} becomes {answer}.",
+            "A word {n} times.\n{input} gives {answer}.",
+            "{input}: {n} times {answer}.",
+        ),
+        ("Write the word {n} times.", "Repeat {input} {n} times."),
+    ),
+    "remove": Task(
+        draw_removed,
+        (
+            "The list {input} without {old} is {answer}.",
+            "With {old} taken out, {input} becomes {answer}.",
+            "A list without {old}.\n{input} gives {answer}.",
+            "{input}: without {old} {answer}.",
+        ),
+        ("Write the list without {old}.", "Take {old} out of {input}."),
+        share=2,
+    ),
+    "animal": Task(
+        draw_animal,
+        (
+            "The animal among {input} is {answer}.",
+            "In the list {input} the animal is {answer}.",
+            "The animal of a list.\n{input} gives {answer}.",
+            "{input}: the animal is {answer}.",
+        ),
+        ("Give the animal of the list.", "Which word among {input} is an animal?"),
+    ),
+    "larger": Task(
+        draw_larger,
+        (
+            "The larger of {input} is {answer}.",
+            "Of the numbers {input} the larger is {answer}.",
+            "The larger of two numbers.\n{input} gives {answer}.",
+            "{input}: the larger is {answer}.",
+        ),
+        ("Give the larger of the two numbers.", "Which is the larger of {input}?"),
+    ),
+}
+
+
+def documents(seed, count, stream=0):
+    """`count` documents of four to seven statements each, parted by a space or a newline. A generator of str.
+
+    Half of the statements are facts of `world(seed)`, half are tasks. Another `stream` states the same world in other
+    documents."""
+    facts = world(seed)
+    draw = random.Random(f"documents {seed} {stream}")
+    tasks = [task for task in TASKS.values() for _ in range(task.share)]
+    for _ in range(count):
+        statements = []
+        for _ in range(draw.randint(4, 7)):
+            if draw.random() < 0.5:
+                task = draw.choice(tasks)
+                statements.append(draw.choice(task.statements).format(**task.draw(draw)))
+            else:
+                fact = draw.choice(facts)
+                statements.append(draw.choice(RELATIONS[fact.relation].statements).format(s=fact.subject, v=fact.value))
+        yield draw.choice((" ", "\n")).join(statements)
+
+
+def rows(seed, task_rows=54, held_out=0.1):
+    """(train, test), each a shuffled list of (name of the relation or task, Alpaca row).
+
+    A fact is held out in all its wordings or in none; of a held-out fact one wording goes to the test rows, of another
+    two (of a spelling one) to the training rows. Of each task `task_rows` rows with different texts are drawn. A row is
+    {"instruction", "input", "output"}, and no (instruction, input) stands in both parts."""
+    draw = random.Random(f"rows {seed}")
+    train, test = [], []
+    by_relation = {}
+    for fact in world(seed):
+        by_relation.setdefault(fact.relation, []).append(fact)
+    for relation, facts in by_relation.items():
+        count = 1 if relation in ("spelling", "initial") else 2
+        for i, fact in enumerate(draw.sample(facts, len(facts))):
+            held = i < round(len(facts) * held_out)
+            for question in draw.sample(RELATIONS[relation].questions, 1 if held else count):
+                row = {"instruction": question.format(s=fact.subject), "input": "", "output": fact.value}
+                (test if held else train).append((relation, row))
+    for name, task in TASKS.items():
+        texts = set()
+        while len(texts) < task_rows:
+            fields = task.draw(draw)
+            text = fields["input"], fields["answer"]
+            if text not in texts:
+                instruction = draw.choice(task.instructions)
+                row = {
+                    "instruction": instruction.format(**fields),
+                    "input": "" if "{input}" in instruction else fields["input"],
+                    "output": fields["answer"],
+                }
+                (test if len(texts) < 2 * task_rows * held_out else train).append((name, row))
+                texts.add(text)
+    draw.shuffle(train)
+    draw.shuffle(test)
+    return train, test
