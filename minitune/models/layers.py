@@ -30,9 +30,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Keeps x and one number a row for the backward pass; torch's own graph would keep two fp32 copies of x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            inner = (grad * weight).float()
+            along = (inner * normed).mean(-1, keepdim=True)
+            grad_x = inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
 
 
 @dataclass(frozen=True)
