@@ -1,0 +1,95 @@
+"""The demonstration: fine-tune the embedded models with LoRA and QLoRA, and show what it taught them. No network, no GPU."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitune import checkpoint, data, hub
+from minitune.config import TrainConfig, arg
+from minitune.device import choose_device, choose_dtype
+from minitune.files import write_json
+from minitune.generate import GenerateConfig, generate
+from minitune.metrics.exact_match import exact_match
+from minitune.run_folder import read_lines
+from minitune.tokenizer import load_tokenizer
+from minitune.train import train
+
+RUNS = (("tiny-mistral", "none"), ("tiny-mistral", "nf4"), ("tiny-llama", "none"), ("tiny-phi", "none"))
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Where the runs go."""
+
+    runs: str = arg("runs/demo", "folder for the run folders of the demonstration; they are replaced")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+
+
+def demo(config, say=print):
+    """Fine-tune each of RUNS, print a table with held-out loss and exact match before and after, and one sample answer of each.
+
+    Returns the rows of the table, which are also in demo.json of the folder."""
+    started, table = time.perf_counter(), []
+    for name, quantize in RUNS:
+        kind = "LoRA" if quantize == "none" else "QLoRA"
+        say(f"\n== {name}, {kind} ==")
+        table.append(fine_tune_and_compare(name, quantize, kind, config, say))
+    columns = ("model", "method", "held-out loss", "", "exact match", "", "seconds")
+    say("\n{:<14}{:<8}{:>14}{:>9}{:>14}{:>9}{:>10}".format(*columns))
+    say("{:<14}{:<8}{:>14}{:>9}{:>14}{:>9}{:>10}".format("", "", "before", "after", "before", "after", ""))
+    for row in table:
+        say(
+            f"{row['model']:<14}{row['method']:<8}{row['loss_before']:>14.3f}{row['loss_after']:>9.3f}"
+            f"{row['exact_match_before']:>14.1%}{row['exact_match_after']:>9.1%}{row['seconds']:>10.1f}"
+        )
+    for row in table:
+        sample = row["sample"]
+        say(f"\n{row['model']}, {row['method']}, asked: {sample['question']!r}")
+        say(f"  before: {sample['before']!r}\n  after:  {sample['after']!r}\n  right:  {sample['right']!r}")
+    write_json(Path(config.runs) / "demo.json", table)
+    say(f"\n{time.perf_counter() - started:.0f} s in all. Adapters, curves and logs: {config.runs}/*/")
+    return table
+
+
+def fine_tune_and_compare(name, quantize, kind, config, say):
+    """One row of the table."""
+    started = time.perf_counter()
+    run = Path(config.runs) / f"{name}-{kind.lower()}"
+    settings = TrainConfig.recipe({"model": name}) | {"model": name, "quantize": quantize, "run": str(run)}
+    settings |= {"resume": "never", "samples": 0, "device": config.device}
+    options = TrainConfig(**settings)
+    folder, device = hub.resolve(name), choose_device(options.device)
+    tokenizer = load_tokenizer(folder)
+    _, test_set = data.load("embedded", tokenizer, max_length=options.max_length)
+    answers, scores = [], []
+    for adapter in (None, run / "adapter"):
+        if adapter:
+            train(options, say)
+        dtype, _ = choose_dtype(options.dtype, device)
+        model = checkpoint.load_model(folder, dtype, device, quantize, adapter)
+        answers.append(answer(model, tokenizer, test_set, options.sample_tokens))
+        scores.append(exact_match([row["output"] for row in test_set.rows], answers[-1]))
+    losses = [record["eval_loss"] for record in read_lines(run / "metrics.jsonl") if "eval_loss" in record]
+    shown = test_set.rows[0]
+    return {
+        "model": name,
+        "method": kind,
+        "loss_before": losses[0],
+        "loss_after": min(losses[1:]),
+        "exact_match_before": scores[0],
+        "exact_match_after": scores[1],
+        "seconds": time.perf_counter() - started,
+        "sample": {
+            "question": " ".join(filter(None, (shown["instruction"], shown["input"]))),
+            "before": answers[0][0],
+            "after": answers[1][0],
+            "right": shown["output"],
+        },
+    }
+
+
+def answer(model, tokenizer, dataset, max_new_tokens):
+    """The greedy answers to every prompt of a dataset, as text."""
+    prompts = [example.ids[: example.prompt_length] for example in dataset.examples]
+    settings = GenerateConfig(max_new_tokens, tuple(tokenizer.eos_ids))
+    return [tokenizer.decode(ids) for ids in generate(model, prompts, settings)]
