@@ -10,14 +10,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
+from minitune import hub
 from minitune.config import arg, positive
 from minitune.device import environment
-from minitune.files import write_json
+from minitune.files import read_json, write_json
+from minitune.models import build
 from minitune.run_folder import read_lines
 
 TRAIN_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
@@ -50,7 +54,9 @@ class BenchTrainConfig:
 
 
 def run_measured(command):
-    """Run a command to its end. Returns (standard output, peak resident memory in MiB). Raises RuntimeError with its last lines."""
+    """Run a command to its end. Returns (standard output, peak resident memory in MiB).
+
+    Raises RuntimeError with its last lines where it fails."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
@@ -101,8 +107,6 @@ def bench_train(config, say=print):
     with tempfile.TemporaryDirectory() as folder:
         source = config.data
         if source == "embedded":
-            from minitune import hub
-
             source = str(hub.embedded_rows("train"))
         rows_file = Path(folder) / "rows.json"
         write_json(rows_file, json.loads(Path(source).read_text(encoding="utf-8"))[: config.examples])
@@ -135,6 +139,101 @@ def bench_train(config, say=print):
         say(
             f"speed {record['speed_ratio']:.2f}x (pairs {', '.join(f'{p:.2f}' for p in pairs)}), memory {record['memory_ratio']:.0%}"
         )
+    if config.out:
+        write_json(config.out, record)
+    return record
+
+
+MISTRAL_7B = {
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "sliding_window": 4096,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BenchMemoryConfig:
+    """How a Mistral-7B shape is trained."""
+
+    folder: str | None = arg(
+        None, "where the 14.5 GB of random weights go, or lie already; not set: a temporary folder"
+    )
+    quantize: str = arg("nf4", "frozen weights", choices=("nf4", "nf4-dq"))
+    steps: int = arg(2, "optimizer steps")
+    max_length: int = arg(128, "longest row in tokens")
+    out: str | None = arg(None, "JSON file for the figures and their stamp")
+
+    def __post_init__(self):
+        positive(self, "steps", "max_length")
+
+
+def write_random_checkpoint(raw, folder, shard_bytes=2 * 10**9):
+    """A sharded bf16 checkpoint of a config.json (as a dict) with random weights, never more than one shard in memory."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in build(raw).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    pool = (torch.randn(2**24 + 3, generator=generator) * 0.02).bfloat16()  # normal numbers, taken round and round
+    weight_map, shard, size, place = {}, {}, 0, 0
+    for name, shape in shapes.items():
+        count = shape.numel()
+        repeats = -(-(place + count) // len(pool))
+        shard[name] = (
+            torch.ones(shape, dtype=torch.bfloat16)
+            if len(shape) == 1
+            else pool.repeat(repeats)[place:][:count].view(shape)
+        )
+        place = (place + count) % len(pool)
+        size += 2 * count
+        if size >= shard_bytes or name == list(shapes)[-1]:
+            file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            save_file({key: t.contiguous() for key, t in shard.items()}, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+            shard, size = {}, 0
+    write_json(folder / "config.json", raw)
+    total = sum(2 * shape.numel() for shape in shapes.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    tokenizer = (hub.resolve("tiny-mistral") / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+
+
+def bench_memory(config, say=print):
+    """Load a Mistral-7B shape, quantise it, add LoRA and take some steps, as one process whose peak memory is measured."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(config.folder or temporary)
+        if not (folder / "model.safetensors.index.json").exists():
+            say(f"writing random weights to {folder}")
+            write_random_checkpoint(MISTRAL_7B, folder)
+        elif read_json(folder / "config.json") != MISTRAL_7B:
+            raise ValueError(f"{folder} holds another model than this benchmark's; give an empty --folder")
+        options = (
+            f"--quantize {config.quantize} --max-steps {config.steps} --max-length {config.max_length} --batch-size 1"
+        )
+        options += " --checkpointing --data embedded --test-size 0 --samples 0 --dtype bf16"
+        run = Path(temporary) / "run"
+        started = time.perf_counter()
+        output, peak_rss_mb = run_measured(
+            [sys.executable, str(TRAIN_SCRIPT), "--model", str(folder), "--run", str(run), *options.split()]
+        )
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "settings": {"shape": "mistral-7b", "options": options},
+            "machine": environment(torch.device("cpu")),
+            "load": next(line for line in output.splitlines() if line.startswith("loaded")).replace(
+                folder.name, "mistral-7b"
+            ),
+            "steps": [
+                {key: step[key] for key in ("step", "seconds", "tokens", "loss")}
+                for step in read_lines(run / "metrics.jsonl")
+            ],
+            "seconds": time.perf_counter() - started,
+            "peak_rss_mb": peak_rss_mb,
+        }
+    say(record["load"])
+    for step in record["steps"]:
+        say(f"step {step['step']}: {step['seconds']:.1f} s, loss {step['loss']:.3f}")
+    say(f"peak resident memory {peak_rss_mb / 1024:.2f} GiB, {record['seconds']:.0f} s in all")
     if config.out:
         write_json(config.out, record)
     return record

@@ -57,11 +57,7 @@ def train(config: TrainConfig, say=print):
     )
     say(f"{config.model} on {device}, {str(dtype).removeprefix('torch.')} ({reason})")
     say(train_set.describe())
-    say(
-        f"held out: {test_set.describe()}"
-        if test_set.examples
-        else "held out: no rows, so no held-out loss and no best"
-    )
+    say(test_set.describe() if test_set.examples else "no held-out rows: no held-out loss, and no best step")
 
     plan = StepPlan(config, train_set)
     progress = starting_point(config, state_file, plan, train_set.fingerprint)
