@@ -93,7 +93,9 @@ def matmul(x, packed, absmax, shape, bias=None):
     if bias is not None:
         check("bias", bias, (x.dtype,), x.device, shape[0], f" for shape {tuple(shape)}")
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError("x or bias requires a gradient, which matmul has not; use NF4Linear, or call it in torch.no_grad()")
+        raise ValueError(
+            "x or bias requires a gradient, which matmul has not; use NF4Linear, or call it in torch.no_grad()"
+        )
     with torch.no_grad(), workspace(shape, x.dtype, x.device) as weight:
         return F.linear(x, dequantize(packed, absmax, shape, x.dtype, out=weight), bias)
 

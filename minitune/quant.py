@@ -12,9 +12,19 @@ from torch.autograd.function import once_differentiable
 BNB_STATE = "quant_state.bitsandbytes__nf4"
 BNB_SUFFIXES = ("absmax", "quant_map", BNB_STATE, "nested_absmax", "nested_quant_map")
 BNB_KEYS = {  # of quantization_config: read here, or without effect on 4-bit weights that are already quantised
-    "quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_type",
-    "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload",
-    "llm_int8_has_fp16_weight", "llm_int8_skip_modules", "llm_int8_threshold",
+    "quant_method",
+    "load_in_4bit",
+    "load_in_8bit",
+    "_load_in_4bit",
+    "_load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_storage",
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+    "llm_int8_skip_modules",
+    "llm_int8_threshold",
 }
 STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 
@@ -75,8 +85,10 @@ class NF4Linear(nn.Module):
             raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (out, in)")
         packed, absmax = nf4.quantize(weight)
         if broken := int((~absmax.isfinite()).sum()):
-            raise ValueError(f"weight of shape {tuple(weight.shape)} has NaN or infinity in {broken} of {absmax.numel()} "
-                             "blocks of 64, expected finite values; the checkpoint is damaged")
+            raise ValueError(
+                f"weight of shape {tuple(weight.shape)} has NaN or infinity in {broken} of {absmax.numel()} "
+                "blocks of 64, expected finite values; the checkpoint is damaged"
+            )
         scales = nf4.double_quantize(absmax) if double_quant else (absmax,)
         return cls(tuple(weight.shape), packed, scales, bias, check_dtype(dtype or weight.dtype))
 
@@ -99,8 +111,10 @@ class NF4Linear(nn.Module):
         return nf4.dequantize(self.packed, absmax, (self.out_features, self.in_features), dtype or self.dtype)
 
     def extra_repr(self):
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"dtype={self.dtype}, double_quant={self.double_quant}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"dtype={self.dtype}, double_quant={self.double_quant}"
+        )
 
     def _apply(self, fn, recurse=True):
         # The fp32 scales travel as bytes, which no cast touches: .half() must not round what the 4-bit values rest on.
@@ -123,10 +137,12 @@ class NF4Linear(nn.Module):
         dtype: of the computation, None: as stored. shape: (out, in) as the model has it, None: as stored. name: for the
         messages. Raises ValueError on a weight of another shape and on anything but NF4 in blocks of 64."""
         nested = "nested_absmax" in tensors or "nested_quant_map" in tensors
-        expected = {"weight", *BNB_SUFFIXES[:5 if nested else 3]}
+        expected = {"weight", *BNB_SUFFIXES[: 5 if nested else 3]}
         if expected != set(tensors):
-            raise ValueError(f"{name}: missing {sorted(expected - set(tensors))}, unexpected "
-                             f"{sorted(set(tensors) - expected)}; a 4-bit weight needs {sorted(expected)}")
+            raise ValueError(
+                f"{name}: missing {sorted(expected - set(tensors))}, unexpected "
+                f"{sorted(set(tensors) - expected)}; a 4-bit weight needs {sorted(expected)}"
+            )
         state = read_state(tensors[BNB_STATE], nested, name)
         if tensors["quant_map"].tolist() != list(nf4.CODE):
             raise ValueError(f"{name}: quant_map is not the NF4 table; the file is damaged or of another format")
@@ -148,8 +164,12 @@ class NF4Linear(nn.Module):
 
     def to_bnb(self, prefix):
         """{key: tensor} of this layer as bitsandbytes and transformers store the linear layer `prefix`."""
-        state = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "dtype": str(self.dtype).removeprefix("torch."),
-                 "shape": [self.out_features, self.in_features]}
+        state = {
+            "quant_type": "nf4",
+            "blocksize": nf4.BLOCK,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": [self.out_features, self.in_features],
+        }
         absmax, *nested = self.scales
         tensors = {"absmax": absmax, "quant_map": torch.tensor(nf4.CODE, device=absmax.device)}
         if nested:
@@ -176,7 +196,7 @@ def as_bytes(tensor):
 def read_state(tensor, nested, name):
     """The JSON beside a 4-bit weight, checked. Raises ValueError with the value that is not supported."""
     try:
-        state = json.loads(bytes(tensor.tolist()))
+        state = dict(json.loads(bytes(tensor.tolist())))
     except (ValueError, TypeError):
         raise ValueError(f"{name}: {BNB_STATE} is not JSON in uint8; the file is damaged") from None
     fixed = {"quant_type": "nf4", "blocksize": nf4.BLOCK}
@@ -184,14 +204,18 @@ def read_state(tensor, nested, name):
         fixed |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32"}
     for key, value in fixed.items():
         if state.get(key) != value:
-            raise ValueError(f"{name}: {key} is {state.get(key)!r} in {BNB_STATE}, minitune reads {value!r} only; "
-                             "quantise the original checkpoint with --quantize nf4")
+            raise ValueError(
+                f"{name}: {key} is {state.get(key)!r} in {BNB_STATE}, minitune reads {value!r} only; "
+                "quantise the original checkpoint with --quantize nf4"
+            )
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
         raise ValueError(f"{name}: shape is {shape!r} in {BNB_STATE}, expected [out, in]")
     if state.get("dtype") not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"{name}: dtype is {state.get('dtype')!r} in {BNB_STATE}, expected float32, float16 or "
-                         "bfloat16; the file is damaged")
+        raise ValueError(
+            f"{name}: dtype is {state.get('dtype')!r} in {BNB_STATE}, expected float32, float16 or "
+            "bfloat16; the file is damaged"
+        )
     if nested and not isinstance(state.get("nested_offset"), (int, float)):
         raise ValueError(f"{name}: nested_offset is {state.get('nested_offset')!r} in {BNB_STATE}, expected a number")
     return state
@@ -203,8 +227,10 @@ def is_bnb_4bit(config, source="config.json"):
     quantization = config.get("quantization_config")
     if quantization is None:
         return False
-    advice = ("minitune reads unquantised weights and bitsandbytes' NF4 (load_in_4bit true, bnb_4bit_quant_type nf4); "
-              "use the original checkpoint, with --quantize nf4 for 4 bits")
+    advice = (
+        "minitune reads unquantised weights and bitsandbytes' NF4 (load_in_4bit true, bnb_4bit_quant_type nf4); "
+        "use the original checkpoint, with --quantize nf4 for 4 bits"
+    )
     if not isinstance(quantization, dict):
         raise ValueError(f"quantization_config in {source} is {quantization!r}, expected an object")
     load_8bit = quantization.get("load_in_8bit") or quantization.get("_load_in_8bit") or False
@@ -214,16 +240,19 @@ def is_bnb_4bit(config, source="config.json"):
     if method != "bitsandbytes":
         raise ValueError(f"quant_method={method!r} in {source} is not supported: {advice}")
     if load_8bit or not load_4bit:
-        raise ValueError(f"load_in_8bit={load_8bit!r} with load_in_4bit={load_4bit!r} in {source} is not supported: "
-                         f"{advice}")
+        raise ValueError(
+            f"load_in_8bit={load_8bit!r} with load_in_4bit={load_4bit!r} in {source} is not supported: {advice}"
+        )
     kind = quantization.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
     if kind != "nf4":
         raise ValueError(f"bnb_4bit_quant_type={kind!r} in {source} is not supported: {advice}")
     storage = str(quantization.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
     if storage not in STORAGES:
-        raise ValueError(f"bnb_4bit_quant_storage={storage!r} in {source} is not supported, expected one of "
-                         f"{', '.join(STORAGES)}")
+        raise ValueError(
+            f"bnb_4bit_quant_storage={storage!r} in {source} is not supported, expected one of {', '.join(STORAGES)}"
+        )
     if unknown := sorted(set(quantization) - BNB_KEYS):
-        raise ValueError(f"quantization_config in {source} has keys that minitune does not know: {', '.join(unknown)}; "
-                         f"{advice}")
+        raise ValueError(
+            f"quantization_config in {source} has keys that minitune does not know: {', '.join(unknown)}; {advice}"
+        )
     return True
