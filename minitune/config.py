@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -15,19 +16,25 @@ def arg(default, help, **extra):
     return field(default=default, metadata={"help": help, **extra})
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse's own prints every option first
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
 def parse(cls, argv=None, description=None):
     """Build `cls` from the command line: field `lora_rank` becomes option --lora-rank.
 
     Strength, weakest first: the dataclass default, the recipe of the model (`cls.recipe(values)`, where the class has
     one), the JSON file of --config, the options typed. Exits 2 with one line on an unknown option; --debug shows
     tracebacks. Raises ValueError on a value that `cls` refuses."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="JSON file with options, such as the config.json of a run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for f in fields(cls):
         flag, (kind, is_list, _) = "--" + f.name.replace("_", "-"), field_type(cls, f)
-        shown = "the model's own" if f.default is None else " ".join(f.default) if is_list else f.default
-        help_text = f.metadata["help"] + ("" if f.default is None else f" (default: {shown})").replace("%", "%%")
+        shown = " ".join(map(str, f.default)) if is_list and f.default else f.default
+        help_text = f.metadata["help"] + ("" if shown is None else f" (default: {shown})")
+        help_text = help_text.replace("%", "%%")
         common = {"default": argparse.SUPPRESS, "help": help_text}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
@@ -43,7 +50,7 @@ def parse(cls, argv=None, description=None):
             )
     typed = vars(parser.parse_args(argv))
     path, _ = typed.pop("config"), typed.pop("debug")
-    stored = from_file(cls, path) if path else {}
+    stored = from_file(cls, path) if path is not None else {}
     recipe = cls.recipe({**stored, **typed}) if hasattr(cls, "recipe") else {}
     values = {**recipe, **stored, **typed}
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
@@ -59,7 +66,8 @@ def run_script(cls, job, description):
         if "--debug" in sys.argv:
             raise
         kinds = {FloatingPointError: 1, OSError: 1, KeyboardInterrupt: 130}
-        sys.stderr.write(f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'error'}: {error or 'by Ctrl-C'}\n")
+        text = str(error) or "by Ctrl-C"
+        sys.stderr.write(f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'error'}: {text}\n")
         sys.exit(next((code for kind, code in kinds.items() if isinstance(error, kind)), 2))
 
 
@@ -73,21 +81,26 @@ def from_file(cls, path):
     if unknown := sorted(set(stored) - set(known)):
         raise ValueError(f"{path} has options that {cls.__name__} does not know: {', '.join(unknown)}; remove them")
     for name, value in stored.items():
-        kind, is_list, optional = field_type(cls, known[name])
-        if value is None and optional:
-            continue
-        items = value if is_list and isinstance(value, list) else [value]
-        fits = is_list == isinstance(value, list) and all(
-            isinstance(v, (int, float) if kind is float else kind) and (kind is bool) == isinstance(v, bool)
-            for v in items
-        )
-        choices = known[name].metadata.get("choices")
-        if not fits or (choices and any(v not in choices for v in items)):
-            expected = (
-                f"one of {', '.join(choices)}" if choices else f"{'a list of ' if is_list else ''}{kind.__name__}"
-            )
+        if expected := misfit(cls, known[name], value):
             raise ValueError(f"{path}: {name} is {value!r}, expected {expected}")
     return stored
+
+
+def misfit(cls, f, value):
+    """What was expected, in words, where `value` is not of the type or the choices of a field; None where it fits."""
+    kind, is_list, optional = field_type(cls, f)
+    choices = f.metadata.get("choices")
+    if value is None and optional:
+        return None
+    items = value if is_list and isinstance(value, (list, tuple)) else [value]
+    fits = is_list == isinstance(value, (list, tuple)) and all(
+        isinstance(v, (int, float) if kind is float else kind) and (kind is bool) == isinstance(v, bool) for v in items
+    )
+    if fits and kind is float and not all(-math.inf < v < math.inf for v in items):
+        return "a finite number"
+    if fits and not (choices and any(v not in choices for v in items)):
+        return None
+    return f"one of {', '.join(choices)}" if choices else f"{'a list of ' if is_list else ''}{kind.__name__}"
 
 
 def field_type(cls, f):
@@ -109,7 +122,7 @@ def positive(config, *names):
             raise ValueError(f"{name} is {value}, expected a number above 0")
 
 
-STUDY = {"quantize": "nf4", "lora_alpha": 16.0, "learning_rate": 2e-4, "batch_size": 2, "test_size": 0.0005}
+STUDY = {"quantize": "nf4", "lora_alpha": 16.0, "learning_rate": 2e-4, "batch_size": 2}
 LLAMA_STUDY = {
     **STUDY,
     "lora_rank": 64,
@@ -238,6 +251,9 @@ class TrainConfig:
         return RECIPES.get(values.get("model", "tiny-mistral"), {})
 
     def __post_init__(self):
+        for f in fields(self):  # again, since Python code builds it too
+            if expected := misfit(type(self), f, getattr(self, f.name)):
+                raise ValueError(f"{f.name} is {getattr(self, f.name)!r}, expected {expected}")
         positive(
             self,
             "max_length",
@@ -261,6 +277,13 @@ class TrainConfig:
         for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more and below 1")
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number from 0 to 2^63 - 1")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup is {self.warmup}, expected a share below 1 or a whole number of steps")
+        if self.lora_targets is not None and not self.lora_targets:
+            raise ValueError("lora_targets is empty, expected names of linear layers or all-linear")
         if self.test_data and self.test_size:
             raise ValueError(f"test_data and test_size={self.test_size} are both given; use one of them")
         if self.spike_factor and self.spike_factor <= 1:

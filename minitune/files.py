@@ -42,12 +42,16 @@ def write_json(path, value):
 def read_json(path):
     """The value in a JSON file. Raises ValueError with the file and the place where it is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # with or without a BOM
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder, expected a JSON file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); expected JSON") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON for us: it is nested too deeply") from None
