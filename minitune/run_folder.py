@@ -1,8 +1,15 @@
 """The files of a run: metrics.jsonl, the state that makes a resume exact, curves.png. Each appears whole or not at
 all."""
 
+import errno
+import fcntl
+import hashlib
+import io
 import json
+import math
 import os
+import tempfile
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,27 +17,71 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from minitune.files import write_whole
+from minitune.files import read_json, write_whole
+
+
+@contextmanager
+def hold(run):
+    """Hold the run folder for this process: made if need be, proved writable, locked, and free of the temporary files
+    of a process that was killed. A folder that is still empty in the end goes away again.
+
+    Raises ValueError where it cannot be written, is a model's folder, or another process trains in it."""
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    handle = None
+    try:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=run).close()
+            handle = os.open(run, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(
+                f"the run folder {run} cannot be written: {error.strerror}; choose another --run"
+            ) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:  # anything else: a file system without locks, so we go without
+                raise ValueError(f"another process trains in {run}; wait for it, or choose another --run") from None
+        if (run / "config.json").exists():
+            stored = read_json(run / "config.json")
+            if isinstance(stored, dict) and "model_type" in stored:
+                raise ValueError(f"{run} is the folder of a model, which a run would overwrite; choose another --run")
+        for half in (path for part in ("", "adapter", "best", "last") for path in (run / part).glob(".*.part")):
+            half.unlink()
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def append_line(path, record):
-    """Append `record` as one JSON line. One write call: a kill leaves the whole line or none of it."""
+    """Append `record` as one JSON line, with null for a number that is not finite (JSON has none).
+
+    One write call: a kill leaves the whole line or none of it, and so does a full disk (OSError)."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(handle, (json.dumps(record, ensure_ascii=False) + "\n").encode())
+        size = os.fstat(handle).st_size
+        if os.write(handle, line) < len(line):
+            os.ftruncate(handle, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(handle)
 
 
 def read_lines(path):
-    """The records of a .jsonl file; an absent file has none. A torn last line (a full disk) is left out."""
+    """The records of a .jsonl file; an absent file has none. A torn last line (a crash of the machine) is left out."""
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []  # splitlines() would cut at U+2028 in an answer
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records += [json.loads(line)] if line else []
+        except ValueError:  # not JSON, or not UTF-8
             if number < len(lines):
                 raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from None
     return records
@@ -43,6 +94,34 @@ def keep_steps(path, last_step):
         write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
+def model_fingerprint(folder):
+    """sha256 over what a model folder holds: config, tokenizer, and of each weight file its size and 16 samples."""
+    digest = hashlib.sha256()
+    for name in (
+        "config.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+    ):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for i in range(16):
+                file.seek(size * i // 16)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def file_sha256(path):
+    """sha256 of a file, or None where there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).exists() else None
+
+
 @dataclass
 class Progress:
     """What a run knows of itself beyond its tensors."""
@@ -51,26 +130,33 @@ class Progress:
     tokens: int = 0  # tokens read, prompts included
     best_loss: float | None = None
     best_step: int | None = None
+    best_sha256: str | None = None  # of the weights in best/, which a kill may leave newer than this state
     evaluations_since_best: int = 0
     recent_losses: list[float] = field(default_factory=list)
     config: dict = field(default_factory=dict)
-    data_fingerprint: str = ""
+    facts: dict = field(default_factory=dict)  # what must be the same in a resume beyond the options: {what: value}
 
 
-def save_state(path, progress, parameters, optimizer, scaler):
+def random_state(device):
+    """{name: state} of the generators that the dropout of a step draws from."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def save_state(path, progress, parameters, optimizer, scaler, random):
     """One safetensors file with everything that the next step depends on: weights, AdamW's moments, random state,
     progress.
 
-    parameters: {name: trained parameter}. One file, so that a kill can never leave halves of two states."""
+    parameters: {name: trained parameter}; random: of random_state(). One file, so that a kill can never leave halves of
+    two states."""
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"weight.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    tensors = {name: t.cpu().contiguous() for name, t in (tensors | random).items()}
     facts = {"format": "pt", "progress": json.dumps(asdict(progress)), "scaler": json.dumps(scaler.state_dict())}
     write_whole(path, save(tensors, metadata=facts))
 
@@ -82,7 +168,7 @@ def read_progress(path):
     try:
         with safe_open(path, framework="pt") as f:
             return Progress(**json.loads(f.metadata()["progress"]))
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a state of a run ({error}); use --resume never to start again") from None
 
 
@@ -91,8 +177,8 @@ def load_state(path, parameters, optimizer, scaler):
     with safe_open(path, framework="pt") as f:
         tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
         scaler_state = json.loads(f.metadata()["scaler"])
-    stored = {name.removeprefix("weight.") for name in tensors if name.startswith("weight.")}
-    if stored != set(parameters):
+    stored = {name.removeprefix("weight."): t.shape for name, t in tensors.items() if name.startswith("weight.")}
+    if stored != {name: parameter.shape for name, parameter in parameters.items()}:
         raise ValueError(f"{path} holds the weights of another adapter; use --resume never to start again")
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"weight.{name}"])
@@ -100,13 +186,11 @@ def load_state(path, parameters, optimizer, scaler):
             key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors
         }
         if moments:
-            optimizer.state[parameter] = {
-                key: t if key == "step" and t.device == parameter.device else t.to(parameter.device)
-                for key, t in moments.items()
-            }
+            optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in moments.items()}
     torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    device = next(iter(parameters.values())).device
+    if "random.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
     if scaler_state:
         scaler.load_state_dict(scaler_state)
 
@@ -143,7 +227,7 @@ def draw_curves(records, path):
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    temporary = Path(path).with_suffix(".part.png")
-    figure.savefig(temporary, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
     plt.close(figure)
-    os.replace(temporary, path)
+    write_whole(path, image.getvalue())

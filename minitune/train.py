@@ -4,6 +4,8 @@ Read train() from top to bottom: prepare, (batch, forward, backward, clip, step,
 callbacks."""
 
 import math
+import os
+import shlex
 import signal
 import statistics
 import time
@@ -23,8 +25,12 @@ from minitune.run_folder import (
     Progress,
     append_line,
     draw_curves,
+    file_sha256,
+    hold,
     keep_steps,
     load_state,
+    model_fingerprint,
+    random_state,
     read_lines,
     read_progress,
     save_state,
@@ -36,12 +42,19 @@ def train(config: TrainConfig, say=print):
     """Fine-tune as `config` says, going on from the state in the run folder where there is one. say: prints one line.
 
     Returns the run folder's Path. Raises ValueError on bad options or files (before weights load where that can be
-    known), FloatingPointError on a loss that is not finite or jumps: the last good state is kept, and
-    KeyboardInterrupt after Ctrl-C or SIGTERM: the state is saved."""
+    known, and with no run folder left behind), FloatingPointError on a loss that is not finite or jumps: the last good
+    state is kept, and KeyboardInterrupt after Ctrl-C or SIGTERM: the state is saved."""
+    name = Path(config.model).expanduser().absolute().name
+    run = Path(config.run or f"runs/{name}-{'lora' if config.quantize == 'none' else 'qlora'}")
+    with hold(run):
+        return fine_tune(config, run, say)
+
+
+def fine_tune(config, run, say):
+    """train() inside the run folder that this process holds."""
     device = choose_device(config.device)
     dtype, reason = choose_dtype(config.dtype, device)
-    folder = hub.resolve(config.model, config.revision)
-    run = Path(config.run or f"runs/{Path(config.model).name}-{'lora' if config.quantize == 'none' else 'qlora'}")
+    folder = hub.resolve(config.model, config.revision).absolute()  # a folder ./mistral is not the short name mistral
     state_file = run / "last" / "state.safetensors"
     tokenizer = load_tokenizer(folder)
     rows = config.data or ("embedded" if config.model in hub.EMBEDDED else "alpaca")
@@ -58,13 +71,25 @@ def train(config: TrainConfig, say=print):
     say(f"{config.model} on {device}, {str(dtype).removeprefix('torch.')} ({reason})")
     say(train_set.describe())
     say(test_set.describe() if test_set.examples else "no held-out rows: no held-out loss, and no best step")
+    if config.patience and not test_set.examples:
+        raise ValueError("patience needs held-out rows, and there are none; set test_size or test_data")
 
     plan = StepPlan(config, train_set)
-    progress = starting_point(config, state_file, plan, train_set.fingerprint)
-    if progress.step == 0:
-        start_run(run, config, device, train_set.fingerprint)
+    facts = {
+        "compute dtype": str(dtype).removeprefix("torch."),
+        "model files (sha256)": model_fingerprint(folder),
+        "training rows (sha256)": train_set.fingerprint,
+        "held-out rows (sha256)": test_set.fingerprint,
+    }
+    progress = starting_point(config, state_file, plan, facts)
 
     model = checkpoint.load_model(folder, dtype, device, config.quantize, say=say)
+    highest = max(max(example.ids) for part in (train_set, test_set) for example in part.examples)
+    if highest >= model.config.vocab_size:
+        raise ValueError(
+            f"the rows have token {highest}, but the model has {model.config.vocab_size} tokens; "
+            f"the tokenizer in {folder} is of another model"
+        )
     targets = config.lora_targets or checkpoint.default_targets(folder)
     names = lora.inject(
         model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets, config.use_rslora, config.seed
@@ -86,11 +111,12 @@ def train(config: TrainConfig, say=print):
             base_model=hub.MODELS.get(config.model, config.model),
             revision=config.revision,
             extra=template,
+            trained=name == "adapter",  # while a scaler looks for its scale, last/ may still be the base
         )
 
-    def save():
+    def save(random=None):
         save_adapter("last")
-        save_state(state_file, progress, trained, optimizer, scaler)
+        save_state(state_file, progress, trained, optimizer, scaler, random or random_state(device))
 
     def evaluate():
         """The held-out loss and sample answers, both recorded; a new best is kept. Returns the loss, or None without
@@ -98,7 +124,7 @@ def train(config: TrainConfig, say=print):
         samples = sample_answers(
             model,
             tokenizer,
-            (test_set if test_set.examples else train_set).examples[: config.samples],
+            [e for e in (test_set if test_set.examples else train_set).examples if e.prompt_length][: config.samples],
             config.sample_tokens,
         )
         if samples:
@@ -110,6 +136,7 @@ def train(config: TrainConfig, say=print):
             progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
             if progress.step:
                 save_adapter("best")
+                progress.best_sha256 = file_sha256(run / "best" / "adapter_model.safetensors")
         else:
             progress.evaluations_since_best += 1
         return loss
@@ -119,10 +146,13 @@ def train(config: TrainConfig, say=print):
         load_state(state_file, trained, optimizer, scaler)
         for file in ("metrics.jsonl", "samples.jsonl"):
             keep_steps(run / file, progress.step)
+        write_config(run, config)
         say(f"going on from step {progress.step} of {plan.total} in {run}")
-    elif (loss := evaluate()) is not None:
-        append_line(run / "metrics.jsonl", {"step": 0, "eval_loss": loss})
-        say(f"step 0: held-out loss {loss:.4f}")
+    else:
+        start_run(run, config, device, train_set.fingerprint)
+        if (loss := evaluate()) is not None:
+            append_line(run / "metrics.jsonl", {"step": 0, "eval_loss": loss})
+            say(f"step 0: held-out loss {loss:.4f}")
 
     stop = StopSignal()
     stopped_early = lambda: config.patience is not None and progress.evaluations_since_best >= config.patience
@@ -132,6 +162,7 @@ def train(config: TrainConfig, say=print):
         while progress.step < plan.total and not stopped_early():
             started = time.perf_counter()
             step = progress.step  # counts the steps done
+            random = random_state(device)
             batches = plan.batches(step, train_set, tokenizer.pad_id)
             rate = learning_rate(step, plan.total, config)
             for group in optimizer.param_groups:
@@ -141,7 +172,7 @@ def train(config: TrainConfig, say=print):
             # micro-batches changes nothing
             model.train()
             supervised = sum(batch.supervised for batch in batches)
-            step_tokens = sum(batch.input_ids.numel() for batch in batches)
+            step_tokens = sum(sum(batch.documents[: len(batch.rows)]) for batch in batches)  # padding is none of them
             total = torch.zeros((), device=device)
             with out_of_memory_explained(config):
                 for batch in batches:
@@ -157,12 +188,17 @@ def train(config: TrainConfig, say=print):
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).item()
             loss = total.item() / supervised
             if problem := broken(loss, grad_norm, progress.recent_losses, config.spike_factor, scaler):
-                save()
+                kept = "No step was done before it"
+                if step and all(p.isfinite().all() for p in trained.values()):
+                    save(random)
+                    kept = f"The state before this step is in {run / 'last'}"
+                elif step:
+                    kept = f"The step before broke the weights; {run / 'last'} is left as last saved"
                 where = first_nonfinite(model, batches) if not math.isfinite(loss) else None
                 raise FloatingPointError(
                     f"step {step + 1}: {problem}{f', first in the output of {where}' if where else ''}. Its rows (counted "
-                    f"from 0 in the file): {', '.join(str(r) for b in batches for r in b.rows)}. The state before this step "
-                    f"is in {run / 'last'}. Look at these rows, or lower --learning-rate (now {config.learning_rate:g})"
+                    f"from 0 in the file): {', '.join(str(r) for b in batches for r in b.rows)}. {kept}. "
+                    f"Look at these rows, or lower --learning-rate (now {config.learning_rate:g})"
                 )
             scaler.step(optimizer)
             scaler.update()
@@ -189,6 +225,7 @@ def train(config: TrainConfig, say=print):
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{record['tokens_per_s']:.0f}", refresh=False)
             is_last = progress.step == plan.total
+            stopping = stop.requested  # read once: a signal after this line waits for the next step
             if progress.step % plan.eval_every == 0 or is_last:
                 record |= {} if (held_out := evaluate()) is None else {"eval_loss": held_out}
                 bar.clear()
@@ -198,13 +235,13 @@ def train(config: TrainConfig, say=print):
                 )
             if progress.step % config.log_every == 0 or "eval_loss" in record or is_last:
                 append_line(run / "metrics.jsonl", record)
-            if progress.step % plan.save_every == 0 or is_last or stop.requested or stopped_early():
+            if progress.step % plan.save_every == 0 or is_last or stopping or stopped_early():
                 save()
                 draw_curves(read_lines(run / "metrics.jsonl"), run / "curves.png")
-            if stop.requested and not is_last:
+            if stopping and not is_last:
                 raise KeyboardInterrupt(
-                    f"stopped after step {progress.step}; the state is in {run / 'last'}. Go on with: "
-                    f"python scripts/train.py --config {run / 'config.json'}"
+                    f"after step {progress.step} of {plan.total}; the state is in {run / 'last'}. Go on with: "
+                    f"python scripts/train.py --config {shlex.quote(str(run / 'config.json'))}"
                 )
 
     finish(run, config, progress, trained, save_adapter, say)
@@ -236,13 +273,14 @@ class StepPlan:
         return [data.collate([train_set.examples[i] for i in group], pad_id) for group in groups]
 
 
-def starting_point(config, state_file, plan, fingerprint):
+def starting_point(config, state_file, plan, facts):
     """The Progress to go on from: a new one, or that of the state file.
 
-    Raises ValueError where the run in the folder is not the one that `config` describes."""
+    facts: {what: value}, compared beyond the options. Raises ValueError where the run in the folder is not the one that
+    `config` describes."""
     progress = read_progress(state_file) if config.resume == "auto" else None
     if progress is None:
-        return Progress(config=asdict(config), data_fingerprint=fingerprint)
+        return Progress(config=asdict(config), facts=facts)
     free = {
         "run",
         "resume",
@@ -254,14 +292,16 @@ def starting_point(config, state_file, plan, fingerprint):
         "samples",
         "sample_tokens",
         "device",
+        "dtype",
         "max_steps",
         "epochs",
         "model",
+        "revision",
         "data",
         "test_data",
-    }  # model and rows may have moved: their content is compared
-    stored = {**progress.config, **{key: list(v) if isinstance(v, tuple) else v for key, v in progress.config.items()}}
-    now = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
+    }  # model and rows may have moved, and "auto" may mean another dtype here: what they are is in `facts`
+    stored = {**progress.config, **progress.facts}
+    now = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()} | facts
     changed = [
         f"{key} {stored.get(key)!r} -> {now[key]!r}" for key in now if key not in free and stored.get(key) != now[key]
     ]
@@ -270,8 +310,8 @@ def starting_point(config, state_file, plan, fingerprint):
         learning_rate(s, old_plan_total, config) != learning_rate(s, plan.total, config) for s in range(progress.step)
     ):
         changed.append(f"steps {old_plan_total} -> {plan.total}, which changes the learning rate of steps already done")
-    if fingerprint != progress.data_fingerprint:
-        changed.append("the training rows are not the same")
+    if progress.step > plan.total:
+        changed.append(f"steps {old_plan_total} -> {plan.total}, but {progress.step} are done")
     if changed:
         raise ValueError(
             f"{state_file.parents[1]} holds a run with other settings: {'; '.join(changed)}. Choose another --run, "
@@ -284,10 +324,10 @@ def starting_point(config, state_file, plan, fingerprint):
 def start_run(run, config, device, fingerprint):
     """An empty run folder, with config.json and environment.json. What an earlier run left there is removed."""
     for name in (
+        "last/state.safetensors",  # first: without it nobody goes on from what remains
         "metrics.jsonl",
         "samples.jsonl",
         "curves.png",
-        "last/state.safetensors",
         *(
             f"{part}/{file}"
             for part in ("adapter", "best", "last")
@@ -295,13 +335,21 @@ def start_run(run, config, device, fingerprint):
         ),
     ):
         (run / name).unlink(missing_ok=True)
-    write_json(run / "config.json", asdict(config) | {"run": str(run)})
+    write_config(run, config)
     write_json(run / "environment.json", environment(device) | {"seed": config.seed, "data_fingerprint": fingerprint})
+
+
+def write_config(run, config):
+    """config.json. `resume` is auto in it: who gives it as --config wants to go on, not to start again."""
+    write_json(run / "config.json", asdict(config) | {"run": str(run), "resume": "auto"})
 
 
 def finish(run, config, progress, trained, save_adapter, say):
     """Write adapter/: the best held-out step, or the last."""
     best = config.keep == "best" and progress.best_step is not None
+    if best and progress.best_step and file_sha256(run / "best" / "adapter_model.safetensors") != progress.best_sha256:
+        say(f"{run / 'best'} does not hold step {progress.best_step}, the best: adapter/ holds the last step")
+        best = False
     if best and progress.best_step == 0:
         say(
             "no step had a lower held-out loss than the base: adapter/ holds the last step; try another --learning-rate"
@@ -359,7 +407,14 @@ def held_out_loss(model, examples, batch_size, pad_id):
     model.eval()
     by_length = sorted(examples, key=lambda example: len(example.ids))
     batches = [data.collate(by_length[i : i + batch_size], pad_id) for i in range(0, len(by_length), batch_size)]
-    return math.fsum(batch_loss(model, b).item() for b in batches) / sum(b.supervised for b in batches)
+    losses = [batch_loss(model, batch).item() for batch in batches]
+    if bad := [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]:
+        where = first_nonfinite(model, bad[:1])
+        raise FloatingPointError(
+            f"the held-out loss is not finite{f', first in the output of {where}' if where else ''}. Its rows (counted "
+            f"from 0 in the file): {', '.join(map(str, bad[0].rows))}. Check the model's weights, or use --dtype fp32"
+        )
+    return math.fsum(losses) / sum(batch.supervised for batch in batches)
 
 
 def sample_answers(model, tokenizer, examples, max_new_tokens):
@@ -387,7 +442,7 @@ def broken(loss, grad_norm, recent, spike_factor, scaler):
     lowers its scale."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
-    if not math.isfinite(grad_norm) and not scaler.is_enabled():
+    if not math.isfinite(grad_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
         return f"the loss is {loss:.4f} but the gradient norm is {grad_norm}"
     if spike_factor and len(recent) == 16:
         usual = statistics.median(recent)
@@ -435,9 +490,9 @@ class StopSignal:
 
     def ask(self, number, frame):
         if self.requested:
-            raise KeyboardInterrupt("stopped at once; the state is that of the last save")
+            raise KeyboardInterrupt("at once; the state is that of the last save")
         self.requested = True
-        tqdm.write("stopping after this step; once more to stop at once")
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print may be what was interrupted
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
