@@ -209,16 +209,17 @@ def attention(q, k, v, layout):
     B, H, T, D = q.shape
     grouped = H != k.shape[1]
 
-    def attend(q, k, v, mask, is_causal):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+    def attend(q, k, v, mask, is_causal):  # -> (B, T, H, D)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+        return out.transpose(1, 2)
 
     if layout.documents is None:
         out = attend(q, k, v, layout.mask, layout.mask is None and T > 1)
     else:  # one call a document: no score across documents is ever computed
         pieces = zip(*(t.split(layout.documents, dim=2) for t in (q, k, v)), layout.documents, strict=True)
         masks = ((q, k, v, layout.document_mask(n)) for q, k, v, n in pieces)
-        out = torch.cat([attend(q, k, v, mask, mask is None) for q, k, v, mask in masks], dim=2)
-    return out.transpose(1, 2).reshape(B, T, H * D)
+        out = torch.cat([attend(q, k, v, mask, mask is None) for q, k, v, mask in masks], dim=1)
+    return out.reshape(B, T, H * D)
 
 
 class LayerCache:
