@@ -3,6 +3,8 @@
 Nothing here trains; the state of a run is written by minitune/train.py. Only safetensors and JSON are read."""
 
 import json
+import math
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from minitune.files import read_json, write_json, write_whole
 from minitune.models import architecture, build
 
 GB = 1e9
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # of one value
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # dtypes that weights are read in, by safetensors' names: bytes of a value
 
 
 def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapter=None, revision=None, say=None):
@@ -26,15 +28,17 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     model: folder, short name or hub id. quantize: "none", "nf4" or "nf4-dq" turns the linear layers of the blocks
     into 4 bit as their tensors stream in; a checkpoint that bitsandbytes quantised stays as it is. adapter: folder in
     PEFT's format. say: called with the line that describes the load. Memory above the loaded model stays below twice
-    the largest tensor. Raises ValueError on a file that is missing, cut short or of another shape, before any weight
-    is read."""
+    the largest tensor. Raises ValueError on a file that is missing, cut short or of another shape before any weight
+    is read, and on a weight with NaN or infinity when it is."""
+    if quantize not in ("none", "nf4", "nf4-dq"):
+        raise ValueError(f"quantize is {quantize!r}, expected none, nf4 or nf4-dq")
+    if adapter is not None:
+        read_adapter_config(adapter)  # a bad one shows before gigabytes are read
     folder = hub.resolve(str(model), revision)
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
         raise ValueError(f"{folder / 'config.json'} holds a {type(raw).__name__}, expected an object")
     device = torch.device(device)
-    if quantize not in ("none", "nf4", "nf4-dq"):
-        raise ValueError(f"quantize is {quantize!r}, expected none, nf4 or nf4-dq")
     try:
         stored_4bit = quant.is_bnb_4bit(raw)
         with torch.device("meta"):
@@ -48,34 +52,41 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     tied = net.config.tie_word_embeddings
     groups = group_by_parameter(tensors, net, tied, stored_4bit)
     reset_peak(torch.device("cpu"))
+    before = resident_bytes()
     for name, parts in groups.items():
         owner, _, leaf = name.rpartition(".")
         module = net.get_submodule(owner)
-        if stored_4bit and len(parts) > 1:
-            stored = {part: tensors.read(name + part).to(device) for part in parts}
-            layer = quant.NF4Linear.from_bnb(
-                {part.removeprefix("."): t for part, t in stored.items()}, module.bias, dtype
-            )
-            replace(net, owner, layer)
+        if len(parts) > 1:  # 4 bit, as bitsandbytes stores it. Copies: the file's pages go back at once
+            stored = {part: tensors.read(key).to(device=device, copy=True) for part, key in parts.items()}
+            shape = (module.out_features, module.in_features)
+            replace(net, owner, quant.NF4Linear.from_bnb(stored, module.bias, dtype, shape, f"{folder}: {name}"))
         elif quantize != "none" and leaf == "weight" and isinstance(module, nn.Linear) and owner != "lm_head":
             weight = tensors.read(name).to(device)
-            replace(net, owner, quant.NF4Linear.from_weight(weight, module.bias, dtype, quantize == "nf4-dq"))
+            try:
+                layer = quant.NF4Linear.from_weight(weight, module.bias, dtype, quantize == "nf4-dq")
+            except ValueError as error:
+                raise ValueError(f"{folder}: {name}: {error}") from None
+            replace(net, owner, layer)
         else:
-            weight = tensors.read(name).to(
-                device=device, dtype=dtype, copy=True
-            )  # a copy: the file's pages go back at once
+            weight = tensors.read(name).to(device=device, dtype=dtype, copy=True)
+            if not all(bound.isfinite() for bound in weight.aminmax()):  # one pass, 10 GB/s on one core
+                raise ValueError(
+                    f"{folder}: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}; the checkpoint is "
+                    "damaged, or its values are too large for this dtype"
+                )
             module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
     if tied:
         net.lm_head.weight = net.model.embed_tokens.weight
     left = [name for name, p in (*net.named_parameters(), *net.named_buffers()) if p.is_meta]
     assert not left, f"not loaded: {left[:5]}"
     if say:
-        resident, largest = resident_bytes(), tensors.largest_bytes
-        above = max(0, peak_bytes(torch.device("cpu")) - resident)
+        # On a GPU resident_bytes() holds what CUDA loaded meanwhile; on a CPU it would hide what malloc keeps.
+        loaded = before + model_bytes(net) if device.type == "cpu" else resident_bytes()
+        above = max(0, peak_bytes(torch.device("cpu")) - loaded)
         say(
             f"loaded {folder.name}: {sum(p.numel() for p in count_parameters(net)) / 1e6:.1f} M stored values, "
             f"{model_bytes(net) / GB:.2f} GB in {time.perf_counter() - start:.1f} s; host memory above the model "
-            f"{above / GB:.2f} GB at most (largest tensor {largest / GB:.2f} GB)"
+            f"{above / GB:.2f} GB at most (largest tensor {tensors.largest_bytes / GB:.2f} GB)"
         )
     if adapter is not None:
         load_adapter(net, adapter)
@@ -106,26 +117,32 @@ class Tensors:
         self.folder = folder
         self.files = {}  # tensor name -> file
         self.shapes = {}
+        self.dtypes = {}  # safetensors' names: BF16, F8_E4M3 ...
         self.largest_bytes = 0
-        for file, expected in self.shards().items():
+        shards = self.shards()
+        placed = {name: file for file, names in shards.items() for name in names or ()}
+        for file, expected in shards.items():
             with self.open(file) as f:
                 names = list(f.keys())
                 if expected is not None and (absent := sorted(set(expected) - set(names))):
                     raise ValueError(
                         f"{file} lacks {len(absent)} tensors that the index puts there: {first_five(absent)}"
                     )
-                for name in names if expected is None else expected:
+                for name in names:
+                    if placed.get(name, file) != file:  # a second copy: the index says which one counts
+                        continue
                     view = f.get_slice(name)
                     self.files[name], self.shapes[name] = file, tuple(view.get_shape())
-                    size = BYTES[view.get_dtype()] * torch.Size(self.shapes[name]).numel()
+                    self.dtypes[name] = view.get_dtype()
+                    size = FLOATS.get(self.dtypes[name], 1) * math.prod(self.shapes[name])
                     self.largest_bytes = max(self.largest_bytes, size)
 
     def shards(self):
         """{file: names that the index puts there, or None: all of it}."""
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if single.exists():  # it goes before an index, as in transformers
+            return {single: None}
         if not index.exists():
-            if single.exists():
-                return {single: None}
             other = [
                 p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in sorted(self.folder.glob(pattern))
             ][:3]
@@ -152,13 +169,7 @@ class Tensors:
         return shards
 
     def open(self, file):
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{file} is not a whole safetensors file ({error}); it is corrupt or cut short: "
-                "download or copy it again"
-            ) from None
+        return open_safetensors(file)
 
     def read(self, name):
         """One tensor. The file is opened anew, so that the pages of earlier tensors do not stay in memory."""
@@ -166,42 +177,75 @@ class Tensors:
             return f.get_tensor(name)
 
 
-def group_by_parameter(tensors, net, tied, stored_4bit):
-    """{parameter name: the suffixes stored for it}, after a check of names and shapes in both directions.
+def open_safetensors(file):
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is not a whole safetensors file ({error}); it is corrupt or cut short: download or copy it again"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error}); expected a safetensors file") from None
 
-    Raises ValueError with the missing, the unexpected and the misshapen, the first five of each."""
+
+def group_by_parameter(tensors, net, tied, stored_4bit):
+    """{parameter name: {"weight": tensor name}}, for a weight in 4 bit with "absmax" and the other parts beside it.
+
+    Names, shapes and dtypes are checked in both directions. Raises ValueError with the missing, the unexpected and the
+    wrong, the first five of each."""
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    linear = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     if tied:
         shapes.pop("lm_head.weight", None)
-    groups, unexpected, wrong = {}, [], []
-    for name, shape in tensors.shapes.items():
-        base, mark, _ = name.partition(".weight.")
+    groups, unexpected = {}, []
+    for name in tensors.shapes:
+        base, mark, part = name.partition(".weight.")
         if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight":
             continue  # recomputed from config.json; a copy of the embedding
-        if stored_4bit and mark and base + ".weight" in shapes:
-            groups.setdefault(base + ".weight", []).append(name[len(base) + len(".weight") :])
-        elif name in shapes:
-            groups.setdefault(name, []).append("")
-            if shape != shapes[name]:
-                wrong.append(f"{name} {list(shape)}, expected {list(shapes[name])}")
+        if name in shapes:
+            groups.setdefault(name, {})["weight"] = name
+        elif stored_4bit and mark and f"{base}.weight" in shapes.keys() & linear:
+            groups.setdefault(f"{base}.weight", {})[part] = name
         else:
             unexpected.append(name)
-    if stored_4bit:  # their packed shape is checked by from_bnb
-        wrong = [text for text in wrong if len(groups[text.split(" ")[0]]) == 1]
-    missing = [name for name in shapes if "" not in groups.get(name, ())]
-    problems = [
-        f"{len(found)} {what}: {first_five(found)}"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        if found
-    ]
-    if problems:
+    plain = [name for name, parts in groups.items() if parts.keys() == {"weight"}]  # from_bnb checks the others
+    problems = {
+        "missing": [name for name in shapes if "weight" not in groups.get(name, ())],
+        "unexpected": unexpected,
+        "of another shape": [
+            f"{name} {list(tensors.shapes[name])}, expected {list(shapes[name])}"
+            for name in plain
+            if tensors.shapes[name] != shapes[name]
+        ],
+        f"of a dtype other than {', '.join(FLOATS)}": [
+            f"{name} {tensors.dtypes[name]}" for name in plain if tensors.dtypes[name] not in FLOATS
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {what}: {first_five(names)}" for what, names in problems.items() if names)
         hint = ""
         if any(name.startswith(("layers.", "transformer.")) for name in unexpected):
             hint = (
                 ". The names are those of an outdated Phi file: convert it, or use the newer revision of the checkpoint"
             )
-        raise ValueError(f"{tensors.folder}: the tensors are not those of its config.json; {'; '.join(problems)}{hint}")
+        raise ValueError(f"{tensors.folder}: the tensors are not those of its config.json; {found}{hint}")
+    if tied and "lm_head.weight" in tensors.shapes:
+        check_tied(tensors)
     return groups
+
+
+def check_tied(tensors):
+    """Raises ValueError where a stored head is not the copy of the embedding that config.json promises."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    is_equal = tensors.shapes[head] == tensors.shapes[embedding]
+    for start in range(0, tensors.shapes[head][0] if is_equal else 0, 4096):  # in parts, so that no copy is large
+        rows = [tensors.read(name)[start : start + 4096].float() for name in (head, embedding)]
+        is_equal = is_equal and torch.equal(*rows)
+    if not is_equal:
+        raise ValueError(
+            f"{tensors.folder}: config.json says tie_word_embeddings, but {head} is not equal to {embedding}; set "
+            "tie_word_embeddings to false if the head was trained by itself, or remove the head"
+        )
 
 
 def first_five(names):
@@ -211,51 +255,50 @@ def first_five(names):
 # --- adapters in PEFT's format
 # ---------------------------------------------------------------------------------------------
 
-ADAPTER_DEFAULTS = {  # keys of adapter_config.json that may stand there only with a value that changes nothing
-    "alpha_pattern": ({}, None),
-    "rank_pattern": ({}, None),
+ADAPTER_DEFAULTS = {  # keys of adapter_config.json that may hold null or these values only, which change nothing
+    "alpha_pattern": ({},),
+    "arrow_config": (),
+    "alora_invocation_tokens": (),
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "layers_pattern": (None,),
-    "layers_to_transform": (None,),
-    "modules_to_save": (None, []),
-    "use_dora": (False,),
-    "exclude_modules": (None,),
-    "lora_bias": (False,),
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "target_parameters": (None,),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False,),
-    "arrow_config": (None,),
-    "alora_invocation_tokens": (None,),
-    "use_bdlora": (None, False),
+    "corda_config": (),
     "ensure_weight_tying": (False,),
+    "eva_config": (),
+    "exclude_modules": ([],),
+    "fan_in_fan_out": (False,),
+    # Not here: pissa, olora, corda, loftq, lora_ga. They change the frozen weights, and PEFT does so again on loading.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "kasa_config": (),
+    "layer_replication": (),
+    "layers_pattern": ([],),
+    "layers_to_transform": ([],),
+    "loftq_config": ({},),
+    "lora_bias": (False,),
+    "lora_ga_config": (),
+    "megatron_config": (),
+    "modules_to_save": ([],),
+    "monteclora_config": (),
     "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
-    "corda_config": (None,),
-    "eva_config": (None,),
-    "loftq_config": ({}, None),
-    "lora_ga_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
+    "rank_pattern": ({},),
+    "target_parameters": ([],),
+    "task_type": ("CAUSAL_LM",),
+    "trainable_token_indices": (),
+    "use_bdlora": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (),
 }
-ADAPTER_IGNORED = {
+ADAPTER_IGNORED = {  # without effect on the logits
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
-    "revision",
-    "init_lora_weights",
-    "peft_version",
     "megatron_core",
-    "runtime_config",
+    "peft_version",
     "qalora_group_size",
-    "use_rslora",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
+    "revision",
+    "runtime_config",
 }
+ADAPTER_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+PEFT_PREFIX = "base_model.model."  # before the model's own names in an adapter file
 
 
 def save_adapter(model, folder, base_model=None, revision=None, extra=None, trained=True):
@@ -263,8 +306,8 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
 
     base_model, revision: where the frozen weights came from. extra: our own facts (the prompt template ...), written to
     minitune.json beside them. Every file appears whole or not at all; the weights are read back and compared. Raises
-    ValueError where what was written is not what is in memory, or, for a trained adapter, where every B is still
-    zero."""
+    ValueError where a weight is not finite (nothing is written then), where what was written is not what is in memory,
+    and, for a trained adapter, where every B is still zero."""
     folder = Path(folder)
     layers = lora.lora_layers(model)
     if not layers:
@@ -295,28 +338,33 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
         "use_rslora": first.use_rslora,
     }
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in lora.adapter_tensors(model).items()}
+    if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
+        raise ValueError(f"{len(broken)} adapter tensors hold NaN or infinity, not saved: {first_five(broken)}")
     write_whole(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_json(folder / "adapter_config.json", config)
     if extra is not None:
         write_json(folder / "minitune.json", extra)
+    else:
+        (folder / "minitune.json").unlink(missing_ok=True)  # of an adapter that was here before
     stored = read_adapter_tensors(folder)
     if stored.keys() != tensors.keys() or any(not torch.equal(stored[name], tensors[name]) for name in tensors):
         raise ValueError(
             f"{folder / 'adapter_model.safetensors'} does not hold what was written; the disk may be failing"
         )
-    if trained and not any(t.any() for name, t in tensors.items() if ".lora_B." in name):
+    if trained and not any(t.any() for name, t in stored.items() if ".lora_B." in name):
         raise ValueError(f"{folder}: every lora_B is zero, so the adapter does nothing; was the learning rate 0?")
 
 
 def read_adapter_tensors(folder):
+    """{PEFT's key: tensor}, copied from the file. Raises ValueError where the file is missing or not whole."""
     path = Path(folder) / "adapter_model.safetensors"
     if not path.exists():
         raise ValueError(f"{folder} has no adapter_model.safetensors; expected a folder in PEFT's format")
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name).clone() for name in f.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    with open_safetensors(path) as f:
+        if odd := [f"{name} {f.get_slice(name).get_dtype()}" for name in f.keys()
+                   if f.get_slice(name).get_dtype() not in FLOATS]:  # fmt: skip
+            raise ValueError(f"{path}: expected {', '.join(FLOATS)}, found {first_five(odd)}")
+        return {name: f.get_tensor(name).clone() for name in f.keys()}
 
 
 def read_adapter_config(folder):
@@ -325,21 +373,32 @@ def read_adapter_config(folder):
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, expected an object")
+
+    def is_number(value):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    def is_names(value):
+        names = value if isinstance(value, list) else [value]
+        return bool(names) and all(isinstance(name, str) and name for name in names)
+
+    config = {"lora_dropout": 0.0, "use_rslora": False} | {k: v for k, v in config.items() if v is not None}
+    for key, fits, expected in (
+        ("r", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a whole number above 0"),
+        ("lora_alpha", is_number, "a number"),
+        ("lora_dropout", lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+        ("use_rslora", lambda v: isinstance(v, bool), "true or false"),
+        ("target_modules", is_names, "a list of names, a pattern or all-linear"),
+    ):
+        if not fits(config.get(key)):
+            raise ValueError(f"{path}: {key} is {config.get(key)!r}, expected {expected}")
     for key, value in config.items():
         if key in ADAPTER_DEFAULTS:
             if value not in ADAPTER_DEFAULTS[key]:
-                raise ValueError(
-                    f"{path}: {key} is {value!r}, which minitune does not implement; "
-                    f"it takes {' or '.join(json.dumps(v) for v in ADAPTER_DEFAULTS[key])}"
-                )
-        elif key not in ADAPTER_IGNORED and value not in (None, False, {}, []):
+                allowed = " or ".join(json.dumps(v) for v in (None, *ADAPTER_DEFAULTS[key]))
+                raise ValueError(f"{path}: {key} is {value!r}, which minitune does not implement; it takes {allowed}")
+        elif key not in ADAPTER_IGNORED | ADAPTER_READ and value not in (False, {}, []):
             raise ValueError(
                 f"{path}: {key} is {value!r}, a setting that minitune does not know; remove it if it changes nothing"
-            )
-    for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (str, list))):
-        if not isinstance(config.get(key), kinds):
-            raise ValueError(
-                f"{path}: {key} is {config.get(key)!r}, expected {'a number' if key != 'target_modules' else 'names'}"
             )
     return config
 
@@ -348,33 +407,45 @@ def load_adapter(model, folder, trainable=False):
     """Wrap `model` with the LoRA layers of an adapter in PEFT's format, in place. Returns its adapter_config.json as
     a dict.
 
-    Strict both ways: a tensor without a layer, or a layer without a tensor, is a ValueError."""
-    config = read_adapter_config(folder)
-    stored = read_adapter_tensors(folder)
-    targets = config["target_modules"]
-    targets = targets if isinstance(targets, str) else present_targets(model, targets, folder)
-    lora.inject(
-        model,
-        config["r"],
-        config["lora_alpha"],
-        config.get("lora_dropout", 0.0),
-        targets,
-        config.get("use_rslora", False),
-    )
-    own = lora.adapter_tensors(model)
-    missing, unexpected = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
+    Strict both ways: a tensor without a layer, or a layer without a tensor, is a ValueError, and the model stays as it
+    was. PEFT stores a frozen head or embedding too where it wraps or resizes one; they replace the model's own."""
+    config, stored = read_adapter_config(folder), read_adapter_tensors(folder)
+    r, targets = config["r"], config["target_modules"]
+    if not isinstance(targets, str):
+        targets = present_targets(model, targets, folder)
+    shapes = {}
+    try:
+        names = lora.match_targets(model, targets)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    for name in names:
+        layer = model.get_submodule(name)
+        shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (r, layer.in_features)
+        shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (layer.out_features, r)
+    frozen, parameters = {}, dict(model.named_parameters(remove_duplicate=False))
+    for key in stored.keys() - shapes.keys():
+        own = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        if own in parameters:
+            frozen[key], shapes[key] = own, tuple(parameters[own].shape)
+    missing, unexpected = sorted(shapes.keys() - stored.keys()), sorted(stored.keys() - shapes.keys())
     wrong = [
-        f"{name} {list(stored[name].shape)}, expected {list(own[name].shape)}"
-        for name in own
-        if name in stored and own[name].shape != stored[name].shape
+        f"{key} {list(stored[key].shape)}, expected {list(shape)}"
+        for key, shape in shapes.items()
+        if key in stored and stored[key].shape != shape
     ]
     if missing or unexpected or wrong:
         raise ValueError(
             f"{folder} does not fit the model: missing {first_five(missing) or 'none'}; unexpected "
             f"{first_five(unexpected) or 'none'}; of another shape {first_five(wrong) or 'none'}"
         )
-    for name, tensor in own.items():
-        tensor.data.copy_(stored[name])
+    for key, own in frozen.items():
+        weight = stored[key].to(parameters[own])
+        if not torch.equal(weight, parameters[own]):
+            warn(f"{folder} brings its own {own}, which replaces the model's, as in PEFT")
+            parameters[own].data.copy_(weight)
+    lora.inject(model, r, config["lora_alpha"], config["lora_dropout"], targets, config["use_rslora"])
+    for key, tensor in lora.adapter_tensors(model).items():
+        tensor.data.copy_(stored[key])
         tensor.requires_grad_(trainable)
     return config
 
@@ -382,20 +453,19 @@ def load_adapter(model, folder, trainable=False):
 def present_targets(model, targets, folder):
     """The targets that the model has. Adapters with names of another architecture circulate: PEFT wraps what it
     finds; so do we, and say it."""
-    found = []
-    for target in targets:
-        try:
-            lora.match_targets(model, (target,))
-            found.append(target)
-        except ValueError:
-            print(
-                f"warning: {folder}: target_modules names {target!r}, which this model does not have; passed over, as by PEFT"
-            )
-    if not found:
+    modules = [name for name, _ in model.named_modules()]
+    absent = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules)]
+    if len(absent) == len(targets):
         raise ValueError(
-            f"{folder}: none of target_modules {', '.join(targets)} is in this model; it is of another architecture"
+            f"{folder}: none of target_modules {first_five(targets)} is in this model; it is of another architecture"
         )
-    return tuple(found)
+    if absent:
+        warn(f"{folder}: target_modules names {first_five(absent)}, not in this model; passed over, as by PEFT")
+    return tuple(target for target in targets if target not in absent)
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def default_targets(folder):

@@ -28,24 +28,31 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        y = self.base_layer(x)
+        rows = x.flatten(0, -2)  # (B * T, in)
         A = self.lora_A.weight.to(x.dtype)
         B = (self.lora_B.weight * self.scaling).to(x.dtype)
-        low = F.linear(self.lora_dropout(x), A).flatten(0, -2)  # (B * T, r)
-        return torch.addmm(y.flatten(0, -2), low, B.T).view_as(y)  # one pass over y instead of three
+        low = F.linear(self.lora_dropout(rows), A)  # (B * T, r)
+        y = self.base_layer(rows).addmm_(low, B.T)  # added where it lies: no second (B * T, out)
+        return y.view(*x.shape[:-1], -1)
 
 
 def match_targets(model, targets):
     """Names of the linear layers that `targets` mean, in the model's order.
 
     targets: names, each a whole name or its end after a dot; ("all-linear",): every linear layer but the head; or, as
-    in PEFT, a single string that is a regex for whole names. Raises ValueError with the names that match nothing."""
+    in PEFT, a single string that is a regex for whole names. Raises ValueError with the names that match nothing, and
+    where the model has LoRA layers already."""
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already; load it again before it gets others")
     linears = [
         name for name, module in model.named_modules() if hasattr(module, "in_features")
     ]  # nn.Linear and its 4-bit kin
     if isinstance(targets, str):
         if targets != "all-linear":
-            found = [name for name in linears if re.fullmatch(targets, name)]
+            try:
+                found = [name for name in linears if re.fullmatch(targets, name)]
+            except re.error as error:
+                raise ValueError(f"lora_targets: {targets!r} is not a regular expression: {error}") from None
             if not found:
                 raise ValueError(
                     f"lora_targets: no linear layer matches the pattern {targets!r}; {known_leaves(linears)}"
@@ -75,8 +82,10 @@ def inject(model, r, alpha, dropout=0.0, targets=("all-linear",), use_rslora=Fal
 
     The start of A is drawn from `seed` alone, on the CPU: the same on every device. Returns the names of the wrapped
     layers."""
-    model.requires_grad_(False)
+    if not (isinstance(r, int) and r > 0):
+        raise ValueError(f"the rank r is {r!r}, expected a whole number above 0")
     names = match_targets(model, targets)
+    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         parent, _, leaf = name.rpartition(".")

@@ -395,7 +395,7 @@ def learning_rate(step, total, config):
 
 def batch_loss(model, batch):
     """Sum of the cross-entropy over the supervised tokens of a batch. Logits are computed only where a label is."""
-    device = model.lm_head.weight.device
+    device = model.model.embed_tokens.weight.device  # the head may be a LoRALinear
     hidden = model.model(batch.input_ids.to(device), documents=batch.documents)[0]  # (N, C)
     positions, next_tokens = (t.to(device) for t in batch.targets())
     return chunked_cross_entropy(hidden[positions], model.lm_head, next_tokens)
