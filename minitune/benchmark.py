@@ -136,9 +136,8 @@ def bench_train(config, say=print):
         pairs = [a["examples_per_s"] / b["examples_per_s"] for a, b in zip(*measured.values(), strict=True)]
         record["speed_ratio"] = statistics.median(pairs)
         record["memory_ratio"] = ours["peak_rss_mb"] / theirs["peak_rss_mb"]
-        say(
-            f"speed {record['speed_ratio']:.2f}x (pairs {', '.join(f'{p:.2f}' for p in pairs)}), memory {record['memory_ratio']:.0%}"
-        )
+        shown = ", ".join(f"{pair:.2f}" for pair in pairs)
+        say(f"speed {record['speed_ratio']:.2f}x (pairs {shown}), memory {record['memory_ratio']:.0%}")
     if config.out:
         write_json(config.out, record)
     return record

@@ -64,12 +64,19 @@ class Dataset:
         """One line for the terminal."""
         tokens = sum(len(e.ids) for e in self.examples)
         supervised = sum(count_supervised(e.labels) for e in self.examples)
-        parts = [f"{self.part}: {len(self.examples):,} of {self.read:,} {self.row_format} rows of {self.source}",
-                 f"{tokens:,} tokens, {supervised:,} supervised"]
-        parts += [f"{count:,} {what}" for count, what in (
-            (self.truncated, f"truncated to {self.max_length} tokens"),
-            (self.dropped, f"dropped as longer than {self.max_length} tokens"),
-            (self.left_out, "left out without an answer")) if count]
+        parts = [
+            f"{self.part}: {len(self.examples):,} of {self.read:,} {self.row_format} rows of {self.source}",
+            f"{tokens:,} tokens, {supervised:,} supervised",
+        ]
+        parts += [
+            f"{count:,} {what}"
+            for count, what in (
+                (self.truncated, f"truncated to {self.max_length} tokens"),
+                (self.dropped, f"dropped as longer than {self.max_length} tokens"),
+                (self.left_out, "left out without an answer"),
+            )
+            if count
+        ]
         return "; ".join([*parts, f"sha256 {self.fingerprint[:12]}"])
 
 
@@ -93,8 +100,17 @@ class Batch:
         return predicted - 1, self.labels[0, predicted]
 
 
-def load(data, tokenizer, *, test_data=None, test_size=None, split_seed=STUDY_SEED, max_length=512,
-         over_length="truncate", loss_on="answer"):
+def load(
+    data,
+    tokenizer,
+    *,
+    test_data=None,
+    test_size=None,
+    split_seed=STUDY_SEED,
+    max_length=512,
+    over_length="truncate",
+    loss_on="answer",
+):
     """(train, test), two Datasets. test has no examples where test_size is 0.
 
     data: "alpaca" (the original file, downloaded and checked), "embedded" (which has its own held-out rows), or the
@@ -104,8 +120,10 @@ def load(data, tokenizer, *, test_data=None, test_size=None, split_seed=STUDY_SE
     over_length: what happens to a row of more than max_length tokens: "truncate" cuts the end of its answer (with the
     end token), "drop", or "stop" (an error). loss_on: "answer" or "all".
     Raises ValueError, with the file and the row, on whatever cannot be trained on."""
-    for name, value, choices in (("over_length", over_length, ("truncate", "drop", "stop")),
-                                 ("loss_on", loss_on, ("answer", "all"))):
+    for name, value, choices in (
+        ("over_length", over_length, ("truncate", "drop", "stop")),
+        ("loss_on", loss_on, ("answer", "all")),
+    ):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
     if test_data is not None and test_size:
@@ -129,9 +147,19 @@ def load(data, tokenizer, *, test_data=None, test_size=None, split_seed=STUDY_SE
         default = STUDY_TEST_SIZE if is_alpaca else FILE_TEST_SIZE
         train, test = split(len(rows), default if test_size is None else test_size, split_seed)
     test_format = row_format if test_rows is rows else one_format(test_rows, test_data)
-    return (tokenise(rows, train, tokenizer, row_format, source, "train", leave_out=is_alpaca, **options),
-            tokenise(test_rows, test, tokenizer, test_format, test_source, "test",
-                     leave_out=is_alpaca and test_rows is rows, **options))
+    return (
+        tokenise(rows, train, tokenizer, row_format, source, "train", leave_out=is_alpaca, **options),
+        tokenise(
+            test_rows,
+            test,
+            tokenizer,
+            test_format,
+            test_source,
+            "test",
+            leave_out=is_alpaca and test_rows is rows,
+            **options,
+        ),
+    )
 
 
 def read_rows(path):
@@ -197,8 +225,10 @@ def read_csv(path):
             raise ValueError(f"{path} names a column twice in its first line: {', '.join(header)}")
         for values in reader:
             if values and len(values) != len(header):
-                raise ValueError(f"{path}, line {reader.line_num} (row {len(rows)}) has {len(values)} fields, "
-                                 f"expected the {len(header)} of the first line: {', '.join(header)}")
+                raise ValueError(
+                    f"{path}, line {reader.line_num} (row {len(rows)}) has {len(values)} fields, "
+                    f"expected the {len(header)} of the first line: {', '.join(header)}"
+                )
             if values:
                 rows.append(dict(zip(header, values, strict=True)))
         return rows
@@ -280,8 +310,19 @@ def encode_row(row, tokenizer, row_format, number=0, loss_on="answer"):
     return Example([*ids, tokenizer.eos_id], [*labels, tokenizer.eos_id], number, prompt_length)
 
 
-def tokenise(rows, numbers, tokenizer, row_format, source, part, *, max_length, over_length="truncate",
-             loss_on="answer", leave_out=False):
+def tokenise(
+    rows,
+    numbers,
+    tokenizer,
+    row_format,
+    source,
+    part,
+    *,
+    max_length,
+    over_length="truncate",
+    loss_on="answer",
+    leave_out=False,
+):
     """Dataset of the rows at `numbers`.
 
     leave_out: rows with a blank answer, or whose prompt alone fills max_length, are counted and left out, since the
@@ -309,21 +350,36 @@ def tokenise(rows, numbers, tokenizer, row_format, source, part, *, max_length, 
     longest = max((length for _, length in too_long), default=0)
     if too_long and over_length == "stop":
         first = too_long[0][0]
-        raise ValueError(f"{len(too_long)} {part} rows of {source} are longer than max_length={max_length} tokens; set "
-                         f"max_length to {longest}, or over_length to truncate or drop; the first is row {first}: "
-                         f"{show(rows[first])}")
+        raise ValueError(
+            f"{len(too_long)} {part} rows of {source} are longer than max_length={max_length} tokens; set "
+            f"max_length to {longest}, or over_length to truncate or drop; the first is row {first}: "
+            f"{show(rows[first])}"
+        )
     if hopeless and not leave_out:
-        raise ValueError(f"{len(hopeless)} {part} rows of {source} have no supervised token: the prompt alone fills "
-                         f"max_length={max_length}; set max_length to {longest}, or over_length to drop; the first is "
-                         f"row {hopeless[0]}: {show(rows[hopeless[0]])}")
+        raise ValueError(
+            f"{len(hopeless)} {part} rows of {source} have no supervised token: the prompt alone fills "
+            f"max_length={max_length}; set max_length to {longest}, or over_length to drop; the first is "
+            f"row {hopeless[0]}: {show(rows[hopeless[0]])}"
+        )
     if len(numbers) and not examples:
         raise ValueError(f"none of the {len(numbers)} {part} rows of {source} fits into max_length={max_length} tokens")
     used = [rows[e.row] for e in examples]
     digest = hashlib.sha256()
     for row in used:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return Dataset(source, part, row_format, max_length, examples, used, len(numbers), truncated, dropped,
-                   len(hopeless), digest.hexdigest())
+    return Dataset(
+        source,
+        part,
+        row_format,
+        max_length,
+        examples,
+        used,
+        len(numbers),
+        truncated,
+        dropped,
+        len(hopeless),
+        digest.hexdigest(),
+    )
 
 
 def show(row, length=300):
@@ -344,8 +400,13 @@ def collate(examples, pad_id, multiple=8):
     documents = [len(e.ids) for e in examples]
     if padding := -len(ids) % multiple:
         ids, labels, documents = ids + [pad_id] * padding, labels + [IGNORED] * padding, [*documents, padding]
-    return Batch(torch.tensor([ids]), torch.tensor([labels]), documents, [e.row for e in examples],
-                 sum(count_supervised(e.labels) for e in examples))
+    return Batch(
+        torch.tensor([ids]),
+        torch.tensor([labels]),
+        documents,
+        [e.row for e in examples],
+        sum(count_supervised(e.labels) for e in examples),
+    )
 
 
 def order(lengths, batch_size, seed, epoch, group_by_length=False):
@@ -356,13 +417,13 @@ def order(lengths, batch_size, seed, epoch, group_by_length=False):
     random = np.random.default_rng([seed, epoch])
     shuffled = random.permutation(len(lengths)).tolist()
     if not group_by_length:
-        return [shuffled[i:i + batch_size] for i in range(0, len(shuffled), batch_size)]
+        return [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
     mega = MEGA_BATCH * batch_size
-    groups = [sorted(shuffled[i:i + mega], key=lambda j: -lengths[j]) for i in range(0, len(shuffled), mega)]
-    micro = [group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+    groups = [sorted(shuffled[i : i + mega], key=lambda j: -lengths[j]) for i in range(0, len(shuffled), mega)]
+    micro = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
     micro = [micro[i] for i in random.permutation(len(micro))]
     first = max(range(len(micro)), key=lambda i: max(lengths[j] for j in micro[i]), default=0)
-    return micro[first:first + 1] + micro[:first] + micro[first + 1:]
+    return micro[first : first + 1] + micro[:first] + micro[first + 1 :]
 
 
 def batches(examples, batch_size, seed, epoch, group_by_length=False, pad_id=0, start=0):

@@ -62,24 +62,35 @@ def inspect_data(config, say=print):
     Raises ValueError where the rows or the tokenizer cannot be read, as training would."""
     tokenizer = load_tokenizer(hub.resolve(config.model, config.revision))
     source = config.data or ("embedded" if config.model in hub.EMBEDDED else "alpaca")
-    train, test = data.load(source, tokenizer, test_data=config.test_data, test_size=config.test_size,
-                            split_seed=config.split_seed, max_length=config.max_length,
-                            over_length=config.over_length, loss_on=config.loss_on)
+    train, test = data.load(
+        source,
+        tokenizer,
+        test_data=config.test_data,
+        test_size=config.test_size,
+        split_seed=config.split_seed,
+        max_length=config.max_length,
+        over_length=config.over_length,
+        loss_on=config.loss_on,
+    )
     dataset = train if config.part == "train" else test
     if not dataset.examples:
         raise ValueError(f"there are no {config.part} rows to show; give test_data or a test_size above 0")
     shown = []
-    for batch in data.batches(dataset.examples, config.batch_size, config.seed, config.epoch, config.group_by_length,
-                              tokenizer.pad_id):
+    for batch in data.batches(
+        dataset.examples, config.batch_size, config.seed, config.epoch, config.group_by_length, tokenizer.pad_id
+    ):
         if sum(len(b.rows) for b in shown) >= config.rows:
             break
         shown.append(batch)
     grouped = ", grouped by length" if config.group_by_length else ""
-    notes = [train.describe(), test.describe() if test.examples else "test: no rows",
-             f"tokenizer of {config.model}: {tokenizer.vocab_size:,} ids, begin token "
-             f"{name(tokenizer, tokenizer.bos_id)}, end token {name(tokenizer, tokenizer.eos_id)}",
-             f"{config.part} rows in the order of epoch {config.epoch} with seed {config.seed}, "
-             f"{config.batch_size} rows a micro-batch{grouped}; loss on {config.loss_on}"]
+    notes = [
+        train.describe(),
+        test.describe() if test.examples else "test: no rows",
+        f"tokenizer of {config.model}: {tokenizer.vocab_size:,} ids, begin token "
+        f"{name(tokenizer, tokenizer.bos_id)}, end token {name(tokenizer, tokenizer.eos_id)}",
+        f"{config.part} rows in the order of epoch {config.epoch} with seed {config.seed}, "
+        f"{config.batch_size} rows a micro-batch{grouped}; loss on {config.loss_on}",
+    ]
     write_whole(config.out, page(shown, tokenizer, notes))
     for note in notes[:2]:
         say(note)
@@ -96,7 +107,9 @@ def page(batches, tokenizer, notes):
     return template.substitute(
         title="Tokens as they are trained on",
         summary="\n".join(f'<p class="faint">{html.escape(note)}</p>' for note in notes),
-        prompt_count=share["p"], supervised_count=share["s"], padding_count=share["x"],
+        prompt_count=share["p"],
+        supervised_count=share["s"],
+        padding_count=share["x"],
         bar="".join(f'<span class="{letter}" style="flex:{n}"></span>' for letter, n in count.items()),
         batches="\n".join(batch_section(i, batch, tokenizer) for i, batch in enumerate(batches)),
     )
@@ -106,7 +119,7 @@ def token_kinds(batch):
     """A letter of KINDS for every token of a batch. The first token of a row is never predicted: not supervised."""
     positions, _ = batch.targets()
     supervised = set((positions + 1).tolist())
-    real = sum(batch.documents[:len(batch.rows)])
+    real = sum(batch.documents[: len(batch.rows)])
     return ["x" if t >= real else "s" if t in supervised else "p" for t in range(sum(batch.documents))]
 
 
@@ -135,8 +148,10 @@ def token_span(t, token_id, label, kind, start, tokenizer):
 def visible(text):
     """HTML of a token's text, in which white space and control characters can be seen."""
     hidden = ("Cc", "Cf", "Zs", "Zl", "Zp")  # U+202E, for one, turns around the text after it
-    return "".join(VISIBLE.get(c) or (f"<i>U+{ord(c):04X}</i>" if unicodedata.category(c) in hidden else html.escape(c))
-                   for c in text)
+    return "".join(
+        VISIBLE.get(c) or (f"<i>U+{ord(c):04X}</i>" if unicodedata.category(c) in hidden else html.escape(c))
+        for c in text
+    )
 
 
 def name(tokenizer, token_id):

@@ -6,11 +6,11 @@ import reprlib
 TEMPLATES = {
     "alpaca": {
         "with_input": "Below is an instruction that describes a task, paired with an input that provides "
-                      "further context. Write a response that appropriately completes the request.\n\n"
-                      "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
         "without_input": "Below is an instruction that describes a task. "
-                         "Write a response that appropriately completes the request.\n\n"
-                         "### Instruction:\n{instruction}\n\n### Response:\n",
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:\n",
     },
 }
 FORMATS = {  # name -> the keys that it needs; the first that fits wins
@@ -18,8 +18,10 @@ FORMATS = {  # name -> the keys that it needs; the first that fits wins
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-SUPPORTED = ("minitune reads Alpaca rows (instruction, output and perhaps input), prompt/completion rows (prompt, "
-             "completion) and text rows (text)")
+SUPPORTED = (
+    "minitune reads Alpaca rows (instruction, output and perhaps input), prompt/completion rows (prompt, "
+    "completion) and text rows (text)"
+)
 CONVERSATIONS = ("messages", "conversations")
 
 
@@ -43,8 +45,10 @@ def segments(row, row_format):
     if row_format == "prompt_completion":
         return [(text_of(row, "prompt"), False), (text_of(row, "completion"), True)]
     if row_format == "alpaca":
-        return [(alpaca_prompt(text_of(row, "instruction"), text_of(row, "input") if "input" in row else ""), False),
-                (text_of(row, "output"), True)]
+        return [
+            (alpaca_prompt(text_of(row, "instruction"), text_of(row, "input") if "input" in row else ""), False),
+            (text_of(row, "output"), True),
+        ]
     raise ValueError(f"row_format is {row_format!r}, expected one of {', '.join(FORMATS)}")
 
 

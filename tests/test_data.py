@@ -68,10 +68,12 @@ def test_alpaca_prompt_is_the_original_to_the_letter():
     assert alpaca_prompt("Add.", "1 {instruction}") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 {instruction}"
-        "\n\n### Response:\n")
+        "\n\n### Response:\n"
+    )
     assert alpaca_prompt("Add {input}.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nAdd {input}.\n\n### Response:\n")
+        "\n\n### Instruction:\nAdd {input}.\n\n### Response:\n"
+    )
 
 
 def test_alpaca_prompt_and_answer_are_the_text_column_of_the_study(data_dir):
@@ -84,8 +86,11 @@ def test_alpaca_prompt_and_answer_are_the_text_column_of_the_study(data_dir):
 @pytest.mark.parametrize("blank", ["", " ", "\n\t"])
 def test_a_blank_input_counts_as_none(blank):
     row = {"instruction": "Add.", "output": "2"}
-    assert segments({**row, "input": blank}, "alpaca") == segments(row, "alpaca") == [
-        (alpaca_prompt("Add."), False), ("2", True)]
+    assert (
+        segments({**row, "input": blank}, "alpaca")
+        == segments(row, "alpaca")
+        == [(alpaca_prompt("Add."), False), ("2", True)]
+    )
 
 
 def test_formats_are_detected_by_keys():
@@ -104,8 +109,10 @@ def test_a_row_of_another_format_is_an_error_that_names_the_supported_ones(row):
 # Files
 
 
-ROWS = [{"instruction": "Say, \"hi\"\nnow", "input": "é日\u2028😀", "output": "hi\r\nthere"},
-        {"instruction": "Add.", "input": "", "output": "2"}]
+ROWS = [
+    {"instruction": 'Say, "hi"\nnow', "input": "é日\u2028😀", "output": "hi\r\nthere"},
+    {"instruction": "Add.", "input": "", "output": "2"},
+]
 
 
 def as_csv(rows):
@@ -114,13 +121,16 @@ def as_csv(rows):
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
-@pytest.mark.parametrize(("name", "text"), [
-    ("rows.json", json.dumps(ROWS)),
-    ("rows.json", json.dumps(ROWS, ensure_ascii=False, indent=1)),
-    ("rows.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
-    ("rows.jsonl", "\n\n".join(json.dumps(row) for row in ROWS) + "\r\n\n"),
-    ("rows.csv", as_csv(ROWS)),
-])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.json", json.dumps(ROWS)),
+        ("rows.json", json.dumps(ROWS, ensure_ascii=False, indent=1)),
+        ("rows.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
+        ("rows.jsonl", "\n\n".join(json.dumps(row) for row in ROWS) + "\r\n\n"),
+        ("rows.csv", as_csv(ROWS)),
+    ],
+)
 def test_every_file_format_gives_the_same_rows(tmp_path, name, text, bom):
     (tmp_path / name).write_bytes((bom + text).encode())
     assert data.read_rows(tmp_path / name) == ROWS
@@ -151,25 +161,32 @@ def test_csv_takes_a_field_of_any_size_and_leaves_the_limit_as_it_was(tmp_path):
     assert len(data.read_rows(tmp_path / "rows.csv")[0]["completion"]) == 500_000 and csv.field_size_limit() == limit
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.json", "", "is empty"),
-    ("a.json", " \n", "is empty"),
-    ("a.json", "[]", "has no rows"),
-    ("a.jsonl", "\n", "is empty"),
-    ("a.csv", "text\n", "has no rows"),
-    ("a.json", '{"text": "a"}', "holds a dict, expected a list of rows"),
-    ("a.json", '{"text": "a"}\n{"text": "b"}', "line 2, column 1: Extra data; one object a line belongs into a .jsonl"),
-    ("a.json", '[{"text": "a"}, "b"]', 'row 1 is a str, expected an object: "b"'),
-    ("a.json", '[{"text": "a"},]', "is not JSON: line 1"),
-    ("a.json", "[" * 100_000, "is nested too deeply"),
-    ("a.jsonl", '{"text": "a"}\n\n{"text": ', "line 3 is not a JSON object"),
-    ("a.jsonl", '{"text": "a"}\n["b"]', "row 1 is a list, expected an object"),
-    ("a.csv", "text,text\na,b\n", "names a column twice"),
-    ("a.csv", "prompt,completion\na,b\nc\n", r"line 3 \(row 1\) has 1 fields, expected the 2"),
-    ("a.csv", 'text\n"a', "is not CSV"),
-    ("a.json", b"\xff\xfe[\x00", "is not UTF-8 text"),
-    ("a.txt", "x", "is a .txt file; rows are read from .json, .jsonl, .csv and .parquet"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", "is empty"),
+        ("a.json", " \n", "is empty"),
+        ("a.json", "[]", "has no rows"),
+        ("a.jsonl", "\n", "is empty"),
+        ("a.csv", "text\n", "has no rows"),
+        ("a.json", '{"text": "a"}', "holds a dict, expected a list of rows"),
+        (
+            "a.json",
+            '{"text": "a"}\n{"text": "b"}',
+            "line 2, column 1: Extra data; one object a line belongs into a .jsonl",
+        ),
+        ("a.json", '[{"text": "a"}, "b"]', 'row 1 is a str, expected an object: "b"'),
+        ("a.json", '[{"text": "a"},]', "is not JSON: line 1"),
+        ("a.json", "[" * 100_000, "is nested too deeply"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": ', "line 3 is not a JSON object"),
+        ("a.jsonl", '{"text": "a"}\n["b"]', "row 1 is a list, expected an object"),
+        ("a.csv", "text,text\na,b\n", "names a column twice"),
+        ("a.csv", "prompt,completion\na,b\nc\n", r"line 3 \(row 1\) has 1 fields, expected the 2"),
+        ("a.csv", 'text\n"a', "is not CSV"),
+        ("a.json", b"\xff\xfe[\x00", "is not UTF-8 text"),
+        ("a.txt", "x", "is a .txt file; rows are read from .json, .jsonl, .csv and .parquet"),
+    ],
+)
 def test_a_file_without_rows_is_one_clear_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as caught:
@@ -185,17 +202,20 @@ def test_a_missing_file_and_a_folder_are_one_clear_line(tmp_path):
         data.read_rows(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ({"instruction": "a", "output": 3}, "'output' is 3, expected text"),
-    ({"instruction": "a", "output": None}, "'output' is None, expected text"),
-    ({"instruction": "a", "input": float("nan"), "output": "b"}, "'input' is nan, expected text"),
-    ({"instruction": "a"}, "'output' is missing; the row has 'instruction'"),
-    ({"instruction": "a", "output": ""}, "no supervised token"),
-    ({"instruction": "a", "output": " \n"}, "no supervised token"),
-    ({"instruction": "a", "output": "\ud800"}, "surrogate"),
-    ({"text": "a"}, "mixes formats: row 0 is alpaca, row 1 is text"),
-    ({"messages": "a"}, "'messages' makes it a conversation"),
-])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "output": 3}, "'output' is 3, expected text"),
+        ({"instruction": "a", "output": None}, "'output' is None, expected text"),
+        ({"instruction": "a", "input": float("nan"), "output": "b"}, "'input' is nan, expected text"),
+        ({"instruction": "a"}, "'output' is missing; the row has 'instruction'"),
+        ({"instruction": "a", "output": ""}, "no supervised token"),
+        ({"instruction": "a", "output": " \n"}, "no supervised token"),
+        ({"instruction": "a", "output": "\ud800"}, "surrogate"),
+        ({"text": "a"}, "mixes formats: row 0 is alpaca, row 1 is text"),
+        ({"messages": "a"}, "'messages' makes it a conversation"),
+    ],
+)
 def test_a_row_that_cannot_be_trained_on_is_an_error_that_shows_it(tmp_path, tokenizer, row, message):
     path = write(tmp_path / "a.json", [{"instruction": "a", "output": "b"}, row])
     with pytest.raises(ValueError, match=message) as caught:
@@ -214,9 +234,20 @@ def test_a_null_in_parquet_is_an_error_that_names_the_row(tmp_path, tokenizer):
 # Split
 
 
-@pytest.mark.parametrize(("n", "test_size", "count"), [
-    (52_002, 0.0005, 27), (999, 0.05, 50), (2, 0.05, 1), (10, 0, 0), (10, 0.0, 0), (10, 3, 3), (10, 3.0, 3), (10, 1, 1),
-    (10, 0.9, 9)])
+@pytest.mark.parametrize(
+    ("n", "test_size", "count"),
+    [
+        (52_002, 0.0005, 27),
+        (999, 0.05, 50),
+        (2, 0.05, 1),
+        (10, 0, 0),
+        (10, 0.0, 0),
+        (10, 3, 3),
+        (10, 3.0, 3),
+        (10, 1, 1),
+        (10, 0.9, 9),
+    ],
+)
 def test_split_takes_the_first_rows_of_numpys_permutation(n, test_size, count):
     train, test = data.split(n, test_size, 42)
     assert test + train == np.random.default_rng(42).permutation(n).tolist() and len(test) == count
@@ -288,7 +319,7 @@ def test_a_row_is_bos_prompt_answer_and_a_supervised_end_with_every_tokenizer(da
     row = {"instruction": text, "input": text, "output": text}
     example = data.encode_row(row, tokenizer, "alpaca", 5)
     start = 0 if tokenizer.bos_id is None else 1
-    prompt, answer = example.ids[start:example.prompt_length], example.ids[example.prompt_length:-1]
+    prompt, answer = example.ids[start : example.prompt_length], example.ids[example.prompt_length : -1]
     assert example.row == 5 and example.labels == [-100] * example.prompt_length + answer + [tokenizer.eos_id]
     assert example.ids[-1] == tokenizer.eos_id and example.ids[:start] == [1] * start
     assert not {tokenizer.bos_id, *tokenizer.eos_ids} & {*prompt, *answer}  # so BOS and the end come exactly once
@@ -300,14 +331,14 @@ def test_loss_on_all_supervises_everything_but_bos(byte_tokenizers):
     for tokenizer in byte_tokenizers:
         example = data.encode_row(pair("ab", "cd"), tokenizer, "prompt_completion", loss_on="all")
         bos = [] if tokenizer.bos_id is None else [-100]
-        assert example.labels == bos + example.ids[len(bos):] and len(example.ids) == len(bos) + 5
+        assert example.labels == bos + example.ids[len(bos) :] and len(example.ids) == len(bos) + 5
 
 
 def test_text_rows_are_supervised_whole(byte_tokenizers):
     for tokenizer in byte_tokenizers:
         example = data.encode_row({"text": "ab"}, tokenizer, "text")
         bos = [] if tokenizer.bos_id is None else [-100]
-        assert example.labels == bos + example.ids[len(bos):] and example.ids[-1] == EOS
+        assert example.labels == bos + example.ids[len(bos) :] and example.ids[-1] == EOS
 
 
 def test_a_tokenizer_without_an_end_token_is_refused():
@@ -334,8 +365,11 @@ def test_truncate_cuts_the_answer_and_supervises_no_false_end(tmp_path, tokenize
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
 def test_truncate_refuses_a_prompt_that_alone_fills_max_length_and_shows_the_row(tmp_path, tokenizer, loss_on):
     path = write(tmp_path / "a.json", [pair("a", "b"), pair("abcdef", "g")])
-    with pytest.raises(ValueError, match=r"no supervised token.* set max_length to 9, or over_length to drop.* row 1: "
-                                         r'\{"prompt": "abcdef", "completion": "g"\}'):
+    with pytest.raises(
+        ValueError,
+        match=r"no supervised token.* set max_length to 9, or over_length to drop.* row 1: "
+        r'\{"prompt": "abcdef", "completion": "g"\}',
+    ):
         data.load(path, tokenizer, test_size=0, max_length=7, loss_on=loss_on)
     train, _ = data.load(path, tokenizer, test_size=0, max_length=8, loss_on=loss_on)
     assert train.truncated == 1 and data.count_supervised(max(train.examples, key=lambda e: e.row).labels) >= 1
@@ -381,8 +415,10 @@ def test_test_data_gives_the_held_out_rows_and_the_whole_file_is_trained_on(tmp_
 
 
 def test_embedded_rows_bring_their_own_held_out_part(tmp_path, tokenizer, monkeypatch):
-    parts = {"train": write(tmp_path / "train.json", [pair("a", "b")] * 4),
-             "test": write(tmp_path / "test.json", [pair("c", "d")])}
+    parts = {
+        "train": write(tmp_path / "train.json", [pair("a", "b")] * 4),
+        "test": write(tmp_path / "test.json", [pair("c", "d")]),
+    }
     monkeypatch.setattr(hub, "embedded_rows", parts.__getitem__)
     train, test = data.load("embedded", tokenizer)
     assert (len(train), len(test), test.rows) == (4, 1, [pair("c", "d")])
@@ -399,7 +435,9 @@ def test_an_unknown_option_is_refused(tokenizer, option):
 
 def test_the_fingerprint_is_of_the_rows_used(tmp_path, tokenizer):
     def fingerprint(rows, **options):
-        return data.load(write(tmp_path / "a.json", rows), tokenizer, test_size=0, split_seed=1, **options)[0].fingerprint
+        return data.load(write(tmp_path / "a.json", rows), tokenizer, test_size=0, split_seed=1, **options)[
+            0
+        ].fingerprint
 
     rows = [pair("a", "b"), pair("c", "dddddddd")]
     assert fingerprint(rows) == fingerprint([dict(reversed(row.items())) for row in rows])
@@ -510,10 +548,18 @@ class Spans(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path, tokenizer):
-    rows = [{"instruction": "x" * i + "<script>alert(1)</script> & \"x\" ${y} <|eos|>", "output": "a b\n\tc\r\u0007"}
-            for i in range(7)]
-    config = InspectConfig(model=str(tokenizer.folder), data=str(write(tmp_path / "a.json", rows)), test_size=1, rows=3,
-                           batch_size=2, out=str(tmp_path / "page.html"))
+    rows = [
+        {"instruction": "x" * i + '<script>alert(1)</script> & "x" ${y} <|eos|>', "output": "a b\n\tc\r\u0007"}
+        for i in range(7)
+    ]
+    config = InspectConfig(
+        model=str(tokenizer.folder),
+        data=str(write(tmp_path / "a.json", rows)),
+        test_size=1,
+        rows=3,
+        batch_size=2,
+        out=str(tmp_path / "page.html"),
+    )
     said = []
     return config, inspect_data(config, say=said.append).read_text(), said
 
@@ -539,7 +585,7 @@ def test_the_page_escapes_rows_shows_white_space_and_loads_nothing(page):
     answer = "".join(t for kind, _, t in parsed.spans if kind == "s")
     assert answer == "a·b↵\n⇥\tc\\rU+0007<|eos|>" * 4
     prompt = "".join(t for kind, _, t in parsed.spans if kind == "p")
-    assert prompt.count("<script>alert(1)</script>·&·\"x\"·${y}·<|eos|>") == 4
+    assert prompt.count('<script>alert(1)</script>·&·"x"·${y}·<|eos|>') == 4
     assert not {"link", "img", "iframe"} & set(parsed.tags)
     assert "http" not in text and "src=" not in text and "@import" not in text
 

@@ -57,7 +57,7 @@ def test_special_text_in_a_row_never_becomes_a_special_id(load, name):
     tokenizer = load(name)
     ids = tokenizer.encode(SPECIAL_TEXT, allow_special=False)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    assert ids[:len(bos)] == bos and not set(ids[len(bos):]) & {tokenizer.bos_id, *tokenizer.eos_ids}
+    assert ids[: len(bos)] == bos and not set(ids[len(bos) :]) & {tokenizer.bos_id, *tokenizer.eos_ids}
     assert tokenizer.decode(ids) == SPECIAL_TEXT
 
 
@@ -84,12 +84,15 @@ def test_eos_vocabulary_and_padding_are_those_of_each_folder(load):
     assert all(0 <= load(name).pad_id < load(name).vocab_size for name in FOLDERS)
 
 
-@pytest.mark.parametrize(("name", "text", "pieces"), [
-    ("tokenizers/llama-2", "Hi\n日\0", ["<s>", " Hi", "\n", "日", "\0"]),
-    ("tokenizers/llama-2", "😀", ["<s>", " ", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]),
-    ("tokenizers/phi-2", "Hi  é\n日", ["Hi", "  ", "é", "\n", "<0xE6><0x97>", "<0xA5>"]),
-    ("tokenizers/phi-2", "   <|endoftext|>", ["   ", "<|endoftext|>"]),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "pieces"),
+    [
+        ("tokenizers/llama-2", "Hi\n日\0", ["<s>", " Hi", "\n", "日", "\0"]),
+        ("tokenizers/llama-2", "😀", ["<s>", " ", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]),
+        ("tokenizers/phi-2", "Hi  é\n日", ["Hi", "  ", "é", "\n", "<0xE6><0x97>", "<0xA5>"]),
+        ("tokenizers/phi-2", "   <|endoftext|>", ["   ", "<|endoftext|>"]),
+    ],
+)
 def test_piece_is_what_a_person_reads(load, name, text, pieces):
     tokenizer = load(name)
     assert [tokenizer.piece(i) for i in tokenizer.encode(text)] == pieces
@@ -133,12 +136,24 @@ def test_tokenizer_model_takes_no_bos_where_the_config_says_so(data_dir, tmp_pat
 
 def test_eos_of_tokenizer_config_wins_over_config_and_both_end_a_text(data_dir, tmp_path):
     added = {"added_tokens_decoder": {"512": {"content": "<|im_end|>", "special": True}}}
-    folder = copy(data_dir, "stories260K", tmp_path / "a", config_json={"eos_token_id": [2, 1]},
-                  generation_config_json={}, tokenizer_config_json={"eos_token": {"content": "<|im_end|>"}, **added})
+    folder = copy(
+        data_dir,
+        "stories260K",
+        tmp_path / "a",
+        config_json={"eos_token_id": [2, 1]},
+        generation_config_json={},
+        tokenizer_config_json={"eos_token": {"content": "<|im_end|>"}, **added},
+    )
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.eos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (512, [512, 2, 1], 513)
-    folder = copy(data_dir, "stories260K", tmp_path / "b", config_json={"eos_token_id": [1, 2]},
-                  generation_config_json={"eos_token_id": 3}, tokenizer_config_json={})
+    folder = copy(
+        data_dir,
+        "stories260K",
+        tmp_path / "b",
+        config_json={"eos_token_id": [1, 2]},
+        generation_config_json={"eos_token_id": 3},
+        tokenizer_config_json={},
+    )
     assert load_tokenizer(folder).eos_ids == [1, 2, 3]
 
 
@@ -203,20 +218,23 @@ def test_added_tokens_missing_from_tokenizer_json_are_added_at_their_id(tmp_path
         json_tokenizer(tmp_path / "b", added_tokens={"<|im_end|>": 300})
 
 
-@pytest.mark.parametrize(("name", "files", "message"), [
-    ("stories260K", {"tokenizer_model": None}, "has no tokenizer: expected tokenizer.model"),
-    ("stories260K", {"tokenizer_model": b""}, "is empty"),
-    ("stories260K", {"tokenizer_model": b"not a model"}, "is not a sentencepiece model"),
-    ("stories260K", {"tokenizer_config_json": b"{"}, "is not valid JSON"),
-    ("stories260K", {"tokenizer_config_json": []}, "holds a list, expected an object"),
-    ("stories260K", {"tokenizer_config_json": {"eos_token": "<none>"}}, "names eos_token '<none>'"),
-    ("stories260K", {"tokenizer_config_json": {}, "config_json": {"eos_token_id": 50256}}, "has no such id"),
-    ("stories260K", {"added_tokens_json": {"<pad>": "x"}}, "is not as transformers writes it"),
-    ("stories260K", {"tokenizer_config_json": {"added_tokens_decoder": {"600": "x"}}}, "is not as transformers"),
-    ("tokenizers/phi-2", {"tokenizer_json": b'{"version": "1.0"'}, "cannot be read as a tokenizer"),
-    ("tokenizers/phi-2", {"tokenizer_json": None}, "has no tokenizer"),
-    ("tokenizers/gpt2", {"vocab_json": b"{"}, "cannot be read as a tokenizer"),
-])
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("stories260K", {"tokenizer_model": None}, "has no tokenizer: expected tokenizer.model"),
+        ("stories260K", {"tokenizer_model": b""}, "is empty"),
+        ("stories260K", {"tokenizer_model": b"not a model"}, "is not a sentencepiece model"),
+        ("stories260K", {"tokenizer_config_json": b"{"}, "is not valid JSON"),
+        ("stories260K", {"tokenizer_config_json": []}, "holds a list, expected an object"),
+        ("stories260K", {"tokenizer_config_json": {"eos_token": "<none>"}}, "names eos_token '<none>'"),
+        ("stories260K", {"tokenizer_config_json": {}, "config_json": {"eos_token_id": 50256}}, "has no such id"),
+        ("stories260K", {"added_tokens_json": {"<pad>": "x"}}, "is not as transformers writes it"),
+        ("stories260K", {"tokenizer_config_json": {"added_tokens_decoder": {"600": "x"}}}, "is not as transformers"),
+        ("tokenizers/phi-2", {"tokenizer_json": b'{"version": "1.0"'}, "cannot be read as a tokenizer"),
+        ("tokenizers/phi-2", {"tokenizer_json": None}, "has no tokenizer"),
+        ("tokenizers/gpt2", {"vocab_json": b"{"}, "cannot be read as a tokenizer"),
+    ],
+)
 def test_a_missing_or_corrupt_file_is_one_clear_line(data_dir, tmp_path, name, files, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(copy(data_dir, name, tmp_path / "a", **files))
@@ -225,7 +243,7 @@ def test_a_missing_or_corrupt_file_is_one_clear_line(data_dir, tmp_path, name, f
 
 def test_a_tokenizer_model_that_was_cut_short_is_refused(data_dir, tmp_path):
     whole = (data_dir / "tokenizers/llama-2/tokenizer.model").read_bytes()
-    folder = copy(data_dir, "tokenizers/llama-2", tmp_path / "a", tokenizer_model=whole[:len(whole) // 2])
+    folder = copy(data_dir, "tokenizers/llama-2", tmp_path / "a", tokenizer_model=whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is not a sentencepiece model"):
         load_tokenizer(folder)
 
