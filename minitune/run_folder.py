@@ -107,7 +107,7 @@ def model_fingerprint(folder):
     ):
         if (folder / name).is_file():
             digest.update((folder / name).read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(p for p in folder.glob("*.safetensors") if p.is_file()):  # not a link whose blob is gone
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

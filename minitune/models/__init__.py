@@ -12,7 +12,7 @@ ARCHITECTURES = {  # model_type of config.json -> (config, model, PEFT's default
 def architecture(raw):
     """The row of a config.json, given as a dict. Raises ValueError on a model_type that is not in the table."""
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(
             f"config.json: model_type is {kind!r}, expected one of {', '.join(ARCHITECTURES)}; "
             "a new architecture is one file in minitune/models and one row in its __init__.py"

@@ -1,0 +1,585 @@
+"""Weights from disk: equal to what was written, whatever the files look like; refused in one line where they are bad."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from minitune import quant
+from minitune.checkpoint import load_model
+from minitune.generate import GenerateConfig, generate
+from minitune.models import build
+from minitune.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 0,
+}
+FAMILIES = ("llama", "mistral", "phi")
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00002.safetensors"  # what the tests break, of two
+IDS = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+def write_model(folder, family="llama", dtype=torch.float32, shards=1, **options):
+    """A folder with a random model in Hugging Face's layout. Returns its tensors by name."""
+    raw = {"model_type": family, **SIZES, **options}
+    torch.manual_seed(0)
+    net = build(raw)
+    for parameter in net.parameters():
+        mean, std = (0.0, 0.08) if parameter.ndim > 1 else (1.0, 0.1)
+        torch.nn.init.normal_(parameter, mean, std)
+    tensors = {name: t.detach().to(dtype) for name, t in net.state_dict().items()}
+    if raw.get("tie_word_embeddings"):
+        del tensors["lm_head.weight"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    write_weights(folder, tensors, shards)
+    return tensors
+
+
+def write_weights(folder, tensors, shards=1):
+    if shards == 1:
+        return save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weight_map = {}
+    for i in range(shards):
+        part = dict(list(tensors.items())[i::shards])
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def loaded(model):
+    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+# --- what is loaded ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_logits_of_stories260k_are_those_of_transformers_and_of_float64(data_dir):
+    expected = load_file(data_dir / "stories260K/expected_logits.safetensors")
+    logits = load_model(data_dir / "stories260K")(expected["input_ids"])
+    # Logits reach 22, where fp32 has steps of 2e-6. transformers' two ways of attention differ by 2e-5 here.
+    torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=3e-5)
+    error, theirs = ((t.double() - expected["logits_f64"]).abs().max() for t in (logits, expected["logits"]))
+    assert error < 1.5 * theirs < 3e-5
+
+
+@torch.no_grad()
+def test_greedy_text_of_stories260k_is_the_published_one_with_and_without_a_cache(data_dir):
+    model, tokenizer = load_model(data_dir / "stories260K"), load_tokenizer(data_dir / "stories260K")
+    stored = json.loads((data_dir / "stories260K/expected_greedy.json").read_text())
+    story, prompts = stored["from_bos"], stored["prompts"]
+    (new,) = generate(model, [[1]], GenerateConfig(max_new_tokens=256))
+    assert [1, *new] == story["published_ids"]
+    assert tokenizer.decode(new) == story["published_text"]
+    ids = [1]
+    for _ in range(100):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    assert ids == story["published_ids"][:101]
+    longest = max(len(p["ids"]) - len(p["prompt_ids"]) for p in prompts)
+    answers = generate(model, [p["prompt_ids"] for p in prompts], GenerateConfig(max_new_tokens=longest))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        both = prompt["prompt_ids"] + answer
+        assert both[: len(prompt["ids"])] == prompt["ids"], prompt["prompt"]
+        assert tokenizer.decode(prompt["ids"][1:]) == prompt["text"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_file_and_shards_give_the_weights_that_were_written(family, tmp_path):
+    tensors = write_model(tmp_path / "one", family)
+    write_model(tmp_path / "three", family, shards=3)
+    one, three = load_model(tmp_path / "one"), load_model(tmp_path / "three")
+    assert loaded(one).keys() == tensors.keys() == loaded(three).keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded(one)[name], tensor) and torch.equal(loaded(three)[name], tensor), name
+    assert not one.training and not any(p.requires_grad for p in one.parameters())
+
+
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_weight_is_rounded_once_to_the_dtype_asked_for(stored, wanted, tmp_path):
+    tensors = write_model(tmp_path, "phi", stored)
+    model = load_model(tmp_path, dtype=wanted)
+    for name, weight in loaded(model).items():
+        assert weight.dtype == wanted and torch.equal(weight, tensors[name].to(wanted)), name
+    with torch.no_grad():
+        assert model(IDS).isfinite().all()
+
+
+def test_the_model_outlives_its_files(tmp_path):
+    tensors = write_model(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\xff" * 1000)
+    assert all(torch.equal(weight, tensors[name]) for name, weight in loaded(model).items())
+
+
+@pytest.mark.parametrize("head", ["absent", "a-copy", "a-copy-in-another-dtype"])
+def test_a_tied_head_is_the_embedding(head, tmp_path):
+    tensors = write_model(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True)
+    if head != "absent":
+        copy = tensors["model.embed_tokens.weight"].clone()
+        write_weights(tmp_path, tensors | {"lm_head.weight": copy.float() if "dtype" in head else copy})
+    model = load_model(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"].float())
+
+
+def test_buffers_that_old_files_hold_are_passed_over(tmp_path):
+    tensors = write_model(tmp_path)
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(8) for i in range(2)}
+    write_weights(tmp_path, tensors | old)
+    assert loaded(load_model(tmp_path)).keys() == tensors.keys()
+
+
+def test_the_index_says_which_of_two_copies_counts(tmp_path):
+    tensors = write_model(tmp_path, shards=2)
+    first = load_file(tmp_path / "model-00001-of-00002.safetensors")
+    name = next(iter(load_file(tmp_path / SHARD)))
+    save_file(first | {name: torch.zeros_like(tensors[name])}, tmp_path / "model-00001-of-00002.safetensors")
+    assert torch.equal(loaded(load_model(tmp_path))[name], tensors[name])
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
+    write_model(tmp_path, shards=2)
+    tensors = {name: t + 1 for name, t in write_model(tmp_path / "other").items()}
+    write_weights(tmp_path, tensors)
+    assert torch.equal(loaded(load_model(tmp_path))["model.norm.weight"], tensors["model.norm.weight"])
+
+
+def test_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path):
+    tensors = write_model(tmp_path / "blobs", shards=2)
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    assert loaded(load_model(tmp_path / "snapshot")).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("double", [False, True], ids=["nf4", "nf4-dq"])
+def test_nf4_takes_the_linear_layers_of_the_blocks_and_nothing_else(family, double, tmp_path):
+    tensors = write_model(tmp_path, family, torch.bfloat16, shards=2)
+    model = load_model(tmp_path, dtype=torch.float32, quantize="nf4-dq" if double else "nf4")
+    plain = loaded(load_model(tmp_path))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, quant.NF4Linear)}
+    blocks = {n.removesuffix(".weight") for n, t in tensors.items() if n.startswith("model.layers.") and t.ndim == 2}
+    assert layers.keys() == blocks
+    for name, layer in layers.items():
+        expected = quant.NF4Linear.from_weight(tensors[f"{name}.weight"], None, torch.float32, double)
+        assert layer.double_quant == double and torch.equal(layer.dequantize(), expected.dequantize()), name
+        plain[f"{name}.weight"] = layer.dequantize()
+    assert all(torch.equal(p, plain[name]) for name, p in model.named_parameters())
+    reference = build(json.loads((tmp_path / "config.json").read_text())).eval()
+    reference.load_state_dict(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), reference(IDS), rtol=0, atol=1e-5)
+
+
+def test_the_load_line_tells_size_time_and_memory(tmp_path):
+    write_model(tmp_path, dtype=torch.bfloat16)
+    lines = []
+    load_model(tmp_path, dtype=torch.bfloat16, say=lines.append)
+    pattern = r"loaded \S+: 0\.1 M stored values, 0\.00 GB in \S+ s; host memory above the model (\S+) GB at most "
+    (line,) = lines
+    assert float(re.match(pattern, line)[1]) < 1 and "\n" not in line
+
+
+# --- what bitsandbytes quantised --------------------------------------------------------------
+
+TRANSFORMERS_NAMES = {"llama": "Llama", "mistral": "Mistral", "phi": "Phi"}
+STORED_4BIT = [("llama", "plain", "uint8"), ("mistral", "double", "bfloat16"), ("phi", "double", "uint8")]
+
+
+@pytest.mark.parametrize("family, kind, storage", STORED_4BIT, ids=["-".join(case) for case in STORED_4BIT])
+def test_a_folder_that_bitsandbytes_quantised_loads_without_it(family, kind, storage, tmp_path, monkeypatch):
+    reason = "writes the folder to read: pip install minitune[test]"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    pytest.importorskip("bitsandbytes", reason=reason)
+    write_model(tmp_path / "base", family)
+    wanted = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=kind == "double",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=storage,
+    )
+    load = getattr(transformers, f"{TRANSFORMERS_NAMES[family]}ForCausalLM").from_pretrained
+    theirs = load(tmp_path / "base", quantization_config=wanted, device_map="cpu", dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "quantised", max_shard_size="60KB")
+    assert len(list((tmp_path / "quantised").glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        expected = theirs.dequantize(dtype=torch.float32)(IDS).logits
+
+    for name in ("bitsandbytes", "transformers", "peft", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing them would fail
+    model = load_model(tmp_path / "quantised")
+    assert isinstance(model.model.layers[1].self_attn.q_proj, quant.NF4Linear)
+    assert model.model.layers[1].self_attn.q_proj.double_quant == (kind == "double")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), expected, rtol=0, atol=1e-5)
+    half = load_model(tmp_path / "quantised", dtype=torch.bfloat16)  # the compute dtype is ours to choose
+    for name, layer in half.named_modules():
+        if isinstance(layer, quant.NF4Linear):
+            assert torch.equal(layer.dequantize(), theirs.get_submodule(name).weight.to(torch.bfloat16)), name
+    with pytest.raises(ValueError, match="holds 4-bit weights already"):
+        load_model(tmp_path / "quantised", quantize="nf4")
+
+
+def quantised_folder(folder, layer="model.layers.1.mlp.up_proj"):
+    """A folder where one layer is stored in 4 bit and the others are not, as llm_int8_skip_modules makes them."""
+    tensors = write_model(folder, dtype=torch.bfloat16, quantization_config=BNB)
+    tensors |= quant.NF4Linear.from_weight(tensors[f"{layer}.weight"], None, torch.bfloat16).to_bnb(layer)
+    write_weights(folder, tensors)
+    return tensors
+
+
+def test_layers_that_were_kept_in_16_bit_are_read_beside_those_in_4_bit(tmp_path):
+    quantised_folder(tmp_path)
+    found = [name for name, m in load_model(tmp_path).named_modules() if isinstance(m, quant.NF4Linear)]
+    assert found == ["model.layers.1.mlp.up_proj"]
+
+
+@pytest.mark.parametrize(
+    "part, tensor, message",
+    [
+        ("absmax", None, r"up_proj\.weight: missing \['absmax'\]"),
+        ("extra", torch.zeros(1), r"up_proj\.weight: .*unexpected \['extra'\]"),
+        ("absmax", torch.zeros(5), r"up_proj\.weight: absmax has 5 elements, expected 128 for shape \(128, 64\)"),
+        ("", torch.zeros(7, 1, dtype=torch.uint8), r"up_proj\.weight: packed has 7 elements, expected 4096"),
+        ("", None, r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight$"),
+        ("norm", torch.zeros(1), r"1 unexpected: model\.norm\.weight\.absmax"),
+        ("embedding", torch.zeros(1), r"1 unexpected: model\.embed_tokens\.weight\.absmax"),
+    ],
+)
+def test_a_stored_4_bit_layer_with_other_parts_is_refused_by_name(part, tensor, message, tmp_path):
+    tensors = quantised_folder(tmp_path)
+    places = {"norm": "model.norm.weight.absmax", "embedding": "model.embed_tokens.weight.absmax"}
+    name = places.get(part, f"model.layers.1.mlp.up_proj.weight.{part}".rstrip("."))
+    tensors.pop(name, None)
+    write_weights(tmp_path, tensors if tensor is None else tensors | {name: tensor})
+    with pytest.raises(ValueError, match=message) as raised:
+        load_model(tmp_path)
+    assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
+
+
+def test_a_4_bit_layer_of_another_shape_than_the_model_is_refused(tmp_path):
+    tensors = quantised_folder(tmp_path)
+    wrong = quant.NF4Linear.from_weight(torch.randn(64, 128), None, torch.bfloat16)  # as many values, transposed
+    write_weights(tmp_path, tensors | wrong.to_bnb("model.layers.1.mlp.up_proj"))
+    with pytest.raises(ValueError, match=r"up_proj\.weight: .* has shape \[64, 128\], expected \[128, 64\]"):
+        load_model(tmp_path)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def change_json(file, change):
+    def damage(folder):
+        value = json.loads((folder / file).read_text())
+        change(value)
+        (folder / file).write_text(json.dumps(value))
+
+    return damage
+
+
+def change_tensors(change):
+    def damage(folder):
+        tensors = load_file(folder / SHARD)
+        change(tensors)
+        save_file(tensors, folder / SHARD)
+
+    return damage
+
+
+def change_bytes(change, file=SHARD):
+    return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes()))
+
+
+def put_first(target):
+    def change(index):
+        index["weight_map"][next(iter(index["weight_map"]))] = target
+
+    return change_json(INDEX, change)
+
+
+def other_names(folder):
+    tensors = write_model(folder)
+    for name in [n for n in tensors if "layers.1" in n][:6]:
+        tensors[name.replace("layers.1", "layers.7")] = tensors.pop(name)
+    (folder / INDEX).unlink()
+    write_weights(folder, tensors)
+
+
+def outdated_phi(folder):
+    tensors = {n.replace("model.layers.", "layers."): t for n, t in write_model(folder, "phi").items()}
+    (folder / INDEX).unlink()
+    write_weights(folder, tensors)
+
+
+def pickled(folder):
+    for file in (*folder.glob("*.safetensors"), folder / INDEX):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"not looked at")
+
+
+def first_of(tensors, dims=2):
+    return next(name for name, tensor in tensors.items() if tensor.ndim == dims)
+
+
+def with_first(make):
+    return change_tensors(lambda tensors: tensors.update({first_of(tensors): make(tensors[first_of(tensors)])}))
+
+
+def first_value(value):
+    def make(tensor):
+        tensor[0, 0] = value
+        return tensor
+
+    return make
+
+
+def untie(folder):
+    tensors = write_model(folder, tie_word_embeddings=True)
+    (folder / INDEX).unlink()
+    write_weights(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 0.01})
+
+
+WHOLE = rf"{SHARD} is not a whole safetensors file \(.+\); it is corrupt or cut short"
+DAMAGES = {  # name: (what happens to a good folder of two shards, what the message says)
+    "empty-shard": (change_bytes(lambda b: b""), WHOLE),
+    "cut-inside-the-header": (change_bytes(lambda b: b[:50]), WHOLE),
+    "cut-inside-a-tensor": (change_bytes(lambda b: b[:-100]), WHOLE),
+    "bytes-at-the-end": (change_bytes(lambda b: b + b"x"), WHOLE),
+    "header-beyond-the-file": (change_bytes(lambda b: struct.pack("<Q", len(b)) + b[8:]), WHOLE),
+    "header-of-2**63": (change_bytes(lambda b: struct.pack("<Q", 2**63) + b[8:]), WHOLE),
+    "header-not-json": (change_bytes(lambda b: b[:8] + b"?" + b[9:]), WHOLE),
+    "dtype-from-the-future": (change_bytes(lambda b: b.replace(b'"F32"', b'"F99"')), WHOLE),
+    "shard-missing": (lambda f: (f / SHARD).unlink(), rf"lacks 1 of 2 files that its index names: {SHARD}"),
+    "shard-a-folder": (lambda f: ((f / SHARD).unlink(), (f / SHARD).mkdir()), rf"{SHARD} cannot be read"),
+    "shard-link-to-nothing": (
+        lambda f: ((f / SHARD).unlink(), (f / SHARD).symlink_to(f / "blob")),
+        "lacks 1 of 2 files",
+    ),
+    "index-out-of-the-folder": (
+        put_first("../x.safetensors"),
+        r"'\.\./x\.safetensors', which is not a file of its own",
+    ),
+    "index-absolute": (put_first("/etc/hostname"), "'/etc/hostname', which is not a file of its own folder; refused"),
+    "index-subfolder": (put_first("a/b.safetensors"), "'a/b.safetensors', which is not a file of its own"),
+    "index-dots": (put_first(".."), r"'\.\.', which is not a file of its own"),
+    "index-nul": (put_first("a\0b"), "lacks 1 of"),
+    "index-number": (put_first(7), "has no weight_map from tensor names to file names"),
+    "index-promises-too-much": (
+        change_json(INDEX, lambda i: i["weight_map"].update({"model.extra.weight": SHARD})),
+        rf"{SHARD} lacks 1 tensors that the index puts there: model\.extra\.weight",
+    ),
+    "index-empty": (change_json(INDEX, lambda i: i.clear()), "has no weight_map"),
+    "index-list": (lambda f: (f / INDEX).write_text("[]"), "has no weight_map"),
+    "index-not-json": (lambda f: (f / INDEX).write_text('{"weight_map": '), f"{INDEX} is not valid JSON: line 1"),
+    "shard-holds-more-than-the-index-says": (
+        change_tensors(lambda t: t.update(extra=torch.zeros(2))),
+        "1 unexpected: extra",
+    ),
+    "names": (
+        other_names,
+        r"6 missing: (model\.layers\.1\.\S+, ){5}\.\.\.; 6 unexpected: (model\.layers\.7\.\S+, ){5}\.\.\.",
+    ),
+    "shape": (with_first(lambda t: t[:, :-1].contiguous()), r"1 of another shape: \S+ \[\d+, \d+\], expected \[\d+, "),
+    "transposed": (with_first(lambda t: t.flatten()), r"1 of another shape: \S+ \[\d+\], expected"),
+    "float8": (with_first(lambda t: t.to(torch.float8_e4m3fn)), "1 of a dtype other than F32, F16, BF16: .* F8_E4M3"),
+    "integers": (with_first(lambda t: t.to(torch.int8)), "1 of a dtype other than F32, F16, BF16: .* I8"),
+    "nan": (
+        with_first(first_value(float("nan"))),
+        "weight holds NaN or infinity in float32; the checkpoint is damaged",
+    ),
+    "infinity": (with_first(first_value(-float("inf"))), "weight holds NaN or infinity in float32"),
+    "outdated-phi": (outdated_phi, r"unexpected: layers\..*\. The names are those of an outdated Phi file: convert it"),
+    "head-not-tied": (untie, "says tie_word_embeddings, but lm_head.weight is not equal to model.embed_tokens.weight"),
+    "pickle-only": (pickled, r"has neither .* it has pytorch_model\.bin: convert to safetensors first"),
+    "config-not-json": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json is not valid JSON: line 1, column 2",
+    ),
+    "config-list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list, expected an object"),
+    "config-empty": (lambda f: (f / "config.json").write_text(""), "config.json is not valid JSON"),
+    "config-not-text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json is not UTF-8 text"),
+    "config-missing": (lambda f: (f / "config.json").unlink(), "has no config.json; expected a folder with"),
+    "model-type": (
+        change_json("config.json", lambda c: c.update(model_type="gpt_oss")),
+        "model_type is 'gpt_oss', expected one of llama, mistral, phi",
+    ),
+    "model-type-of-another-kind": (
+        change_json("config.json", lambda c: c.update(model_type=["llama"])),
+        r"model_type is \['llama'\], expected one of",
+    ),
+    "another-config": (
+        change_json("config.json", lambda c: c.update(hidden_size=32)),
+        r"\d+ of another shape: \S+ \[260, 64\], expected \[260, 32\]",
+    ),
+    "quantised-otherwise": (
+        change_json("config.json", lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4})),
+        "quant_method='gptq'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def good_folder(tmp_path_factory):
+    """Two shards, a tokenizer of bytes, and rows to train on beside the folder."""
+    folder = tmp_path_factory.mktemp("good") / "model"
+    write_model(folder, shards=2)
+    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return folder
+
+
+def run_train(folder, work, capsys, monkeypatch, *options):
+    """(exit code, stderr, the files that it left) of scripts/train.py, in the empty folder `work`."""
+    (work / "rows.json").write_text(json.dumps([{"instruction": "Say a.", "input": "", "output": "a"}] * 4))
+    before = set(work.rglob("*"))
+    argv = ["train.py", "--model", str(folder), "--data", "rows.json", "--test-size", "0", "--run", "runs/it"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu", "--dtype", "fp32", "--max-steps", "1", *options])
+    monkeypatch.chdir(work)
+    capsys.readouterr()
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__")
+    except SystemExit as exit:
+        code = exit.code
+    return code, capsys.readouterr().err, set(work.rglob("*")) - before
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_bad_folder_is_refused_in_one_line_and_nothing_is_written(name, good_folder, tmp_path, capsys, monkeypatch):
+    damage, message = DAMAGES[name]
+    folder, work = tmp_path / "model", tmp_path / "work"
+    shutil.copytree(good_folder, folder)
+    work.mkdir()
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_model(folder)
+    assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+    code, stderr, files = run_train(folder, work, capsys, monkeypatch)
+    assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    assert not files
+
+
+def test_the_folder_that_the_tests_break_is_good(good_folder, tmp_path, capsys, monkeypatch):
+    code, stderr, files = run_train(good_folder, tmp_path, capsys, monkeypatch)
+    assert code == 0, stderr
+    assert {"adapter", "config.json", "metrics.jsonl"} <= {path.name for path in files}
+
+
+def test_targets_that_no_layer_has_leave_nothing_behind(good_folder, tmp_path, capsys, monkeypatch):
+    code, stderr, files = run_train(good_folder, tmp_path, capsys, monkeypatch, "--lora-targets", "Wqkv")
+    assert code == 2 and "no linear layer is named Wqkv; this model has q_proj" in stderr and not files
+
+
+def test_weights_too_large_for_fp16_are_refused(tmp_path):
+    tensors = write_model(tmp_path)
+    tensors["model.norm.weight"][3] = 70000.0
+    write_weights(tmp_path, tensors)
+    load_model(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="model.norm.weight holds NaN or infinity in float16; .* too large for this"):
+        load_model(tmp_path, dtype=torch.float16)
+
+
+def test_a_damaged_weight_is_named_when_it_is_quantised(tmp_path):
+    tensors = write_model(tmp_path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    write_weights(tmp_path, tensors)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: .* has NaN or infinity in 1 of"):
+        load_model(tmp_path, quantize="nf4")
+
+
+def test_unknown_ways_to_quantise_are_refused_before_anything_is_looked_up():
+    with pytest.raises(ValueError, match="quantize is 'int8', expected none, nf4 or nf4-dq"):
+        load_model("no-such-model", quantize="int8")
+
+
+def test_a_bad_adapter_is_refused_before_the_weights_are_read(tmp_path):
+    write_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 4, "use_dora": True}))
+    with pytest.raises(ValueError, match="adapter_config.json: lora_alpha is None"):
+        load_model(tmp_path / "model", adapter=tmp_path / "adapter")
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+MEASURE = """
+import json, os, sys
+import torch
+from minitune.checkpoint import load_model, model_bytes
+from minitune.device import peak_bytes, reset_peak, resident_bytes
+small, large, cpu = sys.argv[1], sys.argv[2], torch.device("cpu")
+for quantize, dtype in (("none", "bfloat16"), ("none", "float32"), ("nf4", "bfloat16"), ("nf4-dq", "float32")):
+    if os.fork() == 0:  # a process of its own, without the seconds of another import of torch
+        load_model(small, quantize=quantize)
+        lines, before = [], resident_bytes()
+        model = load_model(large, getattr(torch, dtype), quantize=quantize, say=lines.append)
+        print(json.dumps([quantize, dtype, peak_bytes(cpu) - before - model_bytes(model), lines[0]]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell peak memory")
+def test_memory_above_the_loaded_model_stays_below_twice_the_largest_tensor(tmp_path):
+    sizes = dict(vocab_size=16384, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4)
+    raw = {"model_type": "llama", **SIZES, **sizes, "num_attention_heads": 16, "num_key_value_heads": 4}
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in build(raw).named_parameters()}
+    noise = torch.randn(1 << 20).to(torch.bfloat16)
+    tensors = {n: noise.repeat(-(-s.numel() // len(noise)))[: s.numel()].clone().view(s) for n, s in shapes.items()}
+    largest, total = (f(t.nbytes for t in tensors.values()) for f in (max, sum))
+    slack = 40e6  # allocator and page tables; far below `total`, which a load of all at once would need
+    assert total > 150e6 > 2 * largest + slack
+    write_model(tmp_path / "small", dtype=torch.bfloat16)
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps(raw))
+    write_weights(tmp_path / "large", tensors, shards=2)
+    del tensors
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        shutil.rmtree(tmp_path / "large")
+    measured = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(measured) == 4, done.stderr
+    for quantize, dtype, above, line in measured:
+        assert above < 2 * largest + slack, f"{quantize} {dtype}: {above / 1e6:.0f} MB above the model: {line}"
+        said = float(re.search(r"above the model (\S+) GB", line)[1]) * 1e9
+        assert abs(said - max(above, 0)) < 20e6, f"the load line says {said / 1e6:.0f} MB, measured {above / 1e6:.0f}"
