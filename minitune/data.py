@@ -162,6 +162,14 @@ def load(
     )
 
 
+def load_for(config, tokenizer):
+    """load() with the options of a job, a dataclass with TrainConfig's fields about rows. Without `data`: the embedded
+    rows for an embedded model, Alpaca for every other."""
+    source = config.data or ("embedded" if config.model in hub.EMBEDDED else "alpaca")
+    names = ("test_data", "test_size", "split_seed", "max_length", "over_length", "loss_on")
+    return load(source, tokenizer, **{name: getattr(config, name) for name in names})
+
+
 def read_rows(path):
     """The rows of a .json (list of objects), .jsonl, .csv (with a header) or .parquet file, as a list of dicts.
 

@@ -60,7 +60,7 @@ def fine_tune_and_compare(name, quantize, kind, config, say):
     options = TrainConfig(**settings)
     folder, device = hub.resolve(name), choose_device(options.device)
     tokenizer = load_tokenizer(folder)
-    _, test_set = data.load("embedded", tokenizer, max_length=options.max_length)
+    _, test_set = data.load_for(options, tokenizer)
     answers, scores = [], []
     for adapter in (None, run / "adapter"):
         if adapter:

@@ -61,17 +61,7 @@ def inspect_data(config, say=print):
 
     Raises ValueError where the rows or the tokenizer cannot be read, as training would."""
     tokenizer = load_tokenizer(hub.resolve(config.model, config.revision))
-    source = config.data or ("embedded" if config.model in hub.EMBEDDED else "alpaca")
-    train, test = data.load(
-        source,
-        tokenizer,
-        test_data=config.test_data,
-        test_size=config.test_size,
-        split_seed=config.split_seed,
-        max_length=config.max_length,
-        over_length=config.over_length,
-        loss_on=config.loss_on,
-    )
+    train, test = data.load_for(config, tokenizer)
     dataset = train if config.part == "train" else test
     if not dataset.examples:
         raise ValueError(f"there are no {config.part} rows to show; give test_data or a test_size above 0")

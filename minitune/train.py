@@ -57,17 +57,7 @@ def fine_tune(config, run, say):
     folder = hub.resolve(config.model, config.revision).absolute()  # a folder ./mistral is not the short name mistral
     state_file = run / "last" / "state.safetensors"
     tokenizer = load_tokenizer(folder)
-    rows = config.data or ("embedded" if config.model in hub.EMBEDDED else "alpaca")
-    train_set, test_set = data.load(
-        rows,
-        tokenizer,
-        test_data=config.test_data,
-        test_size=config.test_size,
-        split_seed=config.split_seed,
-        max_length=config.max_length,
-        over_length=config.over_length,
-        loss_on=config.loss_on,
-    )
+    train_set, test_set = data.load_for(config, tokenizer)
     say(f"{config.model} on {device}, {str(dtype).removeprefix('torch.')} ({reason})")
     say(train_set.describe())
     say(test_set.describe() if test_set.examples else "no held-out rows: no held-out loss, and no best step")
