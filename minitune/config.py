@@ -254,6 +254,8 @@ class TrainConfig:
         for f in fields(self):  # again, since Python code builds it too
             if expected := misfit(type(self), f, getattr(self, f.name)):
                 raise ValueError(f"{f.name} is {getattr(self, f.name)!r}, expected {expected}")
+            if getattr(self, f.name) == "":  # an empty shell variable; it must not mean 'not set'
+                raise ValueError(f"{f.name} is empty; give a value, or leave the option out")
         positive(
             self,
             "max_length",

@@ -179,6 +179,8 @@ WRONG_TYPED = [
     (["--test-data", "x.json", "--test-size", "5"], "test_data and test_size"),
     (["--config", "no/such/file.json"], "no/such/file.json does not exist"),
     (["--config", ""], "is a folder"),
+    (["--data", ""], "data is empty"),
+    (["--run", ""], "run is empty"),
 ]
 
 
