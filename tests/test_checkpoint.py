@@ -130,10 +130,13 @@ def test_every_weight_is_rounded_once_to_the_dtype_asked_for(stored, wanted, tmp
 
 
 def test_the_model_outlives_its_files(tmp_path):
-    tensors = write_model(tmp_path / "model")
-    model = load_model(tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"\xff" * 1000)
+    tensors, file = quantised_folder(tmp_path), tmp_path / "model.safetensors"
+    model = load_model(tmp_path, dtype=torch.bfloat16)
+    layer = model.model.layers[1].mlp.up_proj
+    before = layer.dequantize()
+    file.write_bytes(b"\xff" * file.stat().st_size)
     assert all(torch.equal(weight, tensors[name]) for name, weight in loaded(model).items())
+    assert torch.equal(layer.dequantize(), before)
 
 
 @pytest.mark.parametrize("head", ["absent", "a-copy", "a-copy-in-another-dtype"])

@@ -116,7 +116,7 @@ def test_the_first_20_losses_of_a_run_equal_those_of_peft(family, quantize, targ
         model=str(bases[family]), data=str(tmp_path / "rows.json"), test_size=0, run=str(tmp_path / "run"),
         device="cpu", dtype="fp32", quantize=quantize, lora_rank=8, lora_alpha=16.0, lora_targets=targets,
         max_steps=20, batch_size=3, accumulation=2, learning_rate=5e-3, schedule="constant", weight_decay=0.01,
-        max_grad_norm=0.5, samples=0, spike_factor=0, seed=7,
+        max_grad_norm=0.5, samples=0, spike_factor=0, save_every=20, seed=7,
     )  # fmt: skip
     train(config, say=lambda line: None)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
