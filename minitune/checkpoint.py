@@ -45,6 +45,8 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
             net = build(raw)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    except RuntimeError as error:  # meta tensors fail for one reason only: their size
+        raise ValueError(f"{folder}: the sizes in config.json are absurd: {str(error).splitlines()[0]}") from None
     if stored_4bit and quantize != "none":
         raise ValueError(f"{folder} holds 4-bit weights already; use quantize=none, which keeps them in 4 bit")
     start = time.perf_counter()
@@ -359,7 +361,11 @@ def read_adapter_tensors(folder):
     """{PEFT's key: tensor}, copied from the file. Raises ValueError where the file is missing or not whole."""
     path = Path(folder) / "adapter_model.safetensors"
     if not path.exists():
-        raise ValueError(f"{folder} has no adapter_model.safetensors; expected a folder in PEFT's format")
+        pickled = (Path(folder) / "adapter_model.bin").exists()
+        hint = (
+            "; adapter_model.bin is a pickle, which is not read: load it with PEFT and save it again" if pickled else ""
+        )
+        raise ValueError(f"{folder} has no adapter_model.safetensors; expected a folder in PEFT's format{hint}")
     with open_safetensors(path) as f:
         if odd := [f"{name} {f.get_slice(name).get_dtype()}" for name in f.keys()
                    if f.get_slice(name).get_dtype() not in FLOATS]:  # fmt: skip

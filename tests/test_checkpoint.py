@@ -159,10 +159,13 @@ def test_buffers_that_old_files_hold_are_passed_over(tmp_path):
 
 def test_the_index_says_which_of_two_copies_counts(tmp_path):
     tensors = write_model(tmp_path, shards=2)
-    first = load_file(tmp_path / "model-00001-of-00002.safetensors")
-    name = next(iter(load_file(tmp_path / SHARD)))
-    save_file(first | {name: torch.zeros_like(tensors[name])}, tmp_path / "model-00001-of-00002.safetensors")
-    assert torch.equal(loaded(load_model(tmp_path))[name], tensors[name])
+    files = ("model-00001-of-00002.safetensors", SHARD)
+    stored = [load_file(tmp_path / file) for file in files]
+    first, second = (next(iter(part)) for part in stored)
+    save_file(stored[0] | {second: torch.zeros_like(tensors[second])}, tmp_path / files[0])
+    save_file(stored[1] | {first: torch.zeros_like(tensors[first])}, tmp_path / files[1])
+    weights = loaded(load_model(tmp_path))
+    assert torch.equal(weights[first], tensors[first]) and torch.equal(weights[second], tensors[second])
 
 
 def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
@@ -442,6 +445,10 @@ DAMAGES = {  # name: (what happens to a good folder of two shards, what the mess
     "another-config": (
         change_json("config.json", lambda c: c.update(hidden_size=32)),
         r"\d+ of another shape: \S+ \[260, 64\], expected \[260, 32\]",
+    ),
+    "absurd-sizes": (
+        change_json("config.json", lambda c: c.update(vocab_size=2**62)),
+        "the sizes in config.json are absurd: Storage size calculation overflowed",
     ),
     "quantised-otherwise": (
         change_json("config.json", lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4})),

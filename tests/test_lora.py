@@ -647,6 +647,10 @@ BROKEN = {
     "header": (rewrite(WEIGHTS, lambda b: b"\xff" * 8 + b[8:]), f"{WEIGHTS} is not a whole safetensors file"),
     "a-folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), f"{WEIGHTS} cannot be read"),
     "no-weights": (lambda f: (f / WEIGHTS).unlink(), f"has no {WEIGHTS}; expected a folder in PEFT's format"),
+    "pickle": (
+        lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
+        "adapter_model.bin is a pickle, which is not read: load it with PEFT",
+    ),
     "no-config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
     "config-list": (
         rewrite("adapter_config.json", lambda b: b"[]"),
