@@ -124,7 +124,7 @@ class Tensors:
         shards = self.shards()
         placed = {name: file for file, names in shards.items() for name in names or ()}
         for file, expected in shards.items():
-            with self.open(file) as f:
+            with open_safetensors(file) as f:
                 names = list(f.keys())
                 if expected is not None and (absent := sorted(set(expected) - set(names))):
                     raise ValueError(
@@ -170,12 +170,9 @@ class Tensors:
             )
         return shards
 
-    def open(self, file):
-        return open_safetensors(file)
-
     def read(self, name):
         """One tensor. The file is opened anew, so that the pages of earlier tensors do not stay in memory."""
-        with self.open(self.files[name]) as f:
+        with open_safetensors(self.files[name]) as f:
             return f.get_tensor(name)
 
 
@@ -254,8 +251,7 @@ def first_five(names):
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-# --- adapters in PEFT's format
-# ---------------------------------------------------------------------------------------------
+# --- adapters in PEFT's format ------------------------------------------------------------------
 
 ADAPTER_DEFAULTS = {  # keys of adapter_config.json that may hold null or these values only, which change nothing
     "alpha_pattern": ({},),
@@ -362,13 +358,11 @@ def read_adapter_tensors(folder):
     path = Path(folder) / "adapter_model.safetensors"
     if not path.exists():
         pickled = (Path(folder) / "adapter_model.bin").exists()
-        hint = (
-            "; adapter_model.bin is a pickle, which is not read: load it with PEFT and save it again" if pickled else ""
-        )
+        hint = "; adapter_model.bin is a pickle, which is not read: save it again by a new PEFT" if pickled else ""
         raise ValueError(f"{folder} has no adapter_model.safetensors; expected a folder in PEFT's format{hint}")
     with open_safetensors(path) as f:
-        if odd := [f"{name} {f.get_slice(name).get_dtype()}" for name in f.keys()
-                   if f.get_slice(name).get_dtype() not in FLOATS]:  # fmt: skip
+        dtypes = {name: f.get_slice(name).get_dtype() for name in f.keys()}
+        if odd := [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]:
             raise ValueError(f"{path}: expected {', '.join(FLOATS)}, found {first_five(odd)}")
         return {name: f.get_tensor(name).clone() for name in f.keys()}
 

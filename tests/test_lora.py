@@ -649,7 +649,7 @@ BROKEN = {
     "no-weights": (lambda f: (f / WEIGHTS).unlink(), f"has no {WEIGHTS}; expected a folder in PEFT's format"),
     "pickle": (
         lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
-        "adapter_model.bin is a pickle, which is not read: load it with PEFT",
+        "adapter_model.bin is a pickle, which is not read: save it again by a new PEFT",
     ),
     "no-config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
     "config-list": (
