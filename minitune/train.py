@@ -104,7 +104,15 @@ def fine_tune(config, run, say):
             trained=name == "adapter",  # while a scaler looks for its scale, last/ may still be the base
         )
 
+    def weights_are_finite():
+        return all(p.isfinite().all() for p in trained.values())
+
     def save(random=None):
+        if not weights_are_finite():
+            raise FloatingPointError(
+                f"step {progress.step} made weights that are not finite; {run / 'last'} is left as last saved. "
+                f"Lower --learning-rate (now {config.learning_rate:g})"
+            )
         save_adapter("last")
         save_state(state_file, progress, trained, optimizer, scaler, random or random_state(device))
 
@@ -179,7 +187,7 @@ def fine_tune(config, run, say):
             loss = total.item() / supervised
             if problem := broken(loss, grad_norm, progress.recent_losses, config.spike_factor, scaler):
                 kept = "No step was done before it"
-                if step and all(p.isfinite().all() for p in trained.values()):
+                if step and weights_are_finite():
                     save(random)
                     kept = f"The state before this step is in {run / 'last'}"
                 elif step:

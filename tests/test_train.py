@@ -656,7 +656,16 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_logged(options
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_trained_tensor_gets_a_gradient_and_checkpointing_the_same_one(options, base, tmp_path, family):
+def test_every_trained_tensor_gets_a_gradient_and_checkpointing_the_same_one(
+    options, base, tmp_path, family, monkeypatch
+):
+    inject, calls = lora.inject, {"plain": 0, "checkpointed": 0}
+
+    def counted(model, *args):
+        model.model.layers[0].register_forward_pre_hook(lambda *_: calls.update({run: calls[run] + model.training}))
+        return inject(model, *args)
+
+    monkeypatch.setattr(lora, "inject", counted)
     for run in ("plain", "checkpointed"):
         quiet(
             options(
@@ -664,6 +673,7 @@ def test_every_trained_tensor_gets_a_gradient_and_checkpointing_the_same_one(opt
                 checkpointing=run == "checkpointed",
             )
         )  # fmt: skip
+    assert calls == {"plain": 4, "checkpointed": 8}, "each of 4 micro-batches runs again in the backward pass"
     state = load_file(tmp_path / "plain" / "last" / "state.safetensors")
     moments = {name: t for name, t in state.items() if name.startswith("exp_avg.")}
     assert len(moments) == len(adapter(tmp_path / "plain" / "adapter")) > 20
@@ -995,15 +1005,29 @@ def test_nan_on_held_out_rows_names_them(options, base, tmp_path, monkeypatch):
         quiet(options(tmp_path / "run", samples=0))
 
 
-@pytest.mark.parametrize("rate", [1e10, 1e37])
-def test_a_huge_rate_ends_in_exit_1_and_keeps_finite_weights(options, tmp_path, monkeypatch, capsys, rate):
-    config = options(tmp_path / "run", learning_rate=rate, schedule="constant", samples=0, eval_every=9, save_every=1)
+@pytest.mark.parametrize(
+    "rate, save_every, says",
+    [
+        (1e10, 1, "step \\d+: the loss is "),
+        (1e39, 1, "step 1 made weights that are not finite; .* is left as last saved. Lower "),  # beyond fp32
+        (1e39, 9, "step 2: the loss is .*The step before broke the weights; .* is left as last saved. "),
+    ],
+)
+def test_a_huge_rate_ends_in_exit_1_and_keeps_finite_weights(
+    options, tmp_path, monkeypatch, capsys, rate, save_every, says
+):
+    config = options(
+        tmp_path / "run", learning_rate=rate, schedule="constant", samples=0, eval_every=9, save_every=save_every
+    )
     (tmp_path / "options.json").write_text(json.dumps(asdict(config)))
     monkeypatch.setattr("sys.argv", ["train.py", "--config", str(tmp_path / "options.json")])
     with pytest.raises(SystemExit) as end:
         run_script(TrainConfig, train, "")
     err = capsys.readouterr().err
-    assert end.value.code == 1 and re.search(r"^error: step \d+: the loss is .*--learning-rate \(now 1e\+", err, re.M)
+    assert end.value.code == 1 and re.search(rf"^error: {says}.*--learning-rate \(now 1e\+", err, re.M), err
+    if rate == 1e39:
+        assert not (tmp_path / "run" / "last").exists(), "infinite weights were saved"
+        return
     kept = load_file(tmp_path / "run" / "last" / "state.safetensors")
     assert all(t.isfinite().all() for name, t in kept.items() if name.startswith("weight."))
     assert same(
