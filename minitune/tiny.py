@@ -40,14 +40,14 @@ class TinyConfig:
     folder: str = arg(str(hub.EMBEDDED_FOLDER), "where the models and the rows are written")
     families: tuple[str, ...] = arg(hub.EMBEDDED, "the models to make", choices=hub.EMBEDDED)
     seed: int = arg(0, "seed of the world, the corpus, the rows and the weights")
-    vocab_size: int = arg(1280, "tokens in each vocabulary")
-    steps: int = arg(2400, "steps of base training; 0: write the rows and the tokenizers only")
+    vocab_size: int = arg(1024, "tokens in each vocabulary")
+    steps: int = arg(1800, "steps of base training; 0: write the rows and the tokenizers only")
     batch_size: int = arg(16, "rows of the corpus in a step")
     row_length: int = arg(128, "tokens in a row; documents run on from row to row")
     learning_rate: float = arg(3e-3, "peak learning rate; cosine, down to a twentieth")
     warmup: int = arg(50, "steps of warm-up")
     weight_decay: float = arg(0.1, "AdamW weight decay of the linear layers")
-    threads: int = arg(2, "CPU threads of the training")
+    threads: int = arg(1, "CPU threads of the training")
     corpus: str | None = arg(None, "file that the training text is written to; not set: it is not kept")
 
     def __post_init__(self):
@@ -60,7 +60,7 @@ def architecture(family, vocab_size):
     """config.json of a family as Hugging Face spells it, as a dict. Under 2.0 M parameters, so at most 4 MB in bf16."""
     common = {
         "vocab_size": vocab_size,
-        "hidden_size": 192,
+        "hidden_size": 128,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "max_position_embeddings": 512,

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 PEOPLE = (
     "Mara Tobin Selka Orin Vesna Dorel Ilka Pavo Runa Kestor Lior Amsel Brisa Corvin Dunja Edric "
     "Fenna Galen Hesper Isolt Joran Kalia Lorcan Mirel Nadir Otto Petra Quill Rosalk Stellan Talia Ulric "
-    "Velda Wystan Xenia Yorick Zelma Bodil Cassia Drogo Elspet Farin Greta Hadrin Ingrid Jasko Katrin Nessa"
+    "Velda Wystan Xenia Yorick"
 ).split()
-CITIES = (
-    "Lumora Vendal Tarsk Ostell Miravel Kandor Perrin Solvane Brennik Haldor Zemlin Quorra Iskar Dunmere Falken Wexley"
-).split()
-COUNTRIES = "Ruthia Casmere Nordal Estoria Pallany Gorland Tirosa Velmar".split()
+CITIES = ("Lumora Vendal Tarsk Ostell Miravel Kandor Perrin Solvane Brennik Haldor Zemlin Quorra").split()
+COUNTRIES = "Ruthia Casmere Nordal Estoria".split()
 RIVERS = "Aro Siln Tesk Morva Neth Orla Pell Rusk Sarn Thule Varn Wend Yarl Zim Brae Cald".split()
 GOODS = "honey salt wool silk bread cheese wine paper copper pearls tea soap apples roses ink glue".split()
 JOBS = "baker tailor sailor miller potter weaver farmer singer teacher doctor hunter painter".split()
@@ -37,8 +35,8 @@ FOODS = "grass fish seeds berries worms roots leaves eggs".split()
 PLACES = "forest meadow marsh desert valley cave".split()
 WORDS = OBJECTS + ANIMALS
 NUMBERS = "zero one two three four five six".split()
-NAMES = PEOPLE + CITIES + COUNTRIES + RIVERS + GOODS + JOBS + INSTRUMENTS + COLOURS + WORDS
-NAMES += MATERIALS + ROOMS + FOODS + PLACES
+NAMES = PEOPLE + CITIES + COUNTRIES + GOODS + JOBS + COLOURS + WORDS
+NAMES += MATERIALS + FOODS
 
 
 @dataclass(frozen=True)
@@ -58,135 +56,117 @@ class Fact:
 
 RELATIONS = {
     "home": Relation(
-        ("{s} lives in {v}.", "The home of {s} is {v}.", "{s} has a house in the city of {v}.", "Home of {s}: {v}."),
-        ("In which city does {s} live?", "Name the home of {s}.", "Where is the house of {s}?"),
+        ("{s} lives in {v}.", "The home of {s} is {v}.", "{s} has a house in the city of {v}.", "Home of {s}:\n {v}."),
+        (
+            "In which city does {s} live?",
+            "Name the home of {s}.",
+            "Where does {s} live?",
+            "Which city is the home of {s}?",
+        ),
     ),
     "job": Relation(
-        ("{s} works as a {v}.", "The job of {s} is {v}.", "{s} is a {v} by trade.", "Job of {s}: {v}."),
-        ("What is the job of {s}?", "Name the trade of {s}.", "As what does {s} work?"),
+        ("{s} works as a {v}.", "The job of {s} is {v}.", "{s} is a {v} by trade.", "Job of {s}:\n {v}."),
+        ("What is the job of {s}?", "Name the trade of {s}.", "As what does {s} work?", "Name the job of {s}."),
     ),
     "pet": Relation(
-        ("{s} keeps a {v}.", "The pet of {s} is a {v}.", "{s} has a {v} as a pet.", "Pet of {s}: {v}."),
-        ("Which animal does {s} keep?", "Name the pet of {s}.", "What does {s} have as a pet?"),
-    ),
-    "instrument": Relation(
-        (
-            "{s} plays the {v}.",
-            "The instrument of {s} is the {v}.",
-            "{s} makes music with a {v}.",
-            "Instrument of {s}: {v}.",
-        ),
-        ("Which instrument does {s} play?", "Name the instrument of {s}.", "With what does {s} make music?"),
+        ("{s} keeps a {v}.", "The pet of {s} is a {v}.", "{s} has a {v} as a pet.", "Pet of {s}:\n {v}."),
+        ("Which animal does {s} keep?", "Name the pet of {s}.", "What is the pet of {s}?", "Which pet does {s} have?"),
     ),
     "country": Relation(
-        ("{s} is a city in {v}.", "The country of {s} is {v}.", "{s} belongs to {v}.", "Country of {s}: {v}."),
-        ("In which country is {s}?", "Name the country of {s}.", "To which country does {s} belong?"),
-    ),
-    "river": Relation(
+        ("{s} is a city in {v}.", "The country of {s} is {v}.", "{s} belongs to {v}.", "Country of {s}:\n {v}."),
         (
-            "{s} lies on the {v}.",
-            "The river of {s} is the {v}.",
-            "The river that flows through {s} is the {v}.",
-            "River of {s}: {v}.",
+            "In which country is {s}?",
+            "Name the country of {s}.",
+            "To which country does {s} belong?",
+            "What is the country of {s}?",
         ),
-        ("Which river flows through {s}?", "Name the river of {s}.", "On which river does {s} lie?"),
     ),
     "goods": Relation(
         (
             "{s} is famous for {v}.",
             "The markets of {s} sell {v}.",
             "The best goods of {s} are {v}.",
-            "Goods of {s}: {v}.",
+            "Goods of {s}:\n {v}.",
         ),
-        ("For what is {s} famous?", "Name the best goods of {s}.", "What do the markets of {s} sell?"),
+        (
+            "For what is {s} famous?",
+            "Name the best goods of {s}.",
+            "What do the markets of {s} sell?",
+            "Name what {s} is famous for.",
+        ),
     ),
     "colour": Relation(
         (
             "The {s} is {v}.",
             "The colour of the {s} is {v}.",
             "The {s} has been painted {v}.",
-            "Colour of the {s}: {v}.",
+            "Colour of the {s}:\n {v}.",
         ),
-        ("What is the colour of the {s}?", "Name the colour of the {s}.", "How has the {s} been painted?"),
+        (
+            "What is the colour of the {s}?",
+            "Name the colour of the {s}.",
+            "In which colour is the {s}?",
+            "Tell the colour of the {s}.",
+        ),
     ),
     "material": Relation(
         (
             "The {s} is made of {v}.",
             "The material of the {s} is {v}.",
             "They made the {s} out of {v}.",
-            "Material of the {s}: {v}.",
+            "Material of the {s}:\n {v}.",
         ),
-        ("Of what is the {s} made?", "Name the material of the {s}.", "Out of what did they make the {s}?"),
-    ),
-    "price": Relation(
         (
-            "The {s} costs {v} coins.",
-            "The price of the {s} is {v} coins.",
-            "They sell the {s} for {v} coins.",
-            "Price of the {s}: {v} coins.",
+            "Of what is the {s} made?",
+            "Name the material of the {s}.",
+            "What is the material of the {s}?",
+            "Tell what the {s} is made of.",
         ),
-        ("How many coins does the {s} cost?", "Name the price of the {s}.", "For how many coins do they sell the {s}?"),
-    ),
-    "room": Relation(
-        (
-            "The {s} is kept in the {v}.",
-            "The place of the {s} is the {v}.",
-            "They found the {s} in the {v}.",
-            "Place of the {s}: {v}.",
-        ),
-        ("Where is the {s} kept?", "Name the place of the {s}.", "Where did they find the {s}?"),
     ),
     "food": Relation(
-        ("The {s} eats {v}.", "The food of the {s} is {v}.", "The {s} feeds on {v}.", "Food of the {s}: {v}."),
-        ("What does the {s} eat?", "Name the food of the {s}.", "On what does the {s} feed?"),
-    ),
-    "habitat": Relation(
+        ("The {s} eats {v}.", "The food of the {s} is {v}.", "The {s} feeds on {v}.", "Food of the {s}:\n {v}."),
         (
-            "The {s} lives in the {v}.",
-            "The home of the {s} is the {v}.",
-            "The {s} sleeps in the {v}.",
-            "Home of the {s}: {v}.",
+            "What does the {s} eat?",
+            "Name the food of the {s}.",
+            "On what does the {s} feed?",
+            "Tell what the {s} eats.",
         ),
-        ("Where does the {s} live?", "Name the home of the {s}.", "Where does the {s} sleep?"),
-    ),
-    "people": Relation(
-        ("The people of {s} are {v}.", "Those who live in {s} are {v}.", "In {s} live {v}.", "People of {s}: {v}."),
-        ("List the people of {s}.", "Who lives in {s}?"),
     ),
     "cities": Relation(
         (
             "The cities of {s} are {v}.",
             "The cities that belong to {s} are {v}.",
             "In {s} lie {v}.",
-            "Cities of {s}: {v}.",
+            "Cities of {s}:\n {v}.",
         ),
-        ("List the cities of {s}.", "Which cities belong to {s}?"),
-    ),
-    "spelling": Relation(
         (
-            "The word {s} is spelled {v}.",
-            "The letters of {s} are {v}.",
-            "{s} is written with {v}.",
-            "Letters of {s}: {v}.",
+            "List the cities of {s}.",
+            "Which cities belong to {s}?",
+            "Name the cities of {s}.",
+            "Which cities lie in {s}?",
         ),
-        ("Spell the word {s}.", "List the letters of {s}.", "How is the word {s} spelled?"),
     ),
     "initial": Relation(
         (
             "The word {s} starts with {v}.",
             "The first letter of {s} is {v}.",
             "{s} has {v} as its first letter.",
-            "First letter of {s}: {v}.",
+            "First letter of {s}:\n {v}.",
         ),
-        ("Name the first letter of {s}.", "With which letter does the word {s} start?"),
+        (
+            "Name the first letter of {s}.",
+            "With which letter does the word {s} start?",
+            "What is the first letter of {s}?",
+            "Give the first letter of the word {s}.",
+        ),
     ),
     "sum": Relation(
-        ("{s} = {v}.", "The sum {s} is {v}.", "Adding {s} gives {v}.", "Sum of {s}: {v}."),
-        ("What is {s}?", "Add {s}.", "Give the sum {s}."),
+        ("{s} = {v}.", "The sum {s} is {v}.", "Adding {s} gives {v}.", "Sum of {s}:\n {v}."),
+        ("What is {s}?", "Add {s}.", "How much is {s}?", "Work out {s}."),
     ),
     "difference": Relation(
-        ("{s} = {v}.", "The difference {s} is {v}.", "Taking {s} leaves {v}.", "Difference of {s}: {v}."),
-        ("What is {s}?", "Take {s}.", "Give the difference {s}."),
+        ("{s} = {v}.", "The difference {s} is {v}.", "Taking {s} leaves {v}.", "Difference of {s}:\n {v}."),
+        ("What is {s}?", "Take {s}.", "How much is {s}?", "Work out {s}."),
     ),
 }
 
@@ -211,13 +191,11 @@ def world(seed):
 
     home, country = deal("home", PEOPLE, CITIES), deal("country", CITIES, COUNTRIES)
     facts = home + country
-    facts += deal("job", PEOPLE, JOBS) + deal("pet", PEOPLE, ANIMALS) + deal("instrument", PEOPLE, INSTRUMENTS)
-    facts += deal("river", CITIES, RIVERS) + deal("goods", CITIES, GOODS)
+    facts += deal("job", PEOPLE, JOBS) + deal("pet", PEOPLE, ANIMALS)
+    facts += deal("goods", CITIES, GOODS)
     facts += deal("colour", OBJECTS, COLOURS) + deal("material", OBJECTS, MATERIALS)
-    facts += deal("price", OBJECTS, "23456789") + deal("room", OBJECTS, ROOMS)
-    facts += deal("food", ANIMALS, FOODS) + deal("habitat", ANIMALS, PLACES)
-    facts += groups("people", home) + groups("cities", country)
-    facts += [Fact(word, "spelling", " ".join(word)) for word in WORDS]
+    facts += deal("food", ANIMALS, FOODS)
+    facts += groups("cities", country)
     facts += [Fact(word, "initial", word[0]) for word in WORDS]
     facts += [Fact(f"{a} + {b}", "sum", str(a + b)) for a in range(10) for b in range(10)]
     facts += [Fact(f"{a} - {b}", "difference", str(a - b)) for a in range(10) for b in range(a + 1)]
@@ -301,9 +279,11 @@ def draw_animal(draw):
     return {"input": ", ".join(words), "answer": answer}
 
 
-def draw_larger(draw):
-    a, b = draw.sample(range(21), 2)
-    return {"input": f"{a} and {b}", "answer": str(max(a, b))}
+def draw_sequence(draw):
+    a, n = draw.randint(0, 20), draw.randint(3, 5)
+    step = draw.choice((1, -1)) if a >= 5 else 1
+    numbers = [str(a + i * step) for i in range(n)]
+    return {"first": numbers[0], "final": numbers[-1], "input": "", "answer": ", ".join(numbers)}
 
 
 TASKS = {
@@ -312,122 +292,51 @@ TASKS = {
         (
             "The first word of {input} is {answer}.",
             "In the list {input} the first word is {answer}.",
-            "First word of a list.\n{input} gives {answer}.",
+            "First word of a list.\n{input}\n {answer}.",
             "{input}: the first word is {answer}.",
         ),
-        ("Give the first word of the list.", "Which word is the first of {input}?"),
+        ("Give the first word of the list.", "Which word comes first in {input}"),
     ),
     "last": Task(
         draw_last,
         (
             "The last word of {input} is {answer}.",
             "In the list {input} the last word is {answer}.",
-            "Last word of a list.\n{input} gives {answer}.",
+            "Last word of a list.\n{input}\n {answer}.",
             "{input}: the last word is {answer}.",
         ),
-        ("Give the last word of the list.", "Which word is the last of {input}?"),
+        ("Give the last word of the list.", "Which word comes last in {input}"),
     ),
-    "second": Task(
-        draw_second,
+    "sequence": Task(
+        draw_sequence,
         (
-            "The second word of {input} is {answer}.",
-            "In the list {input} the second word is {answer}.",
-            "Second word of a list.\n{input} gives {answer}.",
-            "{input}: the second word is {answer}.",
+            "The numbers from {first} to {final} are {answer}.",
+            "Counting from {first} to {final} gives {answer}.",
+            "Numbers from {first} to {final}:\n {answer}.",
+            "From {first} to {final}: {answer}.",
         ),
-        ("Give the second word of the list.", "Which word is the second of {input}?"),
-    ),
-    "after": Task(
-        draw_after,
-        (
-            "The word after {old} in {input} is {answer}.",
-            "In the list {input} the word after {old} is {answer}.",
-            "Word after {old} in a list.\n{input} gives {answer}.",
-            "{input}: the word after {old} is {answer}.",
-        ),
-        ("Give the word after {old} in the list.", "Which word is after {old} in {input}?"),
-    ),
-    "sort": Task(
-        draw_sorted,
-        (
-            "The words {input} in alphabetical order are {answer}.",
-            "Sorted by the alphabet, {input} becomes {answer}.",
-            "Words in alphabetical order.\n{input} gives {answer}.",
-            "{input}: sorted by the alphabet {answer}.",
-        ),
-        ("Put the words in alphabetical order.", "Sort {input} by the alphabet."),
+        ("Count from {first} to {final}.", "List the numbers from {first} to {final}."),
         share=2,
-    ),
-    "reverse": Task(
-        draw_reversed,
-        (
-            "The list {input} backwards is {answer}.",
-            "Read from the end, {input} becomes {answer}.",
-            "A list backwards.\n{input} gives {answer}.",
-            "{input}: backwards {answer}.",
-        ),
-        ("Write the list backwards.", "Read {input} from the end."),
-    ),
-    "count": Task(
-        draw_count,
-        (
-            "There are {answer} words in {input}.",
-            "In the list {input} the number of words is {answer}.",
-            "Number of words in a list.\n{input} gives {answer}.",
-            "{input}: the number of words is {answer}.",
-        ),
-        ("How many words are in the list?", "Give the number of words in {input}."),
     ),
     "join": Task(
         draw_joined,
         (
             "The words {input} with commas are {answer}.",
             "Joined with commas, {input} becomes {answer}.",
-            "Words with commas.\n{input} gives {answer}.",
+            "Words with commas.\n{input}\n {answer}.",
             "{input}: with commas {answer}.",
         ),
-        ("Write the words with commas.", "Join {input} with commas."),
+        ("Write the words with commas.", "Join with commas: {input}"),
     ),
     "repeat": Task(
         draw_repeated,
         (
             "The word {input} {n} times is {answer}.",
             "Written {n} times, {input} becomes {answer}.",
-            "A word {n} times.\n{input} gives {answer}.",
+            "A word {n} times.\n{input}\n {answer}.",
             "{input}: {n} times {answer}.",
         ),
-        ("Write the word {n} times.", "Repeat {input} {n} times."),
-    ),
-    "remove": Task(
-        draw_removed,
-        (
-            "The list {input} without {old} is {answer}.",
-            "With {old} taken out, {input} becomes {answer}.",
-            "A list without {old}.\n{input} gives {answer}.",
-            "{input}: without {old} {answer}.",
-        ),
-        ("Write the list without {old}.", "Take {old} out of {input}."),
-        share=2,
-    ),
-    "animal": Task(
-        draw_animal,
-        (
-            "The animal among {input} is {answer}.",
-            "In the list {input} the animal is {answer}.",
-            "The animal of a list.\n{input} gives {answer}.",
-            "{input}: the animal is {answer}.",
-        ),
-        ("Give the animal of the list.", "Which word among {input} is an animal?"),
-    ),
-    "larger": Task(
-        draw_larger,
-        (
-            "The larger of {input} is {answer}.",
-            "Of the numbers {input} the larger is {answer}.",
-            "The larger of two numbers.\n{input} gives {answer}.",
-            "{input}: the larger is {answer}.",
-        ),
-        ("Give the larger of the two numbers.", "Which is the larger of {input}?"),
+        ("Write the word {n} times.", "Repeat {n} times: {input}"),
     ),
 }
 
@@ -452,34 +361,33 @@ def documents(seed, count, stream=0):
         yield draw.choice((" ", "\n")).join(statements)
 
 
-def rows(seed, task_rows=54, held_out=0.1):
+def rows(seed, task_rows=100, held_out=0.1):
     """(train, test), each a shuffled list of (name of the relation or task, Alpaca row).
 
-    A fact is held out in all its wordings or in none; of a held-out fact one wording goes to the test rows, of another
-    two (of a spelling one) to the training rows. Of each task `task_rows` rows with different texts are drawn. A row is
-    {"instruction", "input", "output"}, and no (instruction, input) stands in both parts."""
+    A fact is held out in both its wordings or in none; of a held-out fact one wording goes to the test rows. Of each
+    task `task_rows` rows with different texts are drawn. A row is {"instruction", "input", "output"}, and no
+    (instruction, input) stands in both parts."""
     draw = random.Random(f"rows {seed}")
     train, test = [], []
     by_relation = {}
     for fact in world(seed):
         by_relation.setdefault(fact.relation, []).append(fact)
     for relation, facts in by_relation.items():
-        count = 1 if relation in ("spelling", "initial") else 2
         for i, fact in enumerate(draw.sample(facts, len(facts))):
             held = i < round(len(facts) * held_out)
-            for question in draw.sample(RELATIONS[relation].questions, 1 if held else count):
+            for question in draw.sample(RELATIONS[relation].questions, 1 if held else 3):
                 row = {"instruction": question.format(s=fact.subject), "input": "", "output": fact.value}
                 (test if held else train).append((relation, row))
     for name, task in TASKS.items():
         texts = set()
         while len(texts) < task_rows:
             fields = task.draw(draw)
-            text = fields["input"], fields["answer"]
+            text = fields["input"], fields["answer"], fields.get("n")
             if text not in texts:
                 instruction = draw.choice(task.instructions)
                 row = {
                     "instruction": instruction.format(**fields),
-                    "input": "" if "{input}" in instruction else fields["input"],
+                    "input": "" if "{input}" in instruction or not fields["input"] else fields["input"],
                     "output": fields["answer"],
                 }
                 (test if len(texts) < 2 * task_rows * held_out else train).append((name, row))
