@@ -321,9 +321,9 @@ def documents(seed, count, stream=0):
 def rows(seed, task_rows=100, held_out=0.1):
     """(train, test), each a shuffled list of (name of the relation or task, Alpaca row).
 
-    A fact is held out in all its wordings or in none; two wordings of a held-out fact go to the test rows, three of any
-    other to the training rows. Of each task `task_rows` rows with different texts are drawn. A row is {"instruction", "input", "output"}, and no
-    (instruction, input) stands in both parts."""
+    A fact is held out in all its wordings or in none; two wordings of a held-out fact go to the test rows, three of
+    any other to the training rows. Of each task `task_rows` rows with different texts are drawn. A row is
+    {"instruction", "input", "output"}, and no (instruction, input) stands in both parts."""
     draw = random.Random(f"rows {seed}")
     train, test = [], []
     by_relation = {}
