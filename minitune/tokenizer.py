@@ -49,8 +49,10 @@ class Tokenizer:
             for token_id, token in self.config.get("added_tokens_decoder", {}).items():
                 self.added[int(token_id)] = str(token["content"]), bool(token.get("special", False))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder}: added_tokens.json or added_tokens_decoder in tokenizer_config.json is not as "
-                             f"transformers writes it ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{folder}: added_tokens.json or added_tokens_decoder in tokenizer_config.json is not as "
+                f"transformers writes it ({type(error).__name__}: {error})"
+            ) from None
 
     def finish(self, bos_id, eos_id):
         """Settle the special ids. bos_id, eos_id: what the tokenizer's own file says, or None."""
@@ -63,8 +65,10 @@ class Tokenizer:
             stops += stop if isinstance(stop, list) else [] if stop is None else [stop]
         self.eos_id = self.named("eos_token", stops[0] if stops else eos_id)
         if self.eos_id is not None and not (self.is_own(self.eos_id) or self.eos_id in self.added):
-            raise ValueError(f"{self.folder}: eos_token_id is {self.eos_id}, but the tokenizer has no such id; "
-                             f"its {self.vocab_size} ids are of another model")
+            raise ValueError(
+                f"{self.folder}: eos_token_id is {self.eos_id}, but the tokenizer has no such id; "
+                f"its {self.vocab_size} ids are of another model"
+            )
         self.eos_ids = list(dict.fromkeys(([] if self.eos_id is None else [self.eos_id]) + stops))
         self.pad_id = 0 if self.eos_id is None else self.eos_id
 
@@ -76,8 +80,9 @@ class Tokenizer:
             return otherwise
         token_id = self.id_of(text)
         if token_id is None:
-            raise ValueError(f"{self.folder}/tokenizer_config.json names {key} {text!r}, "
-                             "which the tokenizer does not have")
+            raise ValueError(
+                f"{self.folder}/tokenizer_config.json names {key} {text!r}, which the tokenizer does not have"
+            )
         return token_id
 
     def encode(self, text, add_bos=True, allow_special=True):
@@ -90,8 +95,10 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"the text has half a surrogate pair ({text[error.start]!r}) at character {error.start}; "
-                             "it is not Unicode text") from None
+            raise ValueError(
+                f"the text has half a surrogate pair ({text[error.start]!r}) at character {error.start}; "
+                "it is not Unicode text"
+            ) from None
         ids = self.encode_text(text, allow_special)
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
@@ -169,16 +176,18 @@ class JsonTokenizer(Tokenizer):
             if self.model.token_to_id(text) is None:
                 self.model.add_tokens([AddedToken(text, special=is_special, normalized=not is_special)])
             if self.model.token_to_id(text) != token_id:
-                raise ValueError(f"{folder} gives {text!r} the id {token_id} in tokenizer_config.json or "
-                                 f"added_tokens.json, but {path.name} gives it {self.model.token_to_id(text)}; "
-                                 "one of them is of another model")
+                raise ValueError(
+                    f"{folder} gives {text!r} the id {token_id} in tokenizer_config.json or "
+                    f"added_tokens.json, but {path.name} gives it {self.model.token_to_id(text)}; "
+                    "one of them is of another model"
+                )
         self.added = {}
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.vocab_size:
             raise ValueError(f"{path} has an empty vocabulary")
         self.is_byte_level = "ByteLevel" in repr(self.model.decoder)
         wrapped = self.model.encode("a")
-        prefix = wrapped.ids[:next((i for i, special in enumerate(wrapped.special_tokens_mask) if not special), 0)]
+        prefix = wrapped.ids[: next((i for i, special in enumerate(wrapped.special_tokens_mask) if not special), 0)]
         if len(prefix) > 1:
             raise ValueError(f"{path} puts the {len(prefix)} tokens {prefix} before a text; expected one BOS or none")
         self.finish(prefix[0] if prefix else None, self.id_of(END_OF_TEXT))
