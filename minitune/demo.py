@@ -56,7 +56,7 @@ def fine_tune_and_compare(name, quantize, kind, config, say):
     started = time.perf_counter()
     run = Path(config.runs) / f"{name}-{kind.lower()}"
     settings = TrainConfig.recipe({"model": name}) | {"model": name, "quantize": quantize, "run": str(run)}
-    settings |= {"resume": "never", "samples": 0, "device": config.device}
+    settings |= {"resume": "never", "samples": 0, "eval_every": 50, "device": config.device}
     options = TrainConfig(**settings)
     folder, device = hub.resolve(name), choose_device(options.device)
     tokenizer = load_tokenizer(folder)
