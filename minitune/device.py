@@ -84,7 +84,6 @@ def environment(device):
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             packages[name] = None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "python": platform.python_version(),
         "packages": packages,
@@ -93,8 +92,17 @@ def environment(device):
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git_commit(),
     }
+
+
+def git_commit():
+    """The commit of this checkout, or None outside of one or without git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
 
 
 def cpu_name():
