@@ -6,6 +6,7 @@ rows that ask for the same knowledge. Held-out rows ask about facts, sums and li
 a right answer needs both what the base knew and the format that fine-tuning taught. No torch, no files: pure text.
 """
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,7 +338,11 @@ def rows(seed, task_rows=100, held_out=0.1):
                 (test if held else train).append((relation, row))
     for name, task in TASKS.items():
         texts = set()
-        while len(texts) < task_rows:
+        for drawn in itertools.count():
+            if len(texts) == task_rows:
+                break
+            if drawn == 100 * task_rows:
+                raise ValueError(f"task {name!r} has fewer than {task_rows} different texts")
             fields = task.draw(draw)
             text = fields["input"], fields["answer"], fields.get("n")
             if text not in texts:
