@@ -37,6 +37,8 @@ from minitune.run_folder import (
 )
 from minitune.tokenizer import load_tokenizer
 
+CURVES_SECONDS = 20  # between two drawings of curves.png in a run: each takes 0.4 s
+
 
 def train(config: TrainConfig, say=print):
     """Fine-tune as `config` says, going on from the state in the run folder where there is one. say: prints one line.
@@ -152,7 +154,7 @@ def fine_tune(config, run, say):
             append_line(run / "metrics.jsonl", {"step": 0, "eval_loss": loss})
             say(f"step 0: held-out loss {loss:.4f}")
 
-    stop = StopSignal()
+    stop, drawn = StopSignal(), time.monotonic()
     stopped_early = lambda: config.patience is not None and progress.evaluations_since_best >= config.patience
     bar = tqdm(total=plan.total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
     reset_peak(device)
@@ -235,7 +237,9 @@ def fine_tune(config, run, say):
                 append_line(run / "metrics.jsonl", record)
             if progress.step % plan.save_every == 0 or is_last or stopping or stopped_early():
                 save()
-                draw_curves(read_lines(run / "metrics.jsonl"), run / "curves.png")
+                if stopping or time.monotonic() - drawn > CURVES_SECONDS:
+                    draw_curves(read_lines(run / "metrics.jsonl"), run / "curves.png")
+                    drawn = time.monotonic()
             if stopping and not is_last:
                 raise KeyboardInterrupt(
                     f"after step {progress.step} of {plan.total}; the state is in {run / 'last'}. Go on with: "
