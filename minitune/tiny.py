@@ -88,7 +88,7 @@ def architecture(family, vocab_size):
             "intermediate_size": 448,
             "attention_bias": False,
             "mlp_bias": False,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": False,
             **gated,
         },
         "tiny-phi": {
@@ -140,7 +140,7 @@ def write_rows(folder, seed=0):
     return {part: len(named) for part, named in parts.items()}
 
 
-def train_tokenizers(folder, families=hub.EMBEDDED, seed=0, vocab_size=1280):
+def train_tokenizers(folder, families=hub.EMBEDDED, seed=0, vocab_size=TinyConfig.vocab_size):
     """Write the tokenizer of each family into folder/FAMILY: tokenizer.model (sentencepiece BPE with byte fallback, as
     Llama's) or, for phi, tokenizer.json (byte-level BPE that puts a space before a text, as the other one does, so that
     an answer begins with the tokens that the word has in a sentence). tokenizer_config.json names the special ones."""

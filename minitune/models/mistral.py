@@ -137,6 +137,8 @@ class MistralForCausalLM(nn.Module):
         self.config = config
         self.model = MistralModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
         return self.lm_head(self.model(input_ids, attention_mask, documents, cache))
