@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minitune import hub
+from minitune import data, hub
 from minitune.config import arg, positive
 from minitune.device import environment
 from minitune.files import read_json, write_json
@@ -56,7 +56,8 @@ class BenchTrainConfig:
 def run_measured(command):
     """Run a command to its end. Returns (standard output, peak resident memory in MiB).
 
-    Raises RuntimeError with its last lines where it fails."""
+    Linux counts this process's own memory at the start in, so
+    a smaller child cannot be told. Raises ValueError with the child's last lines where it fails."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
@@ -64,7 +65,7 @@ def run_measured(command):
         out.seek(0), errors.seek(0)
         if process.returncode:
             tail = errors.read().decode(errors="replace").splitlines()[-5:]
-            raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}: " + " | ".join(tail))
+            raise ValueError(f"{shlex.join(command)} ended with {process.returncode}: " + " | ".join(tail))
         return out.read().decode(errors="replace"), usage.ru_maxrss // 1024
 
 
@@ -82,6 +83,10 @@ def measure_minitune(config, rows_file, folder):
     _, peak_rss_mb = run_measured(command)
     steps = read_lines(Path(folder) / "metrics.jsonl")
     timed = steps[config.warm_steps :]
+    if not timed:
+        raise ValueError(
+            f"{len(steps)} steps, of which the first {config.warm_steps} are not timed; give more --examples"
+        )
     seconds = sum(step["seconds"] for step in timed)
     return {
         "system": "minitune" + ("" if config.quantize == "none" else f"-{config.quantize}"),
@@ -97,7 +102,7 @@ def measure_peer(command):
     output, peak_rss_mb = run_measured(shlex.split(command))
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if not lines:
-        raise RuntimeError(f"{command} printed no JSON line")
+        raise ValueError(f"{command} printed no JSON line")
     return json.loads(lines[-1]) | {"peak_rss_mb": peak_rss_mb}
 
 
@@ -109,11 +114,13 @@ def bench_train(config, say=print):
         if source == "embedded":
             source = str(hub.embedded_rows("train"))
         rows_file = Path(folder) / "rows.json"
-        write_json(rows_file, json.loads(Path(source).read_text(encoding="utf-8"))[: config.examples])
+        write_json(rows_file, data.read_rows(source)[: config.examples])
         for turn in range(config.repeats):
             results = [measure_minitune(config, rows_file, Path(folder) / f"run{turn}")]
             if config.peer:
-                results.append(measure_peer(config.peer.format(model=config.model, data=rows_file)))
+                results.append(
+                    measure_peer(config.peer.replace("{model}", config.model).replace("{data}", str(rows_file)))
+                )
             for result in results:
                 measured.setdefault(result["system"], []).append(result)
                 say(f"{result['system']}: {result['examples_per_s']:.2f} examples/s, {result['peak_rss_mb']} MiB")

@@ -1,6 +1,6 @@
 """Weights and adapters on disk: safetensors streamed into a model, PEFT's adapter format read and written.
 
-Nothing here trains; the state of a run is written by minitune/train.py. Only safetensors and JSON are read."""
+Nothing here trains; the state of a run is written by minitune/run_folder.py. Only safetensors and JSON are read."""
 
 import json
 import math

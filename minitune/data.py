@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from minitune import hub
-from minitune.prompts import detect, segments
+from minitune.prompts import FORMATS, detect, segments
 
 IGNORED = -100  # the label of a token that is not supervised
 STUDY_SEED, STUDY_TEST_SIZE = 42, 0.0005
@@ -55,6 +55,7 @@ class Dataset:
     truncated: int  # examples whose answer was cut, so without an end token
     dropped: int  # rows longer than max_length
     left_out: int  # rows of the downloaded Alpaca without anything to learn from
+    unused: list[str]  # keys of the rows that the format does not read
     fingerprint: str  # sha256 of `rows`
 
     def __len__(self):
@@ -73,10 +74,11 @@ class Dataset:
             for count, what in (
                 (self.truncated, f"truncated to {self.max_length} tokens"),
                 (self.dropped, f"dropped as longer than {self.max_length} tokens"),
-                (self.left_out, "left out without an answer"),
+                (self.left_out, "left out without an answer that fits"),
             )
             if count
         ]
+        parts += [f"not used: {', '.join(self.unused)}"] if self.unused else []
         return "; ".join([*parts, f"sha256 {self.fingerprint[:12]}"])
 
 
@@ -386,6 +388,7 @@ def tokenise(
         truncated,
         dropped,
         len(hopeless),
+        [key for key in dict.fromkeys(key for row in used for key in row) if key not in FORMATS[row_format]],
         digest.hexdigest(),
     )
 

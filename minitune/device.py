@@ -71,9 +71,10 @@ def resident_bytes():
 
 def proc_status(key):
     try:
-        return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 def environment(device):

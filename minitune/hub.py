@@ -165,9 +165,12 @@ def _download(repo, revision, names):
         kind = "an adapter, whose base is the model to name" if "adapter_config.json" in names else "no model"
         raise ValueError(f"{repo} (revision {revision}) has no config.json: it is {kind}. {WAYS_OUT}")
     if INDEX not in names and not _weights(names, None):
-        held = _some(sorted(n for n in names if n.endswith((".bin", ".pth", ".pt", ".gguf"))) or sorted(names))
+        kinds = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+        held = _some(sorted(n for n in names if n.endswith(kinds)) or sorted(names))
         convert = "Convert it with transformers (from_pretrained, then save_pretrained), or take another revision."
-        raise ValueError(f"{repo} (revision {revision}) has no safetensors, only {held}. {convert} {WAYS_OUT}")
+        raise ValueError(
+            f"{repo} (revision {revision}) has no model.safetensors and no index of shards, only {held}. {convert} {WAYS_OUT}"
+        )
 
     folder = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
     commit, blobs = folder.name, folder.parent.parent / "blobs"
@@ -205,8 +208,7 @@ def _weights(names, folder):
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError(f"{folder / INDEX} has no weight_map; expected one from tensor to file name")
         return sorted(set(weight_map.values()))
-    safetensors = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    return [name for name in safetensors if name.startswith("model")] or safetensors
+    return []  # names of other schemes (consolidated.safetensors) hold other tensor names
 
 
 def _fetch(name, url, blob, size):

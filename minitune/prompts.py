@@ -13,8 +13,8 @@ TEMPLATES = {
         "### Instruction:\n{instruction}\n\n### Response:\n",
     },
 }
-FORMATS = {  # name -> the keys that it needs; the first that fits wins
-    "alpaca": ("instruction", "output"),
+FORMATS = {  # name -> the keys that it reads; a row has the first format whose first key it has
+    "alpaca": ("instruction", "input", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
@@ -46,7 +46,12 @@ def segments(row, row_format):
         return [(text_of(row, "prompt"), False), (text_of(row, "completion"), True)]
     if row_format == "alpaca":
         return [
-            (alpaca_prompt(text_of(row, "instruction"), text_of(row, "input") if "input" in row else ""), False),
+            (
+                alpaca_prompt(
+                    text_of(row, "instruction"), text_of(row, "input") if row.get("input") is not None else ""
+                ),
+                False,
+            ),
             (text_of(row, "output"), True),
         ]
     raise ValueError(f"row_format is {row_format!r}, expected one of {', '.join(FORMATS)}")

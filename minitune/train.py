@@ -1,6 +1,6 @@
 """The training loop: LoRA or QLoRA on one device, from a TrainConfig to a run folder.
 
-Read train() from top to bottom: prepare, (batch, forward, backward, clip, step, log, evaluate, save), finish. No
+Read fine_tune() from top to bottom: prepare, (batch, forward, backward, clip, step, log, evaluate, save), finish. No
 callbacks."""
 
 import math
@@ -48,7 +48,7 @@ def train(config: TrainConfig, say=print):
     state is kept, and KeyboardInterrupt after Ctrl-C or SIGTERM: the state is saved."""
     name = Path(config.model).expanduser().absolute().name
     run = Path(config.run or f"runs/{name}-{'lora' if config.quantize == 'none' else 'qlora'}")
-    with hold(run):
+    with hold(run), out_of_memory_explained(config):
         return fine_tune(config, run, say)
 
 
@@ -81,6 +81,12 @@ def fine_tune(config, run, say):
         raise ValueError(
             f"the rows have token {highest}, but the model has {model.config.vocab_size} tokens; "
             f"the tokenizer in {folder} is of another model"
+        )
+    longest = max(len(example.ids) for part in (train_set, test_set) for example in part.examples)
+    if longest > model.config.max_position_embeddings:
+        say(
+            f"warning: the longest row has {longest} tokens, but the model was made for "
+            f"{model.config.max_position_embeddings}; --max-length shortens the rows"
         )
     targets = config.lora_targets or checkpoint.default_targets(folder)
     names = lora.inject(
@@ -174,11 +180,10 @@ def fine_tune(config, run, say):
             supervised = sum(batch.supervised for batch in batches)
             step_tokens = sum(sum(batch.documents[: len(batch.rows)]) for batch in batches)  # padding is none of them
             total = torch.zeros((), device=device)
-            with out_of_memory_explained(config):
-                for batch in batches:
-                    loss = batch_loss(model, batch)
-                    scaler.scale(loss / supervised).backward()
-                    total += loss.detach()
+            for batch in batches:
+                loss = batch_loss(model, batch)
+                scaler.scale(loss / supervised).backward()
+                total += loss.detach()
             if step == 0:
                 check_gradients(trained)
 
@@ -194,11 +199,13 @@ def fine_tune(config, run, say):
                     kept = f"The state before this step is in {run / 'last'}"
                 elif step:
                     kept = f"The step before broke the weights; {run / 'last'} is left as last saved"
+                draw_curves(read_lines(run / "metrics.jsonl"), run / "curves.png")
                 where = first_nonfinite(model, batches) if not math.isfinite(loss) else None
                 raise FloatingPointError(
                     f"step {step + 1}: {problem}{f', first in the output of {where}' if where else ''}. Its rows (counted "
                     f"from 0 in the file): {', '.join(str(r) for b in batches for r in b.rows)}. {kept}. "
-                    f"Look at these rows, or lower --learning-rate (now {config.learning_rate:g})"
+                    f"Look at these rows, or start again (--resume never) with a lower --learning-rate "
+                    f"(now {config.learning_rate:g})"
                 )
             scaler.step(optimizer)
             scaler.update()
@@ -367,7 +374,7 @@ def finish(run, config, progress, trained, save_adapter, say):
         else f"step {progress.step}"
     )
     say(f"done: {progress.step} steps, {progress.tokens:,} tokens. {run / 'adapter'} holds {kept}")
-    say(f"curves: {run / 'curves.png'}; sample answers: {run / 'samples.jsonl'}")
+    say(f"curves: {run / 'curves.png'}" + (f"; sample answers: {run / 'samples.jsonl'}" if config.samples else ""))
 
 
 def make_optimizer(trained, config):
@@ -447,9 +454,9 @@ def broken(loss, grad_norm, recent, spike_factor, scaler):
     if not math.isfinite(grad_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
         return f"the loss is {loss:.4f} but the gradient norm is {grad_norm}"
     if spike_factor and len(recent) == 16:
-        usual = statistics.median(recent)
-        if loss > spike_factor * usual and loss > usual + 2:
-            return f"the loss jumped to {loss:.4f}; the median of the 16 steps before is {usual:.4f}"
+        usual, spread = statistics.median(recent), statistics.stdev(recent)  # small batches scatter: that is no spike
+        if loss > spike_factor * usual and loss > usual + max(2, 6 * spread):
+            return f"the loss jumped to {loss:.4f}; the median of the 16 steps before is {usual:.4f} (--spike-factor 0 goes on)"
     return None
 
 

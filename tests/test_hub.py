@@ -270,12 +270,11 @@ def test_weights_without_an_index(server, run):
     server.repos = {
         "a/single": {**SINGLE, hub.INDEX: INDEX, **WEIGHTS, "model.fp16.safetensors": b"half"},
         "a/variant": {"config.json": b"{}", "model-a.safetensors": b"a", "consolidated.safetensors": b"no"},
-        "a/other": {"config.json": b"{}", "weights.safetensors": b"a"},
     }
     outcomes, _ = run("\n".join(f"attempt(hub.resolve, {repo!r})" for repo in server.repos))
     assert is_whole(outcomes[0], SINGLE)
-    assert is_whole(outcomes[1], {"config.json": b"{}", "model-a.safetensors": b"a"})
-    assert is_whole(outcomes[2], server.repos["a/other"])
+    assert one_line(outcomes[1], "no model.safetensors and no index of shards, only consolidated.safetensors")
+    assert not [path for _, path, _ in server.log if "a/variant/resolve" in path and path.endswith(".safetensors")]
 
 
 def test_the_token_goes_to_the_hub_and_to_no_other_host(server, run):
@@ -304,7 +303,7 @@ def test_a_model_that_cannot_be_had_is_explained(server, run, closed_port):
     (revision, typo, pickled, adapter, gap, no_map, portal, busy), _ = run(code)
     assert one_line(revision, f"{REPO} cannot be downloaded", "no revision 'v9'")
     assert one_line(typo, f"{server.url} has no such model, or it is private", "HF_TOKEN is not set")
-    assert one_line(pickled, "no safetensors, only pytorch_model.bin", "Convert it")
+    assert one_line(pickled, "no model.safetensors and no index of shards, only pytorch_model.bin", "Convert it")
     assert one_line(adapter, "has no config.json: it is an adapter")
     assert one_line(gap, f"names {SHARDS[1]}, which the repository does not have")
     assert one_line(no_map, "has no weight_map", ways_out="expected")

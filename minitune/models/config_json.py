@@ -1,5 +1,7 @@
 """Reads a model's config.json key by key: every key is used, known and without effect here, or an error."""
 
+import math
+
 # Keys without effect on the logits of a forward pass: bookkeeping, generation defaults, what Hugging Face's code
 # chooses.
 IGNORED = frozenset(
@@ -15,6 +17,7 @@ IGNORED = frozenset(
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens finetuning_task
     id2label label2id num_labels task_specific_params problem_type prefix unsloth_fixed unsloth_version
+    max_sequence_length is_llama_config _flash_attn_2_enabled
 """.split()
 )
 
@@ -44,8 +47,18 @@ class Reader:
             raise ValueError(f"config.json: {key} is {value!r}, expected a whole number above 0")
         return value
 
+    def groups(self, key, default, heads):
+        """The number of key-value heads, null for as many as `heads`, which must be a multiple of it."""
+        count = self.integer(key, default, null=True) or heads
+        if heads % count:
+            raise ValueError(f"config.json: num_attention_heads is {heads}, expected a multiple of {key}, {count}")
+        return count
+
     def number(self, key, default):
-        return self.value(key, default, (int, float), "a number")
+        value = self.value(key, default, (int, float), "a number")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"config.json: {key} is {value!r}, expected a number, 0 or more")
+        return value
 
     def boolean(self, key, default):
         return self.value(key, default, bool, "true or false")

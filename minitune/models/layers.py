@@ -91,24 +91,30 @@ class Rope:
             inverse = (1 - blend) * inverse / self.factor + blend * inverse
         return inverse
 
-    def tables(self, positions, dtype):
-        """positions (B, T) -> cos, sin, each (B, 1, T, head_dim / 2), computed in fp32, returned in dtype."""
+    def tables(self, positions, dtype, documents=None):
+        """positions (B, T) -> cos, sin, each (B, 1, T, head_dim / 2), computed in fp32, returned in dtype.
+
+        documents: lengths of packed documents; each is stretched by its own length, as it would be alone."""
+        if self.kind == "dynamic" and documents:
+            parts = [self.tables(part, dtype) for part in positions.split(documents, dim=1)]
+            return tuple(torch.cat(table, dim=2) for table in zip(*parts, strict=True))
         length = int(positions.max()) + 1 if self.kind == "dynamic" else 0
         angles = positions[:, None, :, None].float() * self.inverse_frequencies(length, positions.device)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def read_rope(config, head_dim, default_theta=10000.0, default_partial=1.0):
+def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
     """Rope from a config.json as a dict, in the old spelling (rope_theta, rope_scaling) or the new one
     (rope_parameters).
 
+    default_partial: the share of a head that turns where the file is silent; is_partial: whether the file may change it.
     Raises ValueError on a scaling that is not written here."""
-    settings = dict(config.get("rope_parameters") or {})
-    scaling = config.get("rope_scaling")
-    if scaling is not None and not isinstance(scaling, dict):
-        raise ValueError(f"rope_scaling is {scaling!r}, expected an object or null")
-    settings |= scaling or {}
-    theta = settings.pop("rope_theta", None) or config.get("rope_theta") or default_theta
+    settings = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), dict | None):
+            raise ValueError(f"{key} is {config[key]!r}, expected an object or null")
+        settings |= config.get(key) or {}
+    theta = settings.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     partial = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or default_partial
     kinds = {settings.pop(key) for key in ("rope_type", "type") if key in settings}
     kind = kinds.pop() if len(kinds) == 1 else "default" if not kinds else f"both of {sorted(kinds)}"
@@ -131,7 +137,15 @@ def read_rope(config, head_dim, default_theta=10000.0, default_partial=1.0):
         settings.pop("factor", None)
     if unknown := sorted(set(settings) - set(takes[kind])):
         raise ValueError(f"rope scaling of type {kind!r} has settings that are not supported: {', '.join(unknown)}")
-    return Rope(int(head_dim * partial), theta, kind, original_length=original or 0, **settings)
+    for key, value in {"rope_theta": theta, "partial_rotary_factor": partial, **settings}.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{key} is {value!r}, expected a number above 0")
+    if partial != default_partial and not is_partial:
+        raise ValueError(f"partial_rotary_factor is {partial}; this architecture turns whole heads")
+    rotary = int(head_dim * partial)
+    if rotary % 2 or not 0 < rotary <= head_dim:
+        raise ValueError(f"RoPE turns {rotary} of {head_dim} dims of a head, expected an even number")
+    return Rope(rotary, theta, kind, original_length=original or 0, **settings)
 
 
 def apply_rope(x, cos, sin):

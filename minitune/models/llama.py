@@ -43,6 +43,7 @@ class LlamaConfig:
         head_dim = read.integer("head_dim", None) or hidden_size // heads
         read.only("hidden_act", "silu", "swish")
         read.only("attention_dropout", 0.0, None)
+        read.only("rope_interleaved", False)
         return read.done(
             cls(
                 vocab_size=read.integer("vocab_size", 32000),
@@ -50,7 +51,7 @@ class LlamaConfig:
                 intermediate_size=read.integer("intermediate_size", 11008),
                 num_hidden_layers=read.integer("num_hidden_layers", 32),
                 num_attention_heads=heads,
-                num_key_value_heads=read.integer("num_key_value_heads", None) or heads,
+                num_key_value_heads=read.groups("num_key_value_heads", None, heads),
                 head_dim=head_dim,
                 max_position_embeddings=read.integer("max_position_embeddings", 2048),
                 rms_norm_eps=read.number("rms_norm_eps", 1e-6),
@@ -124,7 +125,7 @@ class LlamaModel(nn.Module):
         """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a layers.Cache."""
         layout = Layout.of(input_ids, attention_mask, documents, cache)
         x = self.embed_tokens(input_ids)
-        rope = self.config.rope.tables(layout.positions, x.dtype)
+        rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
         for i, block in enumerate(self.layers):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
             x = run(x, rope, layout, cache.layers[i] if cache else None)

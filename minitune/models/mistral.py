@@ -49,7 +49,7 @@ class MistralConfig:
                 intermediate_size=read.integer("intermediate_size", 14336),
                 num_hidden_layers=read.integer("num_hidden_layers", 32),
                 num_attention_heads=heads,
-                num_key_value_heads=read.integer("num_key_value_heads", 8, null=True) or heads,
+                num_key_value_heads=read.groups("num_key_value_heads", 8, heads),
                 head_dim=head_dim,
                 max_position_embeddings=read.integer("max_position_embeddings", 131072),
                 rms_norm_eps=read.number("rms_norm_eps", 1e-6),
@@ -122,7 +122,7 @@ class MistralModel(nn.Module):
         """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a layers.Cache."""
         layout = Layout.of(input_ids, attention_mask, documents, cache, self.config.sliding_window)
         x = self.embed_tokens(input_ids)
-        rope = self.config.rope.tables(layout.positions, x.dtype)
+        rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
         for i, block in enumerate(self.layers):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
             x = run(x, rope, layout, cache.layers[i] if cache else None)

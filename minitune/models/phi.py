@@ -51,12 +51,12 @@ class PhiConfig:
                 intermediate_size=read.integer("intermediate_size", 8192),
                 num_hidden_layers=read.integer("num_hidden_layers", 24),
                 num_attention_heads=heads,
-                num_key_value_heads=read.integer("num_key_value_heads", None) or heads,
+                num_key_value_heads=read.groups("num_key_value_heads", None, heads),
                 head_dim=head_dim,
                 max_position_embeddings=read.integer("max_position_embeddings", 2048),
                 layer_norm_eps=read.number("layer_norm_eps", 1e-5),
                 hidden_act=read.only("hidden_act", "gelu_new", "gelu_pytorch_tanh", "gelu"),
-                rope=read.rope(lambda raw: read_rope(raw, head_dim, default_partial=0.5)),
+                rope=read.rope(lambda raw: read_rope(raw, head_dim, default_partial=0.5, is_partial=True)),
                 embd_pdrop=read.number("embd_pdrop", 0.0),
                 resid_pdrop=read.number("resid_pdrop", 0.0),
                 tie_word_embeddings=read.boolean("tie_word_embeddings", False),
@@ -131,7 +131,7 @@ class PhiModel(nn.Module):
         """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a layers.Cache."""
         layout = Layout.of(input_ids, attention_mask, documents, cache)
         x = self.embed_dropout(self.embed_tokens(input_ids))
-        rope = self.config.rope.tables(layout.positions, x.dtype)
+        rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
         for i, block in enumerate(self.layers):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
             x = run(x, rope, layout, cache.layers[i] if cache else None)
