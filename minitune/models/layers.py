@@ -1,5 +1,5 @@
-"""The formulas that every architecture shares: RMSNorm, RoPE, attention, the key-value cache, cross-entropy over
-chunks.
+"""The formulas that every architecture shares: RMSNorm, SwiGLU, RoPE, attention, the key-value cache, cross-entropy
+over chunks.
 
 No wiring here: how a block connects them is written out in each model file. Letters: B batch, T tokens of this call,
 S keys (T plus what a cache holds), C hidden, H heads, H_kv key-value heads, D head dim, V vocabulary, N supervised
@@ -57,6 +57,20 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (arXiv 2002.05202), all of one shape. Keeps gate and up, and works out silu(gate) again."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding (arXiv 2104.09864) in Hugging Face's half-split layout, with its scalings.
@@ -107,8 +121,8 @@ def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
     """Rope from a config.json as a dict, in the old spelling (rope_theta, rope_scaling) or the new one
     (rope_parameters).
 
-    default_partial: the share of a head that turns where the file is silent; is_partial: whether the file may change it.
-    Raises ValueError on a scaling that is not written here."""
+    default_partial: the share of a head that turns where the file is silent; is_partial: whether the file may change
+    it. Raises ValueError on a scaling that is not written here."""
     settings = {}
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(config.get(key), dict | None):
@@ -268,7 +282,7 @@ class Cache:
         return self.layers[0].length
 
 
-def chunked_cross_entropy(hidden, head, targets, chunk=256):
+def chunked_cross_entropy(hidden, head, targets, chunk=128):
     """Sum of the cross-entropy of `head(hidden)` against targets, in fp32, without ever holding all logits.
 
     hidden (N, C): only rows that have a label; head: a module (.., C) -> (.., V); targets (N,) int64. Returns a scalar.

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import Layout, RMSNorm, Rope, apply_rope, attention, read_rope
+from minitune.models.layers import Layout, RMSNorm, Rope, SwiGLU, apply_rope, attention, read_rope
 
 LORA_TARGETS = ("q_proj", "v_proj")
 
@@ -93,7 +92,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(inner, C, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class LlamaBlock(nn.Module):
