@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
 
 .PHONY: demo train test lint bench clean
 
@@ -22,7 +22,8 @@ lint: $(VENV)/.installed-lint
 bench: $(VENV)/.installed-test
 	$(RUN) scripts/bench_train.py $(ARGS)
 
-# torch first and pinned: without the pin pip fetches gigabytes of CUDA libraries on a machine that may have no GPU.
+# torch first and by itself. Where the index has builds with CUDA only, they are gigabytes: PIP_EXTRA="--index-url URL"
+# takes another index, such as PyTorch's for CPUs.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=64" wheel "$$(grep '^torch==' constraints.txt)"

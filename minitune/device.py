@@ -88,7 +88,7 @@ def environment(device):
     return {
         "python": platform.python_version(),
         "packages": packages,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".strip(", "),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
