@@ -1,6 +1,7 @@
 """Fixtures that every test file may use."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; the tensors of a test are too small for more
+sys.path.append(str(ROOT / "tests"))  # for triton_interpreter: pytest's importlib mode adds no folder
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors
 
 
 @pytest.fixture(scope="session")
