@@ -1,0 +1,286 @@
+"""NF4 in Triton, for NVIDIA GPUs of compute capability 8.0 and up. Format and bits are those of reference.py; the inputs are
+taken as checked (see nf4.py). No autotuning, no atomics: the same bits on every run, and a CUDA graph may capture it all.
+
+What bounds these kernels is not memory alone but the instructions of a 4-bit look-up: an SM of an H100 has 0.06 of a nanosecond
+for a weight when it dequantises at 4.3 TB/s. So a thread reads eight weights as one 32-bit word, takes its nibbles by a shift
+and a mask each, and gathers from the 16 code values in shared memory, where lanes never conflict: about 6.5 instructions a
+weight. A tree of 15 selects, or a table in global memory with its 64-bit addresses, costs twice that.
+
+Products are never contracted into FMAs (enable_fp_fusion=False, tl.fma where one is meant): the absmax of double quantisation
+is rounded after its product and after its sum."""
+
+import importlib.util
+import os
+import types
+
+import torch
+from minitune_kernels import reference
+
+NAME = "triton"
+if importlib.util.find_spec("triton"):
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+else:  # still importable, to be asked why_not
+    triton, jit = None, lambda function: function
+    tl = types.SimpleNamespace(constexpr=None, int64=None)  # for the annotations
+
+QUANTIZE = {"BLOCKS": 32, "num_warps": 4, "enable_fp_fusion": False}
+# A thread writes 16 bytes at once, 4 times: 8 weights of 16 bits or 4 of 32 make a group.
+DEQUANTIZE = {
+    2: {"GROUPS": 1024, "BYTES": 4, "num_warps": 8, "enable_fp_fusion": False},  # by the bytes of an output element
+    4: {"GROUPS": 1024, "BYTES": 2, "num_warps": 8, "enable_fp_fusion": False},
+}
+# Rows of the weight in a program of the GEMV, by rows of x. More rows share a loaded x, fewer keep the registers below 128.
+GEMV_ROWS = {1: 8, 2: 4, 3: 4, 4: 4}
+GEMV = {"CHUNKS": 128, "num_warps": 4, "enable_fp_fusion": False}  # 128 chunks of 8 columns: one a thread
+# From 5 rows of x on the tensor cores multiply: 64 rows of the weight are the M of a Hopper wgmma.
+GEMM = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+GEMM_MAX_ROWS = 64
+GEMM_PROGRAMS = 512  # about four on each SM of an H100: the columns are split until there are as many
+SUM = {"SIZE": 512, "num_warps": 4}
+
+
+def why_not(device):
+    """None where the backend runs on this torch.device, else the reason. With TRITON_INTERPRET=1 it takes CPU tensors."""
+    if triton is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return f"it runs on NVIDIA GPUs, not on {'AMD' if device.type == 'cuda' else device.type}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+@jit
+def load(pointer, mask):
+    if mask is None:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=mask, other=0)
+
+
+@jit
+def load_absmax(scales, block, mask):
+    if len(scales) == 1:
+        return load(scales[0] + block, mask)
+    else:
+        q, absmax2, code2, offset = scales
+        code = tl.load(code2 + load(q + block, mask).to(tl.int32))
+        return code * load(absmax2 + block // 256, mask) + tl.load(offset)
+
+
+@jit
+def look_up(code, packed):
+    """code (16,) fp32, packed (A, B, bytes) uint8 -> (A, B, 2 * bytes) fp32. The bytes of a thread become one word again."""
+    A: tl.constexpr = packed.shape[0]
+    B: tl.constexpr = packed.shape[1]
+    N: tl.constexpr = packed.shape[2] * 2
+    byte = tl.arange(0, N // 2)
+    word = tl.sum(packed.to(tl.uint32) << (byte * 8)[None, None, :], axis=2)
+    i = tl.arange(0, N)
+    index = (word[:, :, None] >> (i // 2 * 8 + 4 - i % 2 * 4)[None, None, :]) & 15  # the high nibble comes first
+    return tl.reshape(tl.gather(code, tl.reshape(index.to(tl.int32), (A * B * N,)), 0), (A, B, N))
+
+
+@jit
+def quantize_tile(weight, midpoints, packed, absmax, left, BLOCKS: tl.constexpr, FULL: tl.constexpr):
+    block = tl.arange(0, BLOCKS)
+    i = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    x = load(weight + i, None if FULL else i < left).to(tl.float32)
+    # Of absolute values the order is that of their bits, NaN above infinity; a maximum of floats would drop NaN.
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    largest = tl.where(largest > 0x7F800000, 0x7FC00000, largest)
+    at_least_tiny = tl.maximum(largest, 0x006CE3EE)  # the bits of reference.TINY
+    divisor = at_least_tiny.to(tl.float32, bitcast=True)
+    scaled = x * tl.div_rn(1.0, divisor)[:, None]
+    if not FULL:
+        is_short = block * 64 + 64 > left
+        largest = tl.where(is_short, at_least_tiny, largest)
+        scaled = tl.where(is_short[:, None], tl.div_rn(x, divisor[:, None]), scaled)
+    index = tl.full((BLOCKS, 64), 15, tl.int32)
+    for m in tl.static_range(15):
+        index -= (scaled <= tl.load(midpoints + m)).to(tl.int32)  # never for NaN, which stays 15
+    if not FULL:
+        index = tl.where(i < left, index, 7)
+    high, low = tl.split(tl.reshape(index, (BLOCKS, 32, 2)))
+    tl.store(packed + byte, (high << 4 | low).to(tl.uint8), None if FULL else byte * 2 < left)
+    tl.store(absmax + block, largest.to(tl.float32, bitcast=True), None if FULL else block * 64 < left)
+
+
+@jit
+def quantize_kernel(weight, midpoints, packed, absmax, n: tl.int64, BLOCKS: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCKS  # blocks
+    left = n - start * 64
+    weight, packed, absmax = weight + start * 64, packed + start * 32, absmax + start
+    if left >= BLOCKS * 64:
+        quantize_tile(weight, midpoints, packed, absmax, left, BLOCKS, True)
+    else:
+        quantize_tile(weight, midpoints, packed, absmax, left, BLOCKS, False)
+
+
+@jit
+def dequantize_tile(
+    code, packed, scales, out, block, left, GROUPS: tl.constexpr, BYTES: tl.constexpr, FULL: tl.constexpr
+):
+    group = tl.arange(0, GROUPS)[None, :]
+    byte = group[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :]
+    i = group[:, :, None] * BYTES * 2 + tl.arange(0, BYTES * 2)[None, None, :]
+    absmax = load_absmax(scales, block + group // (32 // BYTES), None if FULL else group * BYTES * 2 < left)
+    weight = look_up(code, load(packed + byte, None if FULL else byte * 2 < left)) * absmax[:, :, None]
+    tl.store(out + i, weight.to(out.dtype.element_ty), None if FULL else i < left)
+
+
+@jit
+def dequantize_kernel(code, packed, scales, out, n: tl.int64, GROUPS: tl.constexpr, BYTES: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * (GROUPS * BYTES)  # bytes, a whole number of blocks
+    left = n - start * 2
+    code = tl.load(code + tl.arange(0, 16))
+    packed, out, block = packed + start, out + start * 2, start // 32
+    if left >= GROUPS * BYTES * 2:
+        dequantize_tile(code, packed, scales, out, block, left, GROUPS, BYTES, True)
+    else:
+        dequantize_tile(code, packed, scales, out, block, left, GROUPS, BYTES, False)
+
+
+@jit
+def eighths(t):
+    """(A, B, 8) -> eight tensors (A, B), in order."""
+    even, odd = tl.split(tl.reshape(t, (t.shape[0], t.shape[1], 4, 2)))
+    even, odd = tl.reshape(even, (t.shape[0], t.shape[1], 2, 2)), tl.reshape(odd, (t.shape[0], t.shape[1], 2, 2))
+    even0, even1 = tl.split(even)
+    odd0, odd1 = tl.split(odd)
+    t0, t4 = tl.split(even0)
+    t2, t6 = tl.split(even1)
+    t1, t5 = tl.split(odd0)
+    t3, t7 = tl.split(odd1)
+    return t0, t1, t2, t3, t4, t5, t6, t7
+
+
+@jit
+def gemv_kernel(x, code, packed, scales, out, N, K, M: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    chunk = tl.arange(0, CHUNKS)  # eight columns, half a block or less: they share an absmax
+    first = tl.minimum(row, N - 1).to(tl.int64) * (K // 8)  # chunk of the row; rows past the last are not stored
+    code = tl.load(code + tl.arange(0, 16))
+    packed += (first[:, None] + chunk[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    x += chunk[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    sums = (tl.zeros((ROWS, CHUNKS), tl.float32),) * M
+    for start in range(0, K // 8, CHUNKS):
+        is_inside = (start + chunk < K // 8)[None, :]
+        absmax = load_absmax(scales, first[:, None] // 8 + (start + chunk[None, :]) // 8, is_inside)
+        weights = eighths(look_up(code, load(packed + start * 4, is_inside[:, :, None])))
+        rows = ()
+        for m in tl.static_range(M):
+            values = eighths(load(x + m * K + start * 8, is_inside[:, :, None]).to(tl.float32))
+            dot = weights[0] * values[0]
+            for i in tl.static_range(1, 8):
+                dot = tl.fma(weights[i], values[i], dot)
+            rows += (tl.fma(dot, absmax, sums[m]),)
+        sums = rows
+    for m in tl.static_range(M):
+        tl.store(out + m * N + row, tl.sum(sums[m], axis=1).to(out.dtype.element_ty), row < N)
+
+
+@jit
+def gemm_kernel(
+    x,
+    code,
+    packed,
+    scales,
+    partial,
+    M,
+    N,
+    K,
+    steps,
+    X_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, X_ROWS)
+    part = tl.program_id(1)
+    start = part * steps * COLUMNS
+    chunk = start // 8 + tl.arange(0, COLUMNS // 8)
+    first = tl.minimum(row, N - 1).to(tl.int64) * (K // 8)  # chunk of the row; rows past the last are not stored
+    code = tl.load(code + tl.arange(0, 16))
+    packed += (first[:, None] + chunk[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    block = first[:, None] // 8 + chunk[None, :] // 8
+    x += m[None, :] * K + start + tl.arange(0, COLUMNS)[:, None]
+    acc = tl.zeros((ROWS, X_ROWS), tl.float32)
+    for _ in range(start, tl.minimum(start + steps * COLUMNS, K), COLUMNS):
+        weight = look_up(code, tl.load(packed)) * load_absmax(scales, block, None)[:, :, None]
+        values = load(x, (m < M)[None, :])
+        acc = tl.dot(tl.reshape(weight.to(x.dtype.element_ty), (ROWS, COLUMNS)), values, acc)
+        packed += COLUMNS // 2
+        block += COLUMNS // 64
+        x += COLUMNS
+    i = (part.to(tl.int64) * M + m[None, :]) * N + row[:, None]
+    tl.store(partial + i, acc, (m < M)[None, :] & (row < N)[:, None])
+
+
+@jit
+def sum_kernel(partial, out, parts, size, SIZE: tl.constexpr):
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    total = tl.zeros((SIZE,), tl.float32)
+    for _ in range(parts):
+        total += tl.load(partial + i, i < size, other=0)
+        partial += size
+    tl.store(out + i, total.to(out.dtype.element_ty), i < size)
+
+
+def quantize(weight):
+    """weight (any shape, contiguous) fp32, fp16 or bf16 -> (packed (ceil(n / 2),) uint8, absmax (ceil(n / 64),) fp32)."""
+    n = weight.numel()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-n // 64), dtype=torch.float32, device=weight.device)
+    if n:
+        midpoints, grid = reference.tables(weight.device)[1], (triton.cdiv(n, QUANTIZE["BLOCKS"] * 64),)
+        with torch.cuda.device_of(weight):
+            quantize_kernel[grid](weight, midpoints, packed, absmax, n, **QUANTIZE)
+    return packed, absmax
+
+
+def dequantize(packed, scales, out):
+    """Write code * absmax, a product in fp32 rounded once, into `out` (any shape, contiguous; fp32, fp16 or bf16).
+    scales: (absmax,), or (q, absmax2, code2, offset) of double quantisation, whose absmax is then computed in passing."""
+    options, n = DEQUANTIZE[out.element_size()], out.numel()
+    if n:
+        code, grid = reference.tables(out.device)[0], (triton.cdiv(n, options["GROUPS"] * options["BYTES"] * 2),)
+        with torch.cuda.device_of(out):
+            dequantize_kernel[grid](code, packed, scales, out, n, **options)
+    return out
+
+
+def max_rows(shape, dtype):
+    """The most rows of x (.., in) that `matmul` takes for a weight (out, in): 0 where a block would cross rows. In fp32 only
+    the GEMV: tensor cores would round the products to TF32."""
+    if 0 in shape or shape[1] % 64:
+        return 0
+    return max(GEMV_ROWS) if dtype == torch.float32 else GEMM_MAX_ROWS
+
+
+def matmul(x, packed, scales, shape, out):
+    """out (M, out) = x (M, in) @ weight.T, 1 <= M <= max_rows; scales as in dequantize. Sums in fp32, rounded once to x.dtype.
+    Up to 4 rows the weights are the fp32 products code * absmax, unrounded; from 5 they are rounded to x.dtype, as
+    dequantize gives them."""
+    (N, K), M = shape, x.shape[0]
+    code = reference.tables(x.device)[0]
+    with torch.cuda.device_of(x):
+        if M in GEMV_ROWS:
+            rows = GEMV_ROWS[M]
+            gemv_kernel[(triton.cdiv(N, rows),)](x, code, packed, scales, out, N, K, M=M, ROWS=rows, **GEMV)
+            return out
+        tiles, steps = triton.cdiv(N, GEMM["ROWS"]), K // GEMM["COLUMNS"]
+        steps_each = triton.cdiv(steps, min(steps, triton.cdiv(GEMM_PROGRAMS, tiles)))
+        parts = triton.cdiv(steps, steps_each)
+        partial = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
+        x_rows = max(16, triton.next_power_of_2(M))
+        gemm_kernel[(tiles, parts)](x, code, packed, scales, partial, M, N, K, steps_each, X_ROWS=x_rows, **GEMM)
+        sum_kernel[(triton.cdiv(M * N, SUM["SIZE"]),)](partial, out, parts, M * N, **SUM)
+    return out
