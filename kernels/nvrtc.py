@@ -1,0 +1,165 @@
+"""Builds nf4.cu into machine code (a cubin) by NVIDIA's run-time compiler NVRTC, through ctypes. Needs no GPU and no nvcc.
+
+The cubins of sm_70 (V100) and sm_75 (T4) are stored in kernels/cubin, for no current toolkit builds sm_70 any more (NVRTC
+12 does, 13 does not). `python -m minitune_kernels.nvrtc` rewrites them. Those of other chips are built on first use and
+kept in $XDG_CACHE_HOME/minitune or ~/.cache/minitune."""
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+SOURCE = FOLDER / "nf4.cu"
+STORED = ("sm_70", "sm_75")
+RECIPE_VERSION = "12.9"  # of NVRTC; another version gives other bytes
+CUBINS = FOLDER / "cubin"
+RECORD = "built_from.json"  # in the folder of the stored cubins: what they were built from
+OPTIONS = ("--std=c++17",)
+
+
+class Nvrtc:
+    """One NVRTC library. version: "12.9"; architectures: what it builds for, such as "sm_70".
+    Raises OSError where `path` cannot be loaded."""
+
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+        self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        self._check(self.library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+        self._check(self.library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+        numbers = (ctypes.c_int * count.value)()
+        self._check(self.library.nvrtcGetSupportedArchs(numbers))
+        self.version = f"{major.value}.{minor.value}"
+        self.architectures = [f"sm_{number}" for number in numbers]
+
+    def build(self, source, architecture, options=OPTIONS):
+        """(cubin, log) of `source`, text of a .cu without headers. Raises RuntimeError with NVRTC's log."""
+        program = ctypes.c_void_p()
+        create = self.library.nvrtcCreateProgram
+        self._check(create(ctypes.byref(program), source.encode(), SOURCE.name.encode(), 0, None, None))
+        try:
+            flags = [f"--gpu-architecture={architecture}".encode(), *(option.encode() for option in options)]
+            failed = self.library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
+            log = self._read(program, "ProgramLog").rstrip(b"\0").decode()
+            if failed:
+                raise RuntimeError(f"NVRTC {self.version} does not build {SOURCE.name} for {architecture}:\n{log}")
+            return self._read(program, "CUBIN"), log
+        finally:
+            self.library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _read(self, program, what):
+        size = ctypes.c_size_t()
+        self._check(getattr(self.library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+        content = ctypes.create_string_buffer(size.value)
+        self._check(getattr(self.library, f"nvrtcGet{what}")(program, content))
+        return content.raw
+
+    def _check(self, error):
+        if error:
+            raise RuntimeError(f"NVRTC: {self.library.nvrtcGetErrorString(error).decode()}")
+
+
+@functools.cache
+def compilers():
+    """Every NVRTC that is installed here: of the wheels on sys.path and of the system. That of torch's CUDA comes first,
+    for the driver here reads what it builds."""
+    folders = [Path(p) / "nvidia" / inner for p in sys.path for inner in ("cuda_nvrtc/lib", "cu13/lib")]
+    paths = [path for folder in folders for path in sorted(folder.glob("libnvrtc.so.1?"))]
+    found = {}
+    for path in [*paths, "libnvrtc.so.12", "libnvrtc.so.13"]:
+        try:
+            compiler = Nvrtc(path)
+        except OSError:
+            continue
+        found.setdefault(compiler.version, compiler)
+    major = (torch.version.cuda or RECIPE_VERSION).split(".")[0]
+    return sorted(found.values(), key=lambda compiler: compiler.version.split(".")[0] != major)
+
+
+def compiler_for(architecture):
+    """The first NVRTC here that builds for `architecture`, or None."""
+    return next((c for c in compilers() if architecture in c.architectures), None)
+
+
+def stored_cubin(architecture):
+    """Path of the cubin that comes with the package, or None. Code for sm_70 runs on sm_72 too."""
+    architecture = "sm_70" if architecture == "sm_72" else architecture
+    return CUBINS / f"nf4.{architecture}.cubin" if architecture in STORED else None
+
+
+def why_not(architecture):
+    """None where a cubin for `architecture` is stored or can be built here, else the reason."""
+    if stored_cubin(architecture) or compiler_for(architecture):
+        return None
+    have = ", ".join(c.version for c in compilers())
+    if have:
+        return f"NVRTC {have} does not build for {architecture}; install a newer nvidia-cuda-nvrtc"
+    return f"no cubin is stored for {architecture} and NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12"
+
+
+def cubin(architecture):
+    """The machine code of nf4.cu for `architecture`: stored, from the cache folder, or built now and kept there.
+
+    The cache file's name has the hash of all that goes in, and it appears whole: processes that build at once write the
+    same. Where the folder cannot be written, that is said in a warning and each process builds for itself."""
+    if path := stored_cubin(architecture):
+        return path.read_bytes()
+    compiler, source = compiler_for(architecture), SOURCE.read_text()
+    key = hashlib.sha256("\0".join([source, architecture, compiler.version, *OPTIONS]).encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(home) / "minitune" / f"nf4.{architecture}.{key}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        image, _ = compiler.build(source, architecture)
+    try:
+        write_whole(path, image)
+    except OSError as error:
+        warnings.warn(
+            f"{path} cannot be written ({error.strerror}): the kernels are built anew each time", stacklevel=2
+        )
+    return image
+
+
+def write_whole(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def source_hash():
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+
+
+def main(folder=CUBINS):
+    """Write the cubins that come with the package, and the record of what they were built from."""
+    compiler = next((c for c in compilers() if c.version == RECIPE_VERSION), None)
+    if compiler is None:
+        sys.exit(f"NVRTC {RECIPE_VERSION} is not installed: pip install nvidia-cuda-nvrtc-cu12=={RECIPE_VERSION}.*")
+    for architecture in STORED:
+        image, _ = compiler.build(SOURCE.read_text(), architecture)
+        path = folder / stored_cubin(architecture).name
+        path.write_bytes(image)
+        print(f"{path}: {len(image)} bytes")
+    record = {"nvrtc": compiler.version, "source_sha256": source_hash()}
+    (folder / RECORD).write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
