@@ -1,14 +1,25 @@
-"""The door to the NF4 kernels: checks what comes in, then calls a backend. One for now: plain PyTorch, on any device.
+"""The door to the NF4 kernels: checks what comes in, chooses a backend, and gives the gradient of x.
 
-The format is described in reference.py. The kernels behind this door assume what is checked here: dtype, device,
-contiguity and sizes. Nothing here takes part in autograd; minitune.quant.NF4Linear gives the gradient.
+The format is described in reference.py, plain PyTorch, whose bits every backend has:
+    torch   reference.py: any device
+    cpu     nf4.c: portable C, AVX2, AVX-512, AMX
+    triton  nf4_triton.py: CUDA from compute capability 8.0 on
+    cuda    nf4.cu: V100 and T4, other chips by NVRTC
+The first that runs on the device is taken; MINITUNE_KERNELS=torch|cpu|triton|cuda asks for one. describe() says which and why.
+A backend is a module with quantize, dequantize, and matmul for up to max_rows() rows of x; its inputs are what is checked here:
+dtype, device, contiguity and sizes. More rows are multiplied by the library's GEMM after dequantising into a kept workspace.
 
-NaN and infinity pass through as in bitsandbytes: the absmax of the block is NaN or infinite. Dequantised, a block with a
-NaN is NaN throughout, one with an infinity is infinite in that place (the sign is lost) and NaN elsewhere. Other blocks
-are not touched. Double quantisation spreads either over the whole weight, by the mean."""
+absmax is a tensor (ceil(n / 64),) fp32, or with double quantisation the tuple that double_quantize() returns; the kernels
+restore it on the way. NaN and infinity pass through as in bitsandbytes: the absmax of the block is NaN or infinite. Dequantised,
+a block with a NaN is NaN throughout, one with an infinity is infinite in that place (the sign is lost) and NaN elsewhere. Other
+blocks are not touched. Double quantisation spreads either over the whole weight, by the mean."""
 
 import contextlib
+import functools
+import importlib
 import math
+import os
+import sys
 import threading
 
 import torch
@@ -19,6 +30,7 @@ BLOCK = reference.BLOCK
 NESTED_BLOCK = reference.NESTED_BLOCK
 CODE = reference.CODE
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = {"torch": "reference", "cpu": "nf4_cpu", "triton": "nf4_triton", "cuda": "nf4_cuda"}  # name -> module
 
 _buffers = {}  # (device, dtype) -> the flat tensor that `workspace` lends
 _lent = threading.Lock()
@@ -49,10 +61,60 @@ def elements(shape):
 
 
 def check_quantized(packed, absmax, shape):
+    """Returns absmax as a tuple: (absmax,), or (q, absmax2, code2, offset)."""
     n = elements(shape)
     why = f" for shape {tuple(shape)}"
     check("packed", packed, (torch.uint8,), size=(n + 1) // 2, why=why)
-    check("absmax", absmax, (torch.float32,), packed.device, -(-n // BLOCK), why)
+    scales = tuple(absmax) if isinstance(absmax, (tuple, list)) else (absmax,)
+    if len(scales) == 1:
+        check("absmax", *scales, (torch.float32,), packed.device, -(-n // BLOCK), why)
+    elif len(scales) == 4:
+        check_nested(*scales, packed.device, -(-n // BLOCK), why)
+    else:
+        raise ValueError(f"absmax has {len(scales)} parts, expected a tensor or (q, absmax2, code2, offset)")
+    return scales
+
+
+def check_nested(q, absmax2, code2, offset, device=None, blocks=None, why=""):
+    check("q", q, (torch.uint8,), device, blocks, why)
+    check(
+        "absmax2", absmax2, (torch.float32,), q.device, -(-q.numel() // NESTED_BLOCK), f" for {q.numel()} values of q"
+    )
+    check("code2", code2, (torch.float32,), q.device, 256)
+    check("offset", offset, (torch.float32,), q.device, 1)
+
+
+def backend(device):
+    """The module that runs on `device`. Raises ValueError where MINITUNE_KERNELS asks for one that does not run there."""
+    return chosen(device.type, device.index, os.environ.get("MINITUNE_KERNELS"))[0]
+
+
+def describe(device):
+    """The backend of `device` and why it is that one, in a line."""
+    module, reason = chosen(device.type, device.index, os.environ.get("MINITUNE_KERNELS"))
+    return f"{module.NAME} ({module.describe()}), {reason}"
+
+
+@functools.cache
+def chosen(kind, index, wanted):
+    """(module, reason). Says once on the screen where a slower one has to do."""
+    device = torch.device(kind, index)
+    names = ["cpu", "torch"] if kind == "cpu" else ["triton", "cuda", "torch"] if kind == "cuda" else ["torch"]
+    if wanted:
+        if wanted not in BACKENDS:
+            raise ValueError(f"MINITUNE_KERNELS is {wanted!r}, expected {', '.join(BACKENDS)}")
+        names = [wanted]
+    passed = []
+    for name in names:
+        module = importlib.import_module(f"minitune_kernels.{BACKENDS[name]}")
+        if not (fault := module.why_not(device)):
+            break
+        passed.append(f"{name}: {fault}")
+    else:
+        raise ValueError(f"MINITUNE_KERNELS={wanted} does not run on {device}: {fault}")
+    if module is reference and passed:
+        print(f"minitune: 4-bit weights in plain PyTorch, which is slow. {'; '.join(passed)}", file=sys.stderr)
+    return module, "as MINITUNE_KERNELS asks" if wanted else "; not ".join([f"the fastest on {kind} here", *passed])
 
 
 @torch.no_grad()
@@ -61,30 +123,43 @@ def quantize(weight):
     weight: (out, in) or any shape, fp32, fp16 or bf16. Returns (packed (ceil(n / 2),) uint8, absmax (ceil(n / 64),) fp32)
     with n the number of elements. Temporaries stay below 64 MB."""
     check("weight", weight, FLOATS)
-    return reference.quantize(weight)
+    if torch.compiler.is_compiling():
+        return torch.ops.minitune.nf4_quantize(weight)
+    return backend(weight.device).quantize(weight)
 
 
 @torch.no_grad()
 def dequantize(packed, absmax, shape, dtype, out=None):
     """The weight of `shape` in `dtype` (fp32, fp16 or bf16): code * absmax in fp32, rounded once.
-    packed: uint8, n / 2 elements in any shape; absmax: fp32, n / 64 elements; both rounded up, on one device.
+    packed: uint8, n / 2 elements in any shape; absmax: fp32, n / 64 elements; both rounded up, on one device; or see above.
     out: written and returned where it is given: contiguous, of that shape, dtype and device."""
-    check_quantized(packed, absmax, shape)
+    scales = check_quantized(packed, absmax, shape)
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected {' or '.join(map(str, FLOATS))}")
-    if out is None:
-        out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
-    else:
+    if out is not None:
         check("out", out, (dtype,), packed.device)
         if tuple(out.shape) != tuple(shape):
             raise ValueError(f"out has shape {tuple(out.shape)}, expected {tuple(shape)}")
-    return reference.dequantize(packed.view(-1), absmax.view(-1), out)
+    elif torch.compiler.is_compiling():
+        return torch.ops.minitune.nf4_dequantize(packed, scales, shape, dtype)
+    else:
+        out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    return decode(packed, scales, out)
+
+
+def decode(packed, scales, out):
+    """dequantize() into `out` without checks."""
+    module = backend(out.device)
+    if module is reference:
+        absmax = reference.double_dequantize(*scales) if len(scales) == 4 else scales[0]
+        return reference.dequantize(packed.view(-1), absmax.view(-1), out)
+    return module.dequantize(packed, scales, out) if out.numel() else out
 
 
 def matmul(x, packed, absmax, shape, bias=None):
-    """x @ weight.T + bias, with the weight dequantised to x.dtype. Raises ValueError where a gradient of x is asked for.
+    """x @ weight.T + bias, with the weight dequantised to x.dtype. Gradients flow to x and bias.
     x: (.., in), any strides; bias: (out,) in x.dtype or None; shape: (out, in). Returns (.., out) in x.dtype."""
-    check_quantized(packed, absmax, shape)
+    scales = check_quantized(packed, absmax, shape)
     if len(shape) != 2:
         raise ValueError(f"shape is {tuple(shape)}, expected (out, in)")
     check("x", x, FLOATS, packed.device, strided=True)
@@ -92,12 +167,113 @@ def matmul(x, packed, absmax, shape, bias=None):
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (.., {shape[1]})")
     if bias is not None:
         check("bias", bias, (x.dtype,), x.device, shape[0], f" for shape {tuple(shape)}")
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError(
-            "x or bias requires a gradient, which matmul has not; use NF4Linear, or call it in torch.no_grad()"
-        )
-    with torch.no_grad(), workspace(shape, x.dtype, x.device) as weight:
-        return F.linear(x, dequantize(packed, absmax, shape, x.dtype, out=weight), bias)
+    return product(x, packed, scales, shape, bias)
+
+
+def product(x, packed, scales, shape, bias=None):
+    """matmul() for NF4Linear, whose weight was checked when it was made: here x is asked for its device alone.
+
+    Where nothing is to be recorded the operator is passed by: it costs 20 microseconds, a small layer's whole time."""
+    if x.device != packed.device:
+        raise ValueError(f"x is on {x.device}, expected {packed.device}, where the weight is")
+    recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if recorded or torch.compiler.is_compiling():
+        return torch.ops.minitune.nf4_matmul(x, packed, scales, shape, bias)
+    return multiply(x, packed, scales, shape, bias)
+
+
+def multiply(x, packed, scales, shape, bias):
+    """x (.., in) -> (.., out): fused for few rows, else dequantised into the workspace and multiplied by the library."""
+    module, count = backend(x.device), x.numel() // shape[1] if shape[1] else 0
+    if not 0 < count <= module.max_rows(shape, x.dtype):
+        with workspace(shape, x.dtype, x.device) as weight:
+            return F.linear(x, decode(packed, scales, weight), bias)
+    rows = x.reshape(count, shape[1]).contiguous()
+    out = module.matmul(rows, packed, scales, shape, rows.new_empty(count, shape[0]))
+    out = out if bias is None else out.add_(bias)
+    return out.view(*x.shape[:-1], shape[0])
+
+
+# --- torch operators, so that torch.compile, export and CUDA graphs go through --------------------------------------
+
+operators = torch.library.Library("minitune", "DEF")
+operators.define("nf4_quantize(Tensor weight) -> (Tensor, Tensor)")
+operators.define("nf4_dequantize(Tensor packed, Tensor[] scales, SymInt[] shape, ScalarType dtype) -> Tensor")
+operators.define("nf4_matmul(Tensor x, Tensor packed, Tensor[] scales, SymInt[] shape, Tensor? bias) -> Tensor")
+operators.define("nf4_matmul_grad(Tensor grad, Tensor packed, Tensor[] scales, SymInt[] shape) -> Tensor")
+
+
+def operator(name):
+    """Makes a function the operator's implementation on every device."""
+    return lambda function: operators.impl(name, function, "CompositeExplicitAutograd") or function
+
+
+@operator("nf4_quantize")
+def quantize_operator(weight):
+    return backend(weight.device).quantize(weight.contiguous())
+
+
+@operator("nf4_dequantize")
+def dequantize_operator(packed, scales, shape, dtype):
+    return decode(packed, scales, torch.empty(shape, dtype=dtype, device=packed.device))
+
+
+@operator("nf4_matmul")
+def matmul_operator(x, packed, scales, shape, bias):
+    return multiply(x, packed, scales, shape, bias)
+
+
+@operator("nf4_matmul_grad")
+def matmul_grad_operator(grad, packed, scales, shape):
+    """grad (.., out) -> (.., in): grad @ weight, the weight dequantised again."""
+    with workspace(shape, grad.dtype, grad.device) as weight:
+        return (grad.reshape(-1, shape[0]) @ decode(packed, scales, weight)).view(*grad.shape[:-1], shape[1])
+
+
+@torch.library.register_fake("minitune::nf4_quantize")
+def _(weight):
+    n = weight.numel()
+    return weight.new_empty((n + 1) // 2, dtype=torch.uint8), weight.new_empty(-(-n // BLOCK), dtype=torch.float32)
+
+
+@torch.library.register_fake("minitune::nf4_dequantize")
+def _(packed, scales, shape, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("minitune::nf4_matmul")
+def _(x, packed, scales, shape, bias):
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.register_fake("minitune::nf4_matmul_grad")
+def _(grad, packed, scales, shape):
+    return grad.new_empty(*grad.shape[:-1], shape[1])
+
+
+def remember(ctx, inputs, output):
+    """Keeps the 4-bit weight alone, not the dequantised one and not x."""
+    _, packed, scales, ctx.shape, *_ = inputs
+    ctx.save_for_backward(packed, *scales)
+
+
+def matmul_gradients(ctx, grad):
+    packed, *scales = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.minitune.nf4_matmul_grad(grad, packed, scales, ctx.shape)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, ctx.shape[0]).sum(0)
+    return grad_x, None, [None] * len(scales), None, grad_bias
+
+
+def matmul_grad_gradients(ctx, grad):
+    packed, *scales = ctx.saved_tensors
+    return torch.ops.minitune.nf4_matmul(grad, packed, scales, ctx.shape, None), None, [None] * len(scales), None
+
+
+torch.library.register_autograd("minitune::nf4_matmul", matmul_gradients, setup_context=remember)
+torch.library.register_autograd("minitune::nf4_matmul_grad", matmul_grad_gradients, setup_context=remember)
 
 
 @torch.no_grad()
@@ -114,11 +290,7 @@ def double_quantize(absmax):
 @torch.no_grad()
 def double_dequantize(q, absmax2, code2, offset):
     """absmax (m,) fp32 = code2[q] * absmax2 + offset, rounded twice, bit for bit bitsandbytes'."""
-    check("q", q, (torch.uint8,))
-    why = f" for {q.numel()} values of q"
-    check("absmax2", absmax2, (torch.float32,), q.device, -(-q.numel() // NESTED_BLOCK), why)
-    check("code2", code2, (torch.float32,), q.device, 256)
-    check("offset", offset, (torch.float32,), q.device, 1)
+    check_nested(q, absmax2, code2, offset)
     return reference.double_dequantize(q.view(-1), absmax2.view(-1), code2, offset.view(()))
 
 

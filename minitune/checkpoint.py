@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from minitune_kernels import nf4
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -90,6 +91,8 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
             f"{model_bytes(net) / GB:.2f} GB in {time.perf_counter() - start:.1f} s; host memory above the model "
             f"{above / GB:.2f} GB at most (largest tensor {tensors.largest_bytes / GB:.2f} GB)"
         )
+        if quantize != "none" or stored_4bit:
+            say(f"4-bit kernels: {nf4.describe(device)}")
     if adapter is not None:
         load_adapter(net, adapter)
     return net.eval()

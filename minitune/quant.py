@@ -6,7 +6,6 @@ import json
 import torch
 from minitune_kernels import nf4
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 # What a bitsandbytes checkpoint stores beside `P.weight`, as `P.weight.SUFFIX`; the last two with double quantisation.
 BNB_STATE = "quant_state.bitsandbytes__nf4"
@@ -27,35 +26,6 @@ BNB_KEYS = {  # of quantization_config: read here, or without effect on 4-bit we
     "llm_int8_threshold",
 }
 STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
-
-
-class NF4Product(torch.autograd.Function):
-    """x (.., in) -> x @ weight.T + bias (.., out). Saves the 4-bit weight and dequantises it again in backward."""
-
-    @staticmethod
-    def forward(ctx, x, bias, shape, packed, *scales):
-        ctx.shape = shape
-        ctx.save_for_backward(packed, *scales)
-        return nf4.matmul(x, packed, restore_absmax(*scales), shape, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        packed, *scales = ctx.saved_tensors
-        grad_x = grad_bias = None
-        rows = grad.reshape(-1, grad.shape[-1])  # (B*T, out)
-        if ctx.needs_input_grad[0]:
-            with nf4.workspace(ctx.shape, grad.dtype, grad.device) as weight:
-                nf4.dequantize(packed, restore_absmax(*scales), ctx.shape, grad.dtype, out=weight)
-                grad_x = (rows @ weight).view(*grad.shape[:-1], ctx.shape[1])
-        if ctx.needs_input_grad[1]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_bias, *[None] * (2 + len(scales))
-
-
-def restore_absmax(absmax, *nested):
-    """absmax fp32 from what a layer stores: itself, or (absmax_q, absmax2, code2, offset) with double quantisation."""
-    return nf4.double_dequantize(absmax, *nested) if nested else absmax
 
 
 class NF4Linear(nn.Module):
@@ -103,12 +73,12 @@ class NF4Linear(nn.Module):
     def forward(self, x):
         """x (.., in) -> (.., out) in x.dtype."""
         shape = (self.out_features, self.in_features)
-        return NF4Product.apply(x.to(self.dtype), self.bias, shape, self.packed, *self.scales).to(x.dtype)
+        return nf4.product(x.to(self.dtype), self.packed, self.scales, shape, self.bias).to(x.dtype)
 
     def dequantize(self, dtype=None):
         """The weight (out, in) in `dtype`, None: the compute dtype. A new tensor."""
-        absmax = restore_absmax(*self.scales)
-        return nf4.dequantize(self.packed, absmax, (self.out_features, self.in_features), dtype or self.dtype)
+        shape = (self.out_features, self.in_features)
+        return nf4.dequantize(self.packed, self.scales, shape, dtype or self.dtype)
 
     def extra_repr(self):
         return (
@@ -154,10 +124,11 @@ class NF4Linear(nn.Module):
         try:
             if nested:
                 offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
-                scales = (absmax, *(tensors[key].contiguous() for key in ("nested_absmax", "nested_quant_map")), offset)
+                nested_scales = (tensors[key].contiguous().view(-1) for key in ("nested_absmax", "nested_quant_map"))
+                scales = (absmax, *nested_scales, offset)
             else:
                 scales = (absmax,)
-            nf4.check_quantized(packed, restore_absmax(*scales), shape)
+            nf4.check_quantized(packed, scales, shape)
         except ValueError as error:
             raise ValueError(f"{name}: {error}; the file is damaged") from None
         return cls(shape, packed, scales, bias, check_dtype(dtype or getattr(torch, state["dtype"])))

@@ -26,6 +26,12 @@ def bnb():
     return pytest.importorskip("bitsandbytes", reason="compares with bitsandbytes: pip install minitune[test]")
 
 
+@pytest.fixture
+def specification(monkeypatch):
+    """The torch backend: the same products of the same bits as a dense layer, whatever the number of rows."""
+    monkeypatch.setenv("MINITUNE_KERNELS", "torch")
+
+
 def random_weight(*shape, dtype=torch.float32, seed=0):
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.05).to(dtype)
 
@@ -146,7 +152,9 @@ def test_extreme_values_are_stored_as_bitsandbytes_stores_them(bnb, name, length
     weight = torch.tensor([0.25, -1.0] * 32 + SPECIAL[name][:length])
     theirs, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     packed, absmax = nf4.quantize(weight)
-    assert bits(packed) == bits(theirs) and bits(absmax) == bits(state.absmax)
+    assert bits(packed) == bits(theirs)
+    same_nan = [t.nan_to_num(12345.0, torch.inf) for t in (absmax, state.absmax)]  # which NaN, torch's max leaves open
+    assert bits(same_nan[0]) == bits(same_nan[1])
 
 
 def test_nan_and_infinity_stay_in_their_block_and_show_when_dequantised():
@@ -312,7 +320,10 @@ BAD_INPUTS = {
     "x has dtype torch.int64": lambda: nf4.matmul(X.long(), PACKED, ABSMAX, (3, 64)),
     "shape is (192,)": lambda: nf4.matmul(X, PACKED, ABSMAX, (192,)),
     "bias has 2 elements, expected 3": lambda: nf4.matmul(X, PACKED, ABSMAX, (3, 64), torch.ones(2)),
-    "x or bias requires a gradient": lambda: nf4.matmul(X.clone().requires_grad_(), PACKED, ABSMAX, (3, 64)),
+    "absmax has 2 parts": lambda: nf4.matmul(X, PACKED, (PACKED[:3], ABSMAX), (3, 64)),
+    "q has 2 elements, expected 3": lambda: nf4.matmul(
+        X, PACKED, (PACKED[:2], ABSMAX[:1], torch.ones(256), torch.ones(())), (3, 64)
+    ),
     "absmax has dtype torch.float16": lambda: nf4.double_quantize(ABSMAX.half()),
     "absmax has shape (0,)": lambda: nf4.double_quantize(ABSMAX[:0]),
     "q has dtype torch.float32": lambda: nf4.double_dequantize(ABSMAX, ABSMAX[:1], torch.ones(256), torch.ones(())),
@@ -336,7 +347,7 @@ def test_the_door_refuses_a_bad_input_by_name(message):
 # The workspace
 
 
-def test_matmul_equals_linear_with_the_dequantised_weight():
+def test_matmul_equals_linear_with_the_dequantised_weight(specification):
     for dtype in FLOATS:
         packed, absmax = nf4.quantize(random_weight(48, 64, dtype=dtype))
         weight = nf4.dequantize(packed, absmax, (48, 64), dtype)
@@ -372,7 +383,7 @@ def test_workspace_made_in_inference_mode_serves_training(monkeypatch):
     assert torch.equal(y, expected) and x.grad is not None
 
 
-def test_threads_do_not_overwrite_each_others_weight():
+def test_threads_do_not_overwrite_each_others_weight(specification):
     layers = [NF4Linear.from_weight(random_weight(64, 256, seed=i), None, torch.float32) for i in range(3)]
     x = random_weight(4, 256, seed=9)
     expected = [F.linear(x, layer.dequantize()) for layer in layers]
@@ -417,7 +428,9 @@ INPUTS = {
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", INPUTS)
-def test_forward_and_gradients_equal_a_dense_layer_with_the_dequantised_weight(name, dtype, double_quant):
+def test_forward_and_gradients_equal_a_dense_layer_with_the_dequantised_weight(
+    name, dtype, double_quant, specification
+):
     layer, dense = layer_and_dense(dtype, double_quant)
     results = []
     for module in (layer, dense):
@@ -430,7 +443,7 @@ def test_forward_and_gradients_equal_a_dense_layer_with_the_dequantised_weight(n
         assert torch.equal(ours, theirs)  # the same products of the same bits
 
 
-def test_output_has_the_dtype_of_x_and_the_product_that_of_the_layer():
+def test_output_has_the_dtype_of_x_and_the_product_that_of_the_layer(specification):
     layer, dense = layer_and_dense(torch.bfloat16, bias=False)
     x = random_weight(3, 64, seed=5).requires_grad_()
     y = layer(x)
@@ -449,7 +462,7 @@ def test_only_the_4_bit_weight_is_saved_for_backward(double_quant):
     assert all(t.numel() < layer.in_features * layer.out_features for t in saved)
 
 
-def test_layers_that_share_the_workspace_have_their_own_gradients():
+def test_layers_that_share_the_workspace_have_their_own_gradients(specification):
     layers, dense = zip(*(layer_and_dense(out=64, seed=seed) for seed in (0, 10, 20)), strict=True)
     gradients = []
     for chain in (layers, dense):
@@ -478,12 +491,14 @@ def test_no_graph_is_built_where_nothing_requires_a_gradient():
     assert not list(layer.parameters())
 
 
-def test_a_second_derivative_is_refused():
-    layer, _ = layer_and_dense(bias=False)
-    x = torch.ones(2, 64, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_the_second_derivative_is_that_of_a_dense_layer(specification):
+    seconds = []
+    for module in layer_and_dense(bias=False):
+        x = random_weight(2, 64, seed=7).requires_grad_()
+        (grad,) = torch.autograd.grad(module(x).pow(3).sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        seconds.append(x.grad)
+    assert seconds[0].any() and torch.allclose(*seconds, rtol=1e-6)
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double"])
@@ -642,7 +657,7 @@ def test_a_broken_stored_layer_is_refused_with_its_name():
     refused("quant_map is not the NF4 table", quant_map=torch.linspace(-1, 1, 16))
     refused("packed has 1535 elements, expected 1536", weight=good["weight"][:-1])
     refused("q has dtype torch.float32", absmax=torch.ones(48))
-    refused("absmax has 47 elements, expected 48", absmax=good["absmax"][:-1])
+    refused("q has 47 elements, expected 48", absmax=good["absmax"][:-1])
     refused("absmax2 has 2 elements, expected 1", nested_absmax=torch.ones(2))
     refused(f"{BNB_STATE} is not JSON", **{BNB_STATE: good[BNB_STATE][:-1]})
     refused(f"{BNB_STATE} is not JSON", **{BNB_STATE: torch.tensor([91, 55, 93], dtype=torch.uint8)})
@@ -691,3 +706,34 @@ def test_another_quantisation_in_a_config_is_refused_with_the_way_out(quantizati
         is_bnb_4bit({"quantization_config": quantization}, source="DIR/config.json")
     assert message in str(error.value) and "DIR/config.json" in str(error.value)
     assert "expected" in str(error.value) or "use the original checkpoint" in str(error.value)
+
+
+# Through torch.compile
+
+
+def test_the_operators_keep_the_rules_of_torch():
+    packed, absmax = nf4.quantize(random_weight(8, 64))
+    nested = list(nf4.double_quantize(absmax))
+    x, bias = random_weight(3, 64, seed=1).requires_grad_(), random_weight(8, seed=2).requires_grad_()
+    check = torch.library.opcheck
+    check(torch.ops.minitune.nf4_quantize, (random_weight(8, 64),))
+    check(torch.ops.minitune.nf4_dequantize, (packed, nested, [8, 64], torch.bfloat16))
+    check(torch.ops.minitune.nf4_matmul, (x, packed, [absmax], [8, 64], bias))
+    check(torch.ops.minitune.nf4_matmul_grad, (random_weight(3, 8).requires_grad_(), packed, nested, [8, 64]))
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double"])
+def test_a_compiled_layer_is_the_layer(double_quant):
+    layer, _ = layer_and_dense(double_quant=double_quant)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)  # no break: one graph, forward and backward
+    results = []
+    for run in (layer, compiled):
+        x = random_weight(5, 64, seed=3).requires_grad_()
+        y = run(x)
+        y.square().sum().backward()
+        results.append((y, x.grad, layer.bias.grad.clone()))
+        layer.bias.grad = None
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))

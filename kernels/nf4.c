@@ -1,0 +1,614 @@
+/* NF4 on a CPU: quantise, dequantise, and multiply by a 4-bit weight. Bits as in reference.py, the specification.
+
+Built by nf4_cpu.py and called through ctypes. One binary holds every instruction set; `level` chooses among them at run time.
+A function of a job and a range does the work of one thread; `parallel` hands out the ranges. The format: blocks of 64
+elements share an absmax, two elements share a byte, the first in its high half. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)  // older ones lack AMX
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define X86 1
+#define TARGET(isa) __attribute__((target(isa)))
+#else
+#define X86 0
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { PORTABLE, AVX2, AVX512, AVX512_BF16, AMX };  // levels; each includes the ones before it
+enum { FP32, FP16, BF16 };                          // dtypes
+enum { BLOCK = 64, NESTED = 256 };
+
+static const float CODE[16] __attribute__((aligned(64))) = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
+};
+
+typedef struct {
+  int level, dtype;
+  const void *x;          // weight to quantise (n), or rows to multiply (M, K), as packed for the kernel
+  uint8_t *packed;        // (n / 2)
+  float *absmax;          // (n / 64), NULL with double quantisation:
+  const uint8_t *q;       // (n / 64)
+  const float *absmax2;   // (n / 64 / 256)
+  const float *code2;     // (256)
+  float offset;
+  void *out;              // (n), or (M, N)
+  int64_t n, M, N, K;
+  int stream;             // write past the caches
+} Job;
+
+typedef void (*Work)(const Job *, int64_t begin, int64_t end);
+
+static void parallel(Work work, const Job *job, int64_t count, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int t = 0; t < threads; t++) work(job, count * t / threads, count * (t + 1) / threads);
+}
+
+int nf4_level(void) {
+#if X86
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return PORTABLE;
+  if (!(__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))) return AVX2;
+  if (!__builtin_cpu_supports("avx512bf16")) return AVX512;
+  unsigned a, b, c, d;  // leaf 7: AMX-BF16 is bit 22 of edx; Linux lends the tiles on request only
+  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+  return (d >> 22 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? AMX : AVX512_BF16;
+#else
+  return PORTABLE;
+#endif
+}
+
+// --- numbers ---------------------------------------------------------------------------------------------------
+
+INLINE uint32_t bits_of(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+INLINE float float_of(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+INLINE uint16_t to_bf16(float f) {  // to the nearest, ties to even; NaN stays NaN
+  uint32_t u = bits_of(f);
+  return (u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+}
+
+INLINE float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
+
+INLINE uint16_t to_fp16(float f) {  // the same, by adding: the sum rounds at the place where the fp16 ends
+  uint32_t u = bits_of(f), sign = u >> 16 & 0x8000, rest = u & 0x7FFFFFFF;
+  if (rest > 0x7F800000) return sign | 0x7E00;
+  if (rest >= 0x477FF000) return sign | 0x7C00;                                          // rounds to 65536 or more
+  if (rest < 0x38800000) return sign | (bits_of(float_of(rest) + 0.5f) - 0x3F000000u);   // a subnormal fp16
+  return sign | ((rest + 0xFFF + (rest >> 13 & 1)) - 0x38000000u) >> 13;
+}
+
+INLINE float from_fp16(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
+  if (rest >= 0x7C00) return float_of(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+}
+
+INLINE float load(const void *x, int dtype, int64_t i) {
+  if (dtype == FP32) return ((const float *)x)[i];
+  uint16_t h = ((const uint16_t *)x)[i];
+  return dtype == FP16 ? from_fp16(h) : from_bf16(h);
+}
+
+INLINE void store(void *out, int dtype, int64_t i, float f) {
+  if (dtype == FP32) ((float *)out)[i] = f;
+  else ((uint16_t *)out)[i] = dtype == FP16 ? to_fp16(f) : to_bf16(f);
+}
+
+INLINE float scale_of(const Job *j, int64_t block) {
+  if (j->absmax) return j->absmax[block];
+  float product = j->code2[j->q[block]] * j->absmax2[(uint64_t)block / NESTED];
+#if X86
+  __asm__("" : "+x"(product));  // rounded here: no FMA with the sum
+#else
+  volatile float rounded = product;
+  product = rounded;
+#endif
+  return product + j->offset;
+}
+
+// --- quantise: blocks begin .. end, written once and vectorised by the compiler for each instruction set ----------
+
+INLINE void quantize_blocks(const Job *j, int64_t begin, int64_t end) {
+  float middle[15];
+  for (int i = 0; i < 15; i++) middle[i] = (CODE[i] + CODE[i + 1]) / 2;
+  for (int64_t b = begin; b < end; b++) {
+    float v[BLOCK];
+    int32_t index[BLOCK];
+    int count = j->n - b * BLOCK < BLOCK ? (int)(j->n - b * BLOCK) : BLOCK;
+    for (int i = 0; i < BLOCK; i++) v[i] = 0;
+    if (j->dtype == FP32) memcpy(v, (const float *)j->x + b * BLOCK, 4 * count);
+    else if (j->dtype == BF16) for (int i = 0; i < count; i++) v[i] = load(j->x, BF16, b * BLOCK + i);
+    else for (int i = 0; i < count; i++) v[i] = load(j->x, FP16, b * BLOCK + i);
+    uint32_t highest = 0;  // |x| as an integer rises with |x|, and NaN is above all
+    for (int i = 0; i < BLOCK; i++) highest = (bits_of(v[i]) & 0x7FFFFFFF) > highest ? bits_of(v[i]) & 0x7FFFFFFF : highest;
+    float absmax = float_of(highest), floor = absmax < 1e-38f ? 1e-38f : absmax;
+    int is_short = count < BLOCK;  // bitsandbytes divides there, and the absmax is never 0
+    float inverse = 1 / floor;
+    if (is_short) for (int i = 0; i < BLOCK; i++) v[i] = v[i] / floor;
+    else for (int i = 0; i < BLOCK; i++) v[i] = v[i] * inverse;
+    for (int i = 0; i < BLOCK; i++) index[i] = 0;
+    for (int m = 0; m < 15; m++)
+      for (int i = 0; i < BLOCK; i++) index[i] += !(v[i] <= middle[m]);  // a tie goes down, NaN is above all
+    if (is_short && count % 2) index[count] = 7;
+    for (int i = 0; i < (count + 1) / 2; i++) j->packed[b * BLOCK / 2 + i] = index[2 * i] << 4 | index[2 * i + 1];
+    j->absmax[b] = is_short ? floor : absmax;
+  }
+}
+
+static void quantize_portable(const Job *j, int64_t begin, int64_t end) { quantize_blocks(j, begin, end); }
+#if X86
+TARGET("avx2,fma,f16c") static void quantize_avx2(const Job *j, int64_t begin, int64_t end) {
+  quantize_blocks(j, begin, end);
+}
+TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,prefer-vector-width=512")
+static void quantize_avx512(const Job *j, int64_t begin, int64_t end) { quantize_blocks(j, begin, end); }
+#endif
+
+// --- decode: 64 elements of one block, code * absmax rounded to `dtype` ------------------------------------------
+
+/* Element i of a block of `count` to out[at + i]. `as` is the dtype in memory: a weight rounded to bf16 may be wanted in fp32. */
+INLINE void decode_portable(const uint8_t *packed, float absmax, int dtype, int as, void *out, int64_t at, int count) {
+  float table[16];
+  for (int i = 0; i < 16; i++) {
+    float value = CODE[i] * absmax;
+    table[i] = dtype == BF16 ? from_bf16(to_bf16(value)) : dtype == FP16 ? from_fp16(to_fp16(value)) : value;
+  }
+  for (int i = 0; i < count; i++) store(out, as, at + i, table[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4]);
+}
+
+static void dequantize_portable(const Job *j, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; b++) {
+    int count = j->n - b * BLOCK < BLOCK ? (int)(j->n - b * BLOCK) : BLOCK;
+    decode_portable(j->packed + b * BLOCK / 2, scale_of(j, b), j->dtype, j->dtype, j->out, b * BLOCK, count);
+  }
+}
+
+#if X86
+
+#define AVX2_TARGET TARGET("avx2,fma,f16c")
+#define AVX512_TARGET TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+#define AVX512_INLINE static inline AVX512_TARGET __attribute__((always_inline))
+
+/* Eight fp32 rounded to 16 bits, as eight uint16. */
+AVX2_TARGET INLINE __m128i round_avx2(__m256 v, int dtype) {
+  if (dtype == FP16) return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i h = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+  h = _mm256_blendv_epi8(h, _mm256_set1_epi32(0x7FC0), _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  h = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08);
+  return _mm256_castsi256_si128(h);
+}
+
+AVX2_TARGET INLINE __m256 widen_avx2(__m128i h, int dtype) {
+  return dtype == FP16 ? _mm256_cvtph_ps(h) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+AVX2_TARGET INLINE void decode_avx2(const uint8_t *packed, float absmax, int dtype, int as, void *out) {
+  __m256 low = _mm256_mul_ps(_mm256_load_ps(CODE), _mm256_set1_ps(absmax));
+  __m256 high = _mm256_mul_ps(_mm256_load_ps(CODE + 8), _mm256_set1_ps(absmax));
+  if (as == FP32) {
+    if (dtype != FP32) low = widen_avx2(round_avx2(low, dtype), dtype), high = widen_avx2(round_avx2(high, dtype), dtype);
+    for (int i = 0; i < BLOCK; i += 8) {  // 4 bytes: each byte twice, the high nibble first
+      int32_t four;
+      memcpy(&four, packed + i / 2, 4);
+      __m256i index = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), _mm_cvtsi32_si128(four)));
+      index = _mm256_srlv_epi32(index, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0));
+      __m256 v = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
+                                  _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+      _mm256_storeu_ps((float *)out + i, v);
+    }
+    return;
+  }
+  // The 16-bit table as two tables of bytes: a shuffle looks up 32 low or high bytes at once.
+  uint16_t table[16];
+  _mm_storeu_si128((__m128i *)table, round_avx2(low, dtype));
+  _mm_storeu_si128((__m128i *)(table + 8), round_avx2(high, dtype));
+  __m256i t = _mm256_loadu_si256((const __m256i *)table), mask = _mm256_set1_epi16(0xFF);
+  __m256i lows = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_and_si256(t, mask), _mm256_srli_epi16(t, 8)), 0xD8);
+  __m256i highs = _mm256_permute2x128_si256(lows, lows, 0x11);
+  lows = _mm256_permute2x128_si256(lows, lows, 0x00);
+  for (int i = 0; i < BLOCK; i += 32) {
+    __m128i bytes = _mm_loadu_si128((const __m128i *)(packed + i / 2)), nibble = _mm_set1_epi8(15);
+    __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble), second = _mm_and_si128(bytes, nibble);
+    __m256i index = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+    __m256i a = _mm256_shuffle_epi8(lows, index), b = _mm256_shuffle_epi8(highs, index);
+    __m256i x = _mm256_unpacklo_epi8(a, b), y = _mm256_unpackhi_epi8(a, b);
+    _mm256_storeu_si256((__m256i *)((uint16_t *)out + i), _mm256_permute2x128_si256(x, y, 0x20));
+    _mm256_storeu_si256((__m256i *)((uint16_t *)out + i + 16), _mm256_permute2x128_si256(x, y, 0x31));
+  }
+}
+
+AVX2_TARGET static void dequantize_avx2(const Job *j, int64_t begin, int64_t end) {
+  int64_t full = j->n / BLOCK < end ? j->n / BLOCK : end;
+  for (int64_t b = begin; b < full; b++) {
+    void *out = (char *)j->out + b * BLOCK * (j->dtype == FP32 ? 4 : 2);
+    if (j->dtype == FP32) decode_avx2(j->packed + b * BLOCK / 2, scale_of(j, b), FP32, FP32, out);
+    else if (j->dtype == FP16) decode_avx2(j->packed + b * BLOCK / 2, scale_of(j, b), FP16, FP16, out);
+    else decode_avx2(j->packed + b * BLOCK / 2, scale_of(j, b), BF16, BF16, out);
+  }
+  if (full < end) dequantize_portable(j, full, end);
+}
+
+/* Sixteen fp32 rounded to 16 bits. Integer arithmetic for bf16: the instruction would flush subnormal numbers to 0. */
+AVX512_INLINE __m256i round_avx512(__m512 v, int dtype) {
+  if (dtype == FP16) return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i h = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+  h = _mm512_mask_mov_epi32(h, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
+  return _mm512_cvtepi32_epi16(h);
+}
+
+/* The indices of 32 elements as words, from 16 bytes. Bits above the low 4 are left in: the table repeats. */
+AVX512_INLINE __m512i words_avx512(const uint8_t *packed) {
+  __m512i d = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)packed));
+  return _mm512_or_si512(_mm512_srli_epi32(d, 4), _mm512_slli_epi32(d, 16));
+}
+
+AVX512_INLINE void put_avx512(void *out, __m512i v, int stream) {
+  if (stream) _mm512_stream_si512((__m512i *)out, v);
+  else _mm512_storeu_si512(out, v);
+}
+
+AVX512_INLINE void decode_avx512(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
+  __m512 table = _mm512_mul_ps(_mm512_load_ps(CODE), _mm512_set1_ps(absmax));
+  if (as == FP32) {
+    if (dtype == FP16) table = _mm512_cvtph_ps(round_avx512(table, FP16));
+    if (dtype == BF16)
+      table = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_avx512(table, BF16)), 16));
+    const __m512i shift = _mm512_set1_epi64(4);  // even elements are high nibbles: lanes 4, 0, 4, 0 ...
+    for (int i = 0; i < BLOCK; i += 16) {
+      __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(packed + i / 2)));
+      __m512i index = _mm512_or_si512(_mm512_srlv_epi64(pairs, shift), _mm512_slli_epi64(pairs, 32));
+      put_avx512((float *)out + i, _mm512_castps_si512(_mm512_permutexvar_ps(index, table)), stream);
+    }
+    return;
+  }
+  __m512i words = _mm512_broadcast_i64x4(round_avx512(table, dtype));
+  for (int i = 0; i < BLOCK; i += 32)
+    put_avx512((uint16_t *)out + i, _mm512_permutexvar_epi16(words_avx512(packed + i / 2), words), stream);
+}
+
+AVX512_TARGET static void dequantize_avx512(const Job *j, int64_t begin, int64_t end) {
+  int64_t full = j->n / BLOCK < end ? j->n / BLOCK : end;
+#define EACH(dtype, stream) \
+  for (int64_t b = begin; b < full; b++) \
+    decode_avx512(j->packed + b * BLOCK / 2, scale_of(j, b), dtype, dtype, \
+                  (char *)j->out + b * BLOCK * (dtype == FP32 ? 4 : 2), stream);
+  if (j->dtype == BF16 && j->stream) { EACH(BF16, 1) }
+  else if (j->dtype == BF16) { EACH(BF16, 0) }
+  else if (j->dtype == FP16 && j->stream) { EACH(FP16, 1) }
+  else if (j->dtype == FP16) { EACH(FP16, 0) }
+  else if (j->stream) { EACH(FP32, 1) }
+  else { EACH(FP32, 0) }
+#undef EACH
+  if (j->stream) _mm_sfence();
+  if (full < end) dequantize_portable(j, full, end);
+}
+
+#endif
+
+// --- multiply: out (M, N) = x (M, K) times the transposed weight (N, K), for few rows; K is a multiple of 64 --------
+
+enum { CHUNK = 1024, MAX_ROWS = 128 };  // elements of a row of the weight that are decoded at a time; the largest M
+
+/* In fp32, for every dtype: a chunk of the weight is decoded into the L1 cache and multiplied with each row of x (fp32). */
+#define MULTIPLY(DECODE) \
+  for (int64_t n = begin; n < end; n++) { \
+    float w[CHUNK], sums[MAX_ROWS] = {0}; \
+    for (int64_t k = 0; k < j->K; k += CHUNK) { \
+      int64_t size = j->K - k < CHUNK ? j->K - k : CHUNK; \
+      for (int64_t i = 0; i < size; i += BLOCK) { \
+        int64_t b = (n * j->K + k + i) / BLOCK; \
+        DECODE(j->packed + b * BLOCK / 2, scale_of(j, b), w + i); \
+      } \
+      for (int64_t m = 0; m < j->M; m++) { \
+        const float *x = (const float *)j->x + m * j->K + k; \
+        float sum = 0; \
+        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < size; i++) sum += w[i] * x[i]; \
+        sums[m] += sum; \
+      } \
+    } \
+    for (int64_t m = 0; m < j->M; m++) store(j->out, j->dtype, m * j->N + n, sums[m]); \
+  }
+
+static void multiply_portable(const Job *j, int64_t begin, int64_t end) {
+#define DECODE(packed, absmax, w) decode_portable(packed, absmax, j->dtype, FP32, w, 0, BLOCK)
+  MULTIPLY(DECODE)
+#undef DECODE
+}
+
+#if X86
+
+AVX2_TARGET static void multiply_avx2(const Job *j, int64_t begin, int64_t end) {
+#define DECODE(packed, absmax, w) decode_avx2(packed, absmax, j->dtype, FP32, w)
+  MULTIPLY(DECODE)
+#undef DECODE
+}
+
+TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,prefer-vector-width=512")
+static void multiply_avx512(const Job *j, int64_t begin, int64_t end) {
+#define DECODE(packed, absmax, w) decode_avx512(packed, absmax, j->dtype, FP32, w, 0)
+  MULTIPLY(DECODE)
+#undef DECODE
+}
+
+#define BF16_TARGET TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
+#define BF16_INLINE static inline BF16_TARGET __attribute__((always_inline))
+
+/* bf16. 64 bytes hold 128 elements. Shifted by 0, 4, 8 and 12 bits, the low nibble of word i is element 4i + 1, 4i, 4i + 3 and
+ * 4i + 2. So that nothing has to be interleaved, x lies in that order: for each 128 elements the 32 of each shift, zeros where
+ * a row ends in the middle; and chunk by chunk, M rows each, since rows 8 KB apart would share their places in the cache. */
+static void permute_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t K, int64_t chunk) {
+  static const int first[4] = {1, 0, 3, 2};
+  const int64_t padded = (K + 127) / 128 * 128;
+  for (int64_t start = 0; start < padded; start += chunk)
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t k = start; k < start + chunk && k < padded; k += 128, out += 128)
+        for (int shift = 0; shift < 4; shift++)
+          for (int i = 0; i < 32; i++) {
+            int64_t from = k + 4 * i + first[shift];
+            out[32 * shift + i] = from < K ? x[m * K + from] : 0;
+          }
+}
+
+/* 128 elements of a row in that order, from `block` on; is_half: only 64 are left. */
+BF16_INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w[4]) {
+  const __m512 code = _mm512_load_ps(CODE);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);  // the table's other half
+  __m512i bytes = _mm512_maskz_loadu_epi64(is_half ? 0x0F : 0xFF, j->packed + block * (BLOCK / 2));
+  __m512 low = _mm512_mul_ps(code, _mm512_set1_ps(scale_of(j, block)));
+  __m512 high = _mm512_mul_ps(code, _mm512_set1_ps(is_half ? 0 : scale_of(j, block + 1)));
+  __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  for (int shift = 0; shift < 4; shift++) {
+    __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4 * shift), nibble, second, 0xEA);
+    w[shift] = (__m512bh)_mm512_permutexvar_epi16(index, table);
+  }
+}
+
+/* Few rows: the weight goes from its nibbles into the product without leaving the registers. */
+BF16_INLINE void multiply_few(const Job *j, int64_t begin, int64_t end, int M) {
+  const int64_t padded = (j->K + 127) / 128 * 128;
+  for (int64_t n = begin; n < end; n++) {
+    const int64_t block = n * j->K / BLOCK;
+    __m512 sums[4][4];  // four a row: a product waits 6 cycles for the one before it
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < 4; i++) sums[m][i] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < padded; k += 128) {
+      __m512bh w[4];
+      _mm_prefetch(j->packed + block * (BLOCK / 2) + k / 2 + 1024, _MM_HINT_T0);
+      decode_128(j, block + k / BLOCK, k + BLOCK == j->K, w);
+      for (int m = 0; m < M; m++)
+        for (int i = 0; i < 4; i++) {
+          const uint16_t *x = (const uint16_t *)j->x + m * padded + k + 32 * i;
+          sums[m][i] = _mm512_dpbf16_ps(sums[m][i], w[i], (__m512bh)_mm512_load_si512(x));
+        }
+    }
+    for (int m = 0; m < M; m++) {
+      __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[m][0], sums[m][1]), _mm512_add_ps(sums[m][2], sums[m][3]));
+      store(j->out, BF16, m * j->N + n, _mm512_reduce_add_ps(sum));
+    }
+  }
+}
+
+BF16_TARGET static void multiply_few_bf16(const Job *j, int64_t begin, int64_t end) {
+  switch (j->M) {  // the number of rows as a constant keeps the sums in registers
+    case 1: multiply_few(j, begin, end, 1); break;
+    case 2: multiply_few(j, begin, end, 2); break;
+    case 3: multiply_few(j, begin, end, 3); break;
+    default: multiply_few(j, begin, end, 4);
+  }
+}
+
+/* Many rows: ROWS rows of the weight, a chunk at a time, are decoded into the L1 cache and multiplied with COLUMNS rows of x at
+ * once, so that 24 products need 10 loads. */
+enum { ROWS = 6, COLUMNS = 4 };
+
+BF16_TARGET static void multiply_many_bf16(const Job *j, int64_t begin, int64_t end) {
+  uint16_t w[ROWS][CHUNK] __attribute__((aligned(64)));
+  float sums[MAX_ROWS][ROWS][16] __attribute__((aligned(64)));
+  const int64_t M = j->M, K = j->K, padded = (K + 127) / 128 * 128;
+  for (int64_t n = begin; n < end; n += ROWS) {
+    const int rows = end - n < ROWS ? (int)(end - n) : ROWS;
+    memset(sums, 0, (M + COLUMNS - 1) / COLUMNS * COLUMNS * sizeof sums[0]);
+    for (int64_t k = 0; k < K; k += CHUNK) {
+      const int64_t size = padded - k < CHUNK ? padded - k : CHUNK;
+      for (int r = 0; r < ROWS; r++)  // beyond the last row: that row again
+        for (int64_t i = 0; i < size; i += 128) {
+          __m512bh parts[4];
+          decode_128(j, ((n + (r < rows ? r : rows - 1)) * K + k + i) / BLOCK, k + i + BLOCK == K, parts);
+          for (int part = 0; part < 4; part++) _mm512_store_si512(w[r] + i + 32 * part, (__m512i)parts[part]);
+        }
+      for (int64_t m = 0; m < M; m += COLUMNS) {
+        const uint16_t *x[COLUMNS];
+        __m512 s[COLUMNS][ROWS];
+        for (int t = 0; t < COLUMNS; t++) {
+          x[t] = (const uint16_t *)j->x + k * M + (m + t < M ? m + t : M - 1) * size;
+          for (int r = 0; r < ROWS; r++) s[t][r] = _mm512_load_ps(sums[m + t][r]);
+        }
+        for (int64_t i = 0; i < size; i += 32) {
+          __m512bh v[ROWS];
+          for (int r = 0; r < ROWS; r++) v[r] = (__m512bh)_mm512_load_si512(w[r] + i);
+          for (int t = 0; t < COLUMNS; t++) {
+            __m512bh row = (__m512bh)_mm512_load_si512(x[t] + i);
+            for (int r = 0; r < ROWS; r++) s[t][r] = _mm512_dpbf16_ps(s[t][r], v[r], row);
+          }
+        }
+        for (int t = 0; t < COLUMNS; t++)
+          for (int r = 0; r < ROWS; r++) _mm512_store_ps(sums[m + t][r], s[t][r]);
+      }
+    }
+    for (int64_t m = 0; m < M; m++)
+      for (int r = 0; r < rows; r++)
+        store(j->out, BF16, m * j->N + n + r, _mm512_reduce_add_ps(_mm512_load_ps(sums[m][r])));
+  }
+}
+
+/* AMX, tens of rows: 16 rows of the weight and 128 of their elements become four tiles of 16 x 32, in the order of decode_128;
+ * up to 64 rows of x lie in tiles of 16 x 32 with two elements of a row side by side (see tile_x). A tile of sums is 16 x 16. */
+#ifdef EMULATE_AMX  // for tests on a CPU without AMX: the five instructions, on a thread's own eight tiles
+static __thread uint8_t tiles[8][16][64];
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#define _tile_loadconfig(config) (void)(config)
+#define _tile_release() (void)0
+#define _tile_zero(t) memset(tiles[t], 0, sizeof tiles[t])
+#define _tile_loadd(t, from, stride) \
+  for (int row_ = 0; row_ < 16; row_++) memcpy(tiles[t][row_], (const char *)(from) + row_ * (stride), 64)
+#define _tile_stored(t, to, stride) \
+  for (int row_ = 0; row_ < 16; row_++) memcpy((char *)(to) + row_ * (stride), tiles[t][row_], 64)
+#define _tile_dpbf16ps(t, a, b) emulate_dpbf16ps(t, a, b)
+static void emulate_dpbf16ps(int t, int a, int b) {
+  const uint16_t(*x)[32] = (const uint16_t(*)[32])tiles[a], (*y)[32] = (const uint16_t(*)[32])tiles[b];
+  float(*sums)[16] = (float(*)[16])tiles[t];
+  for (int i = 0; i < 16; i++)
+    for (int c = 0; c < 16; c++)
+      for (int k = 0; k < 32; k++) sums[i][c] += from_bf16(x[i][k]) * from_bf16(y[k / 2][2 * c + k % 2]);
+}
+#define AMX_TARGET BF16_TARGET
+#else
+#define AMX_TARGET TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c,amx-tile,amx-bf16")
+#endif
+
+/* x, already permuted row by row, as [128 elements][tile of 16 rows][part of 32][pair][row][2]; rows beyond M are 0. */
+static void tile_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t padded) {
+  for (int64_t k = 0; k < padded; k += 128)
+    for (int64_t m = 0; m < M; m += 16)
+      for (int pair = 0; pair < 64; pair++)
+        for (int row = 0; row < 16; row++, out += 2) {
+          uint32_t both = 0;
+          if (m + row < M) memcpy(&both, x + (m + row) * padded + k + 2 * pair, 4);
+          memcpy(out, &both, 4);
+        }
+}
+
+AMX_TARGET static void multiply_amx(const Job *j, int64_t begin, int64_t end) {
+  struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } config = {.palette = 1};
+  for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
+  _tile_loadconfig(&config);
+  uint16_t w[4][16][32] __attribute__((aligned(64))) = {0};
+  float sums[4][16][16] __attribute__((aligned(64)));
+  const int64_t M = j->M, K = j->K, groups = (M + 15) / 16;
+  for (int64_t n = begin; n < end; n += 16) {
+    const int rows = end - n < 16 ? (int)(end - n) : 16;
+    for (int64_t group = 0; group < groups; group += 4) {
+      const int64_t count = groups - group < 4 ? groups - group : 4;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t k = 0; k < K; k += 128) {
+        for (int r = 0; r < rows; r++) {  // a row beyond the last is what was there: its sums are not stored
+          __m512bh parts[4];
+          const int64_t block = ((n + r) * K + k) / BLOCK;
+          _mm_prefetch(j->packed + block * (BLOCK / 2) + 512, _MM_HINT_T0);
+          decode_128(j, block, k + BLOCK == K, parts);
+          for (int part = 0; part < 4; part++) _mm512_store_si512(w[part][r], (__m512i)parts[part]);
+        }
+        const uint16_t *x = (const uint16_t *)j->x + (k / 128 * groups + group) * 2048;
+        for (int part = 0; part < 4; part++, x += 512) {
+          _tile_loadd(4, w[part], 64);
+          _tile_loadd(5, x, 64);
+          _tile_dpbf16ps(0, 4, 5);
+          if (count > 1) {
+            _tile_loadd(6, x + 2048, 64);
+            _tile_dpbf16ps(1, 4, 6);
+          }
+          if (count > 2) {
+            _tile_loadd(7, x + 4096, 64);
+            _tile_dpbf16ps(2, 4, 7);
+          }
+          if (count > 3) {
+            _tile_loadd(5, x + 6144, 64);
+            _tile_dpbf16ps(3, 4, 5);
+          }
+        }
+      }
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      _tile_stored(2, sums[2], 64);
+      _tile_stored(3, sums[3], 64);
+      for (int64_t m = group * 16; m < M && m < (group + count) * 16; m++)
+        for (int r = 0; r < rows; r++) store(j->out, BF16, m * j->N + n + r, sums[m / 16 - group][r][m % 16]);
+    }
+  }
+  _tile_release();
+}
+
+#endif
+
+// --- the doors -----------------------------------------------------------------------------------------------------
+
+void nf4_quantize(int level, int threads, int dtype, const void *weight, uint8_t *packed, float *absmax, int64_t n) {
+  Job job = {.level = level, .dtype = dtype, .x = weight, .packed = packed, .absmax = absmax, .n = n};
+  Work work = quantize_portable;
+#if X86
+  if (level >= AVX2) work = quantize_avx2;
+  if (level >= AVX512) work = quantize_avx512;
+#endif
+  parallel(work, &job, (n + BLOCK - 1) / BLOCK, threads);
+}
+
+/* absmax is NULL with double quantisation, and q, absmax2, code2 and offset count. stream: write past the caches. */
+void nf4_dequantize(int level, int threads, int dtype, const uint8_t *packed, const float *absmax, const uint8_t *q,
+                    const float *absmax2, const float *code2, float offset, void *out, int64_t n, int stream) {
+  Job job = {.level = level, .dtype = dtype, .packed = (uint8_t *)packed, .absmax = (float *)absmax, .q = q,
+             .absmax2 = absmax2, .code2 = code2, .offset = offset, .out = out, .n = n,
+             .stream = stream && (uintptr_t)out % 64 == 0};
+  Work work = dequantize_portable;
+#if X86
+  if (level >= AVX2) work = dequantize_avx2;
+  if (level >= AVX512) work = dequantize_avx512;
+#endif
+  parallel(work, &job, (n + BLOCK - 1) / BLOCK, threads);
+}
+
+/* out (M, N) = x (M, K) times the transposed weight. 0, or -1 without memory. M <= 128, K a multiple of 64. */
+int nf4_matmul(int level, int threads, int dtype, const void *x, const uint8_t *packed, const float *absmax,
+               const uint8_t *q, const float *absmax2, const float *code2, float offset, void *out, int64_t M, int64_t N,
+               int64_t K) {
+  const int64_t padded = (K + 127) / 128 * 128;
+  float *scratch = aligned_alloc(64, (M + 16) * padded * 4);
+  if (!scratch) return -1;
+  Job job = {.level = level, .dtype = dtype, .x = scratch, .packed = (uint8_t *)packed, .absmax = (float *)absmax, .q = q,
+             .absmax2 = absmax2, .code2 = code2, .offset = offset, .out = out, .M = M, .N = N, .K = K};
+  Work work = multiply_portable;
+#if X86
+  if (level >= AVX2) work = multiply_avx2;
+  if (level >= AVX512) work = multiply_avx512;
+  if (level >= AVX512_BF16 && dtype == BF16) {
+    uint16_t *to = (uint16_t *)scratch, *rest = to + (M + 15) / 16 * 16 * padded;
+    work = M <= 4 ? multiply_few_bf16 : level == AMX ? multiply_amx : multiply_many_bf16;
+    permute_x(x, work == multiply_amx ? rest : to, M, K, work == multiply_many_bf16 ? CHUNK : padded);
+    if (work == multiply_amx) tile_x(rest, to, M, padded);
+  } else
+#endif
+    for (int64_t i = 0; i < M * K; i++) scratch[i] = load(x, dtype, i);
+  parallel(work, &job, N, threads);
+  free(scratch);
+  return 0;
+}

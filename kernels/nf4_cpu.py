@@ -1,0 +1,148 @@
+"""The CPU backend: nf4.c, built on first use with the machine's C compiler and called through ctypes.
+
+The library lies in a cache folder under a name that holds a digest of the source and of the compiler, so a change builds
+anew. It appears there in one step: two processes that build at once do no harm."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch  # first, so that its OpenMP is the one that the library finds
+
+NAME = "cpu"
+SOURCE = Path(__file__).with_name("nf4.c")
+FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC")
+LEVELS = ("portable C", "AVX2", "AVX-512", "AVX-512 with bf16", "AMX")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+STREAM_BYTES = 8 << 20  # an output of this size leaves the caches before it is read again: write past them
+
+
+class NoCompiler(Exception):
+    """Why there is no library, in words."""
+
+
+def cache_folder():
+    """Where built kernels lie: XDG_CACHE_HOME or ~/.cache, in it minitune."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitune"
+
+
+def compiler():
+    """The command of CC, else cc. Raises NoCompiler where there is none."""
+    command = shlex.split(os.environ.get("CC") or "cc")
+    if not shutil.which(command[0]):
+        raise NoCompiler(f"there is no C compiler {command[0]!r}; install gcc or clang, or set CC")
+    return command
+
+
+def build(flags=FLAGS, folder=None):
+    """Path of the library, built unless it lies in `folder` (the cache). Raises NoCompiler where it cannot be built."""
+    command = [*compiler(), *flags]
+    version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
+    digest = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, command)])).hexdigest()
+    try:
+        folder = Path(folder or cache_folder())
+        library = folder / f"nf4-{digest[:16]}.so"
+        if library.exists():
+            return library
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise NoCompiler(f"the cache {folder} cannot be written ({error.strerror}); set XDG_CACHE_HOME") from None
+    try:
+        done = subprocess.run([*command, str(SOURCE), "-o", part, "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise NoCompiler(f"{shlex.join(command)} cannot build {SOURCE.name}: {last}")
+        with open(part, "rb") as built:
+            os.fsync(built.fileno())  # a library that a power cut left half would end the process that loads it
+        os.replace(part, library)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return library
+
+
+def load(path):
+    """The library at `path`, with the types of its functions. Raises NoCompiler."""
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoCompiler(f"the built library cannot be loaded: {error}; delete it to build it again") from None
+    i, p, n, f = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    lib.nf4_quantize.argtypes, lib.nf4_quantize.restype = (i, i, i, p, p, p, n), None
+    lib.nf4_dequantize.argtypes, lib.nf4_dequantize.restype = (i, i, i, p, p, p, p, p, f, p, n, i), None
+    lib.nf4_matmul.argtypes = (i, i, i, p, p, p, p, p, p, f, p, n, n, n)
+    return lib
+
+
+@functools.cache
+def library():
+    """(the loaded library, its level). Raises NoCompiler."""
+    lib = load(build())
+    return lib, lib.nf4_level()
+
+
+def why_not(device):
+    """None where this backend runs on `device`, else the reason in words."""
+    if device.type != "cpu":
+        return f"its kernels are for the CPU, not for {device.type}"
+    try:
+        library()
+    except NoCompiler as error:
+        return str(error)
+    return None
+
+
+def describe():
+    """What runs, for a line on the screen."""
+    return f"C kernels, {LEVELS[library()[1]]}"
+
+
+def scale_arguments(scales):
+    """(absmax, q, absmax2, code2, offset) as the C functions take them."""
+    if len(scales) == 1:
+        return scales[0].data_ptr(), None, None, None, 0.0
+    q, absmax2, code2, offset = scales
+    return None, q.data_ptr(), absmax2.data_ptr(), code2.data_ptr(), offset.item()
+
+
+def quantize(weight):
+    """weight (any shape) fp32, fp16 or bf16 -> (packed (ceil(n / 2),) uint8, absmax (ceil(n / 64),) fp32)."""
+    lib, level = library()
+    n = weight.numel()
+    packed = weight.new_empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = weight.new_empty(-(-n // 64), dtype=torch.float32)
+    pointers = weight.data_ptr(), packed.data_ptr(), absmax.data_ptr()
+    lib.nf4_quantize(level, torch.get_num_threads(), DTYPES[weight.dtype], *pointers, n)
+    return packed, absmax
+
+
+def dequantize(packed, scales, out):
+    """Write the weight into `out`. scales: (absmax,), or (q, absmax2, code2, offset) with double quantisation."""
+    lib, level = library()
+    stream = out.nbytes >= STREAM_BYTES
+    arguments = packed.data_ptr(), *scale_arguments(scales), out.data_ptr(), out.numel(), stream
+    lib.nf4_dequantize(level, torch.get_num_threads(), DTYPES[out.dtype], *arguments)
+    return out
+
+
+def max_rows(shape, dtype):
+    """Rows of x up to which `matmul` is faster than dequantising and the library's GEMM; 0 where a block crosses rows."""
+    if shape[1] % 64:
+        return 0
+    return {3: 64, 4: 96}.get(library()[1], 8) if dtype == torch.bfloat16 else 8
+
+
+def matmul(x, packed, scales, shape, out):
+    """out (M, out) = x (M, in) @ weight.T, summed in fp32; the weight is rounded to x.dtype as dequantize does."""
+    lib, level = library()
+    arguments = x.data_ptr(), packed.data_ptr(), *scale_arguments(scales), out.data_ptr(), len(x), *shape
+    if lib.nf4_matmul(level, torch.get_num_threads(), DTYPES[x.dtype], *arguments):
+        raise MemoryError(f"no memory for {len(x)} rows of {shape[1]} elements")
+    return out
