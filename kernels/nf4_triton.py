@@ -23,7 +23,7 @@ if importlib.util.find_spec("triton"):
 
     jit = triton.jit
 else:  # still importable, to be asked why_not
-    triton, jit = None, lambda function: function
+    triton, jit = None, lambda *function, **options: function[0] if function else jit
     tl = types.SimpleNamespace(constexpr=None, int64=None)  # for the annotations
 
 QUANTIZE = {"BLOCKS": 32, "num_warps": 4, "enable_fp_fusion": False}
@@ -39,7 +39,7 @@ GEMV = {"CHUNKS": 128, "num_warps": 4, "enable_fp_fusion": False}  # 128 chunks 
 GEMM = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 GEMM_MAX_ROWS = 64
 GEMM_PROGRAMS = 512  # about four on each SM of an H100: the columns are split until there are as many
-SUM = {"SIZE": 512, "num_warps": 4}
+SUM = {"SIZE": 512, "num_warps": 4, "enable_fp_fusion": False}
 
 
 def why_not(device):
@@ -113,7 +113,7 @@ def quantize_tile(weight, midpoints, packed, absmax, left, BLOCKS: tl.constexpr,
     tl.store(absmax + block, largest.to(tl.float32, bitcast=True), None if FULL else block * 64 < left)
 
 
-@jit
+@jit(do_not_specialize=["n"])
 def quantize_kernel(weight, midpoints, packed, absmax, n: tl.int64, BLOCKS: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCKS  # blocks
     left = n - start * 64
@@ -136,7 +136,7 @@ def dequantize_tile(
     tl.store(out + i, weight.to(out.dtype.element_ty), None if FULL else i < left)
 
 
-@jit
+@jit(do_not_specialize=["n"])
 def dequantize_kernel(code, packed, scales, out, n: tl.int64, GROUPS: tl.constexpr, BYTES: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * (GROUPS * BYTES)  # bytes, a whole number of blocks
     left = n - start * 2
@@ -187,7 +187,7 @@ def gemv_kernel(x, code, packed, scales, out, N, K, M: tl.constexpr, ROWS: tl.co
         tl.store(out + m * N + row, tl.sum(sums[m], axis=1).to(out.dtype.element_ty), row < N)
 
 
-@jit
+@jit(do_not_specialize=["M", "steps"])  # one build for every M of a width
 def gemm_kernel(
     x,
     code,
@@ -224,7 +224,7 @@ def gemm_kernel(
     tl.store(partial + i, acc, (m < M)[None, :] & (row < N)[:, None])
 
 
-@jit
+@jit(do_not_specialize=["parts", "size"])
 def sum_kernel(partial, out, parts, size, SIZE: tl.constexpr):
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     total = tl.zeros((SIZE,), tl.float32)
