@@ -50,16 +50,22 @@ struct BF16 {  // by integers: chips before 8.0 have no instruction for it
     }
 };
 
-// Scales: the absmax of a block, stored as it is or quantised itself (rounded after the product and after the sum).
+// Scales: the absmax of a block, stored as it is or quantised itself (then rounded after the product and after the sum).
+// `load` and `value` are two steps so that what is loaded first for many blocks is not waited for one by one.
 struct Plain {
+    typedef float Stored;
     const float* absmax;
-    __device__ inline float at(i64 block) const { return absmax[block]; }
+    __device__ inline Stored load(i64 block) const { return absmax[block]; }
+    __device__ inline float value(Stored stored) const { return stored; }
 };
 struct Double {
+    struct Stored { u8 q; float absmax2; };
     const u8* q;
-    const float *absmax2, *code2, *offset;
-    __device__ inline float at(i64 block) const {
-        return __fadd_rn(__fmul_rn(code2[q[block]], absmax2[block / 256]), *offset);
+    const float *absmax2, *code2;
+    float offset;
+    __device__ inline Stored load(i64 block) const { return {q[block], absmax2[block / 256]}; }
+    __device__ inline float value(Stored stored) const {
+        return __fadd_rn(__fmul_rn(code2[stored.q], stored.absmax2), offset);
     }
 };
 
@@ -159,18 +165,21 @@ __device__ inline void dequantize(const u8* packed, Scales scales, typename T::B
     const i64 begin = (i64)blockIdx.x * blockDim.x * (PIECE * PIECES), end = begin + blockDim.x * (PIECE * PIECES);
     if (end > n || !aligned<PIECE / 2>(packed) || !aligned<16>(out)) {
         for (i64 i = begin + threadIdx.x; i < min(end, n); i += blockDim.x)
-            out[i] = T::bits(__fmul_rn(code[index_in(packed[i / 2], i % 2)], scales.at(i / 64)));
+            out[i] = T::bits(__fmul_rn(code[index_in(packed[i / 2], i % 2)], scales.value(scales.load(i / 64))));
         return;
     }
     unsigned words[PIECES];
-    float scale[PIECES];
+    typename Scales::Stored stored[PIECES];
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
         const i64 start = begin + (p * blockDim.x + threadIdx.x) * PIECE;
         if constexpr (PIECE == 8) words[p] = *(const unsigned*)(packed + start / 2);
         else words[p] = *(const u16*)(packed + start / 2);
-        scale[p] = scales.at(start / 64);
+        stored[p] = scales.load(start / 64);
     }
+    float scale[PIECES];
+#pragma unroll
+    for (int p = 0; p < PIECES; p++) scale[p] = scales.value(stored[p]);
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
         float values[PIECE];
@@ -204,7 +213,7 @@ __device__ inline void matmul(
 #pragma unroll 1
     for (int base = lane * 8; base < in; base += STEP * DEPTH) {
         unsigned words[DEPTH][PAIR];
-        float scale[DEPTH][PAIR];
+        typename Scales::Stored stored[DEPTH][PAIR];
 #pragma unroll
         for (int d = 0; d < DEPTH; d++)
 #pragma unroll
@@ -212,17 +221,19 @@ __device__ inline void matmul(
                 if (base + d * STEP < in) {
                     const i64 start = row[r] + base + d * STEP;
                     words[d][r] = *(const unsigned*)(packed + start / 2);
-                    scale[d][r] = scales.at(start / 64);
+                    stored[d][r] = scales.load(start / 64);
                 }
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             const int k = base + d * STEP;
             if (k >= in) break;
-            float weights[PAIR][8];
+            float weights[PAIR][8], scale[PAIR];
 #pragma unroll
-            for (int r = 0; r < PAIR; r++)
+            for (int r = 0; r < PAIR; r++) {
+                scale[r] = scales.value(stored[d][r]);
 #pragma unroll
                 for (int i = 0; i < 8; i++) weights[r][i] = code[index_in(words[d][r], i)];
+            }
 #pragma unroll
             for (int m = 0; m < ROWS; m++) {
                 float values[8];
@@ -232,8 +243,7 @@ __device__ inline void matmul(
                     float product = 0;
 #pragma unroll
                     for (int i = 0; i < 8; i++) product = fmaf(weights[r][i], values[i], product);
-                    // An infinite absmax makes NaN of the code value 0; taken out of the sum it would not: a - a is NaN.
-                    sum[r][m] = fmaf(product, scale[d][r], sum[r][m] + (scale[d][r] - scale[d][r]));
+                    sum[r][m] = fmaf(product, scale[r], sum[r][m]);
                 }
             }
         }
@@ -254,7 +264,7 @@ __device__ inline void matmul(
 #define SCALES_OF_Plain const float* absmax
 #define SCALES_OF_Double const u8 *q, const float *absmax2, const float *code2, const float *offset
 #define PACK_Plain Plain{absmax}
-#define PACK_Double Double{q, absmax2, code2, offset}
+#define PACK_Double Double{q, absmax2, code2, *offset}
 
 #define MATMUL(name, T, ROWS, SCALES, BLOCKS) \
     KERNEL(name, 128, BLOCKS)( \
