@@ -71,7 +71,7 @@ def load_absmax(scales, block, mask):
     else:
         q, absmax2, code2, offset = scales
         code = tl.load(code2 + load(q + block, mask).to(tl.int32))
-        return code * load(absmax2 + block // 256, mask) + tl.load(offset)
+        return code * load(absmax2 + (block >> 8), mask) + tl.load(offset)
 
 
 @jit
@@ -163,28 +163,42 @@ def eighths(t):
 
 
 @jit
-def gemv_kernel(x, code, packed, scales, out, N, K, M: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chunk = tl.arange(0, CHUNKS)  # eight columns, half a block or less: they share an absmax
-    first = tl.minimum(row, N - 1).to(tl.int64) * (K // 8)  # chunk of the row; rows past the last are not stored
+def gemv_kernel(
+    x,
+    code,
+    packed,
+    scales,
+    out,
+    N,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    row = tl.minimum(tl.program_id(0) * ROWS, N - ROWS)  # the last program repeats rows of the one before, to be whole
+    r = tl.arange(0, ROWS)[:, None]
+    chunk = tl.arange(0, CHUNKS)[None, :]  # eight columns, half a block or less: they share an absmax
     code = tl.load(code + tl.arange(0, 16))
-    packed += (first[:, None] + chunk[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    x += chunk[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    packed += row.to(tl.int64) * (K // 2)
+    block = row.to(tl.int64) * (K // 64)
+    byte = (r * (K // 2) + chunk * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
+    column = chunk[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     sums = (tl.zeros((ROWS, CHUNKS), tl.float32),) * M
-    for start in range(0, K // 8, CHUNKS):
-        is_inside = (start + chunk < K // 8)[None, :]
-        absmax = load_absmax(scales, first[:, None] // 8 + (start + chunk[None, :]) // 8, is_inside)
-        weights = eighths(look_up(code, load(packed + start * 4, is_inside[:, :, None])))
+    for start in range(0, K, CHUNKS * 8):
+        is_inside = None if K % (CHUNKS * 8) == 0 else chunk < (K - start) // 8
+        is_inside3 = None if K % (CHUNKS * 8) == 0 else (chunk < (K - start) // 8)[:, :, None]
+        absmax = load_absmax(scales, block + (start // 64 + r * (K // 64) + chunk // 8), is_inside)
+        weights = eighths(look_up(code, load(packed + start // 2 + byte, is_inside3)))
         rows = ()
         for m in tl.static_range(M):
-            values = eighths(load(x + m * K + start * 8, is_inside[:, :, None]).to(tl.float32))
+            values = eighths(load(x + m * K + start + column, is_inside3).to(tl.float32))
             dot = weights[0] * values[0]
             for i in tl.static_range(1, 8):
                 dot = tl.fma(weights[i], values[i], dot)
             rows += (tl.fma(dot, absmax, sums[m]),)
         sums = rows
     for m in tl.static_range(M):
-        tl.store(out + m * N + row, tl.sum(sums[m], axis=1).to(out.dtype.element_ty), row < N)
+        tl.store(out + m * N + row + tl.arange(0, ROWS), tl.sum(sums[m], axis=1).to(out.dtype.element_ty))
 
 
 @jit(do_not_specialize=["M", "steps"])  # one build for every M of a width
@@ -196,32 +210,29 @@ def gemm_kernel(
     partial,
     M,
     N,
-    K,
     steps,
+    K: tl.constexpr,
     X_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m = tl.arange(0, X_ROWS)
+    row = tl.minimum(tl.program_id(0) * ROWS, N - ROWS)  # as in gemv_kernel
     part = tl.program_id(1)
-    start = part * steps * COLUMNS
-    chunk = start // 8 + tl.arange(0, COLUMNS // 8)
-    first = tl.minimum(row, N - 1).to(tl.int64) * (K // 8)  # chunk of the row; rows past the last are not stored
+    r = tl.arange(0, ROWS)[:, None]
+    m = tl.arange(0, X_ROWS)[None, :]
+    chunk = tl.arange(0, COLUMNS // 8)[None, :]
     code = tl.load(code + tl.arange(0, 16))
-    packed += (first[:, None] + chunk[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    block = first[:, None] // 8 + chunk[None, :] // 8
-    x += m[None, :] * K + start + tl.arange(0, COLUMNS)[:, None]
+    packed += row.to(tl.int64) * (K // 2)
+    block = row.to(tl.int64) * (K // 64)
+    byte = (r * (K // 2) + chunk * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
+    i = m * K + tl.arange(0, COLUMNS)[:, None]
     acc = tl.zeros((ROWS, X_ROWS), tl.float32)
-    for _ in range(start, tl.minimum(start + steps * COLUMNS, K), COLUMNS):
-        weight = look_up(code, tl.load(packed)) * load_absmax(scales, block, None)[:, :, None]
-        values = load(x, (m < M)[None, :])
-        acc = tl.dot(tl.reshape(weight.to(x.dtype.element_ty), (ROWS, COLUMNS)), values, acc)
-        packed += COLUMNS // 2
-        block += COLUMNS // 64
-        x += COLUMNS
-    i = (part.to(tl.int64) * M + m[None, :]) * N + row[:, None]
-    tl.store(partial + i, acc, (m < M)[None, :] & (row < N)[:, None])
+    first = part * steps * COLUMNS
+    for start in range(first, tl.minimum(first + steps * COLUMNS, K), COLUMNS):
+        absmax = load_absmax(scales, block + (start // 64 + r * (K // 64) + chunk // 8), None)
+        weight = (look_up(code, tl.load(packed + start // 2 + byte)) * absmax[:, :, None]).to(x.dtype.element_ty)
+        acc = tl.dot(tl.reshape(weight, (ROWS, COLUMNS)), load(x + start + i, m < M), acc)
+    tl.store(partial + (part.to(tl.int64) * M + m) * N + row + r, acc, m < M)
 
 
 @jit(do_not_specialize=["parts", "size"])
@@ -259,21 +270,22 @@ def dequantize(packed, scales, out):
 
 def max_rows(shape, dtype):
     """The most rows of x (.., in) that `matmul` takes for a weight (out, in): 0 where a block would cross rows. In fp32 only
-    the GEMV: tensor cores would round the products to TF32."""
+    the GEMV: tensor cores would round x to TF32."""
     if 0 in shape or shape[1] % 64:
         return 0
-    return max(GEMV_ROWS) if dtype == torch.float32 else GEMM_MAX_ROWS
+    return max(GEMV_ROWS) if dtype == torch.float32 or shape[0] < GEMM["ROWS"] else GEMM_MAX_ROWS
 
 
 def matmul(x, packed, scales, shape, out):
     """out (M, out) = x (M, in) @ weight.T, 1 <= M <= max_rows; scales as in dequantize. Sums in fp32, rounded once to x.dtype.
+    A width is built for when it is first met (about a second): the distances between rows then cost no instructions.
     Up to 4 rows the weights are the fp32 products code * absmax, unrounded; from 5 they are rounded to x.dtype, as
     dequantize gives them."""
     (N, K), M = shape, x.shape[0]
     code = reference.tables(x.device)[0]
     with torch.cuda.device_of(x):
         if M in GEMV_ROWS:
-            rows = GEMV_ROWS[M]
+            rows = min(GEMV_ROWS[M], 1 << (N.bit_length() - 1))  # a power of two, and no more than the weight has
             gemv_kernel[(triton.cdiv(N, rows),)](x, code, packed, scales, out, N, K, M=M, ROWS=rows, **GEMV)
             return out
         tiles, steps = triton.cdiv(N, GEMM["ROWS"]), K // GEMM["COLUMNS"]
@@ -281,6 +293,6 @@ def matmul(x, packed, scales, shape, out):
         parts = triton.cdiv(steps, steps_each)
         partial = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
         x_rows = max(16, triton.next_power_of_2(M))
-        gemm_kernel[(tiles, parts)](x, code, packed, scales, partial, M, N, K, steps_each, X_ROWS=x_rows, **GEMM)
+        gemm_kernel[(tiles, parts)](x, code, packed, scales, partial, M, N, steps_each, K=K, X_ROWS=x_rows, **GEMM)
         sum_kernel[(triton.cdiv(M * N, SUM["SIZE"]),)](partial, out, parts, M * N, **SUM)
     return out

@@ -90,8 +90,8 @@ def test_without_triton_the_module_can_be_imported_and_says_so(monkeypatch):
 
 
 def test_max_rows_asks_for_whole_blocks_and_keeps_fp32_from_tensor_cores():
-    assert nf4_triton.max_rows((4096, 14336), torch.bfloat16) == nf4_triton.max_rows((7, 64), torch.float16) == 64
-    assert nf4_triton.max_rows((4096, 14336), torch.float32) == 4
+    assert nf4_triton.max_rows((4096, 14336), torch.bfloat16) == nf4_triton.max_rows((64, 64), torch.float16) == 64
+    assert nf4_triton.max_rows((4096, 14336), torch.float32) == nf4_triton.max_rows((63, 64), torch.bfloat16) == 4
     for shape in ((64, 96), (64, 0), (0, 64)):
         assert nf4_triton.max_rows(shape, torch.bfloat16) == 0
 
@@ -222,7 +222,7 @@ def assert_product(out, x, packed, absmax, shape):
 )
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
 def test_matmul_equals_the_product_with_the_dequantized_weight(backend, monkeypatch, nested, dtype, rows):
-    shape = (13, 1088)  # a second step of the GEMV, mostly masked
+    shape = (13 if rows <= 4 else 70, 1088)  # a second step of the GEMV, mostly masked
     assert rows <= backend.max_rows(shape, dtype)
     monkeypatch.setattr(backend, "GEMM_PROGRAMS", 4)  # so that each part of the columns has several steps
     packed, scales, absmax = quantized(shape, nested)
@@ -232,8 +232,11 @@ def test_matmul_equals_the_product_with_the_dequantized_weight(backend, monkeypa
     assert_product(out, x, packed, absmax, shape)
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (7, 128), (64, 64), (65, 192), (130, 256)])
-@pytest.mark.parametrize("rows", [1, 4, 6])
+@pytest.mark.parametrize(
+    "rows, shape",
+    [(rows, shape) for rows in (1, 4) for shape in ((1, 64), (3, 128), (7, 64), (65, 192), (9, 1024))]
+    + [(6, (64, 64)), (6, (65, 192)), (6, (130, 256))],
+)
 def test_matmul_takes_any_number_of_blocks_and_rows_of_the_weight(backend, rows, shape):
     packed, scales, absmax = quantized(shape, False, seed=2)
     x = random_weight(rows, shape[1], dtype=torch.float16, seed=3)
@@ -245,13 +248,13 @@ def test_matmul_takes_any_number_of_blocks_and_rows_of_the_weight(backend, rows,
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_matmul_keeps_nan_and_infinity_in_the_row_of_the_weight(backend, rows, value):
-    weight = random_weight(5, 128)
+    weight = random_weight(66, 128)
     weight[3, 70] = value
     packed, absmax = reference.quantize(weight)
     x = random_weight(rows, 128, dtype=torch.bfloat16, seed=1)
-    out = torch.empty(rows, 5, dtype=torch.bfloat16, device=DEVICE)
-    backend.matmul(*to_device(x, packed), to_device(absmax), (5, 128), out)
-    assert out[:, 3].isnan().all() and out[:, [0, 1, 2, 4]].isfinite().all()
+    out = torch.empty(rows, 66, dtype=torch.bfloat16, device=DEVICE)
+    backend.matmul(*to_device(x, packed), to_device(absmax), (66, 128), out)
+    assert out[:, 3].isnan().all() and out[:, :3].isfinite().all() and out[:, 4:].isfinite().all()
 
 
 # On a GPU only
@@ -303,22 +306,21 @@ def test_more_than_two_to_the_31_elements_are_addressed(backend):
 
 
 def every_launch():
-    """(kernel, arguments, keywords) of all launches that the backend makes for the types and row counts it takes, and for
-    sizes and addresses of any alignment: recorded instead of run, so that what is built is what would be launched."""
+    """(kernel, arguments, keywords) of the launches that the backend makes, for all types, both kinds of scales and every
+    width of x that has a build of its own: recorded instead of run, so that what is built is what would be launched."""
     launches = []
     nf4_triton.triton.JITFunction.run = lambda kernel, *args, grid, warmup, **options: launches.append(
         (kernel, args, options)
     )
     for dtype in FLOATS:
-        for n in (4096, 4095):
-            packed, absmax = nf4_triton.quantize(torch.empty(n, dtype=dtype))
-            q, code2 = torch.empty(absmax.numel(), dtype=torch.uint8), torch.empty(256)
-            for scales in ((absmax,), (q, absmax[:1], code2, code2[0])):
-                nf4_triton.dequantize(packed, scales, torch.empty(n, dtype=dtype))
-                for rows in (1, 2, 3, 4, 5, 16, 17, 33, 64):
-                    if n == 4096 and rows <= nf4_triton.max_rows((16, 256), dtype):
-                        x, out = (torch.empty(rows, columns, dtype=dtype) for columns in (256, 16))
-                        nf4_triton.matmul(x, packed, scales, (16, 256), out)
+        packed, absmax = nf4_triton.quantize(torch.empty(4096, dtype=dtype))
+        q, code2 = torch.empty(absmax.numel(), dtype=torch.uint8), torch.empty(256)
+        for scales in ((absmax,), (q, absmax[:1], code2, code2[0])):
+            nf4_triton.dequantize(packed, scales, torch.empty(4096, dtype=dtype))
+            for rows, columns in ((1, 1024), *((rows, 1088) for rows in (1, 2, 3, 4, 5, 17, 64))):
+                if rows <= nf4_triton.max_rows((64, columns), dtype):  # 1024: every step of the GEMV is whole
+                    x, out = (torch.empty(rows, size, dtype=dtype) for size in (columns, 64))
+                    nf4_triton.matmul(x, packed, scales, (64, columns), out)
     nf4_triton.dequantize(torch.empty(2049, dtype=torch.uint8)[1:], (absmax,), torch.empty(4096, dtype=torch.bfloat16))
     return launches
 
