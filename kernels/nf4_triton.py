@@ -1,10 +1,11 @@
 """NF4 in Triton, for NVIDIA GPUs of compute capability 8.0 and up. Format and bits are those of reference.py; the inputs are
 taken as checked (see nf4.py). No autotuning, no atomics: the same bits on every run, and a CUDA graph may capture it all.
 
-What bounds these kernels is not memory alone but the instructions of a 4-bit look-up: an SM of an H100 has 0.06 of a nanosecond
-for a weight when it dequantises at 4.3 TB/s. So a thread reads eight weights as one 32-bit word, takes its nibbles by a shift
-and a mask each, and gathers from the 16 code values in shared memory, where lanes never conflict: about 6.5 instructions a
-weight. A tree of 15 selects, or a table in global memory with its 64-bit addresses, costs twice that.
+What bounds these kernels is less the memory than the instructions of a 4-bit look-up: in the time in which an H200 streams one
+weight of a GEMV its SMs can issue about four, in that of dequantising one about twenty. So a thread reads eight weights as one
+32-bit word, takes each nibble by a shift and a mask, and gathers from the 16 code values in shared memory, where lanes never
+conflict: in all about five instructions a weight in the GEMV and seven in dequantize, counted in the builds for sm_90. A table
+in global memory takes two more for its 64-bit addresses, a tree of selects has 15 in place of the one gather.
 
 Products are never contracted into FMAs (enable_fp_fusion=False, tl.fma where one is meant): the absmax of double quantisation
 is rounded after its product and after its sum."""
@@ -17,6 +18,7 @@ import torch
 from minitune_kernels import reference
 
 NAME = "triton"
+OLDEST = (3, 5)  # of triton: the oldest that was seen to build these kernels
 if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
@@ -46,6 +48,8 @@ def why_not(device):
     """None where the backend runs on this torch.device, else the reason. With TRITON_INTERPRET=1 it takes CPU tensors."""
     if triton is None:
         return "triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
     if os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip:

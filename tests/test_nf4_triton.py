@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import types
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def to_device(*tensors):
 
 def test_why_not_gives_the_reason(monkeypatch):
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(nf4_triton, "triton", object())
+    monkeypatch.setattr(nf4_triton, "triton", types.SimpleNamespace(__version__="3.9.0"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
@@ -81,6 +82,8 @@ def test_why_not_gives_the_reason(monkeypatch):
     assert nf4_triton.why_not(torch.device("cpu")) == "it runs on NVIDIA GPUs, not on cpu"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert nf4_triton.why_not(cuda) == "it runs on NVIDIA GPUs, not on AMD"
+    nf4_triton.triton.__version__ = "3.4.1"
+    assert nf4_triton.why_not(cuda) == "triton 3.4.1 is older than 3.5"
 
 
 def test_without_triton_the_module_can_be_imported_and_says_so(monkeypatch):
@@ -135,6 +138,20 @@ def test_quantize_gives_the_bits_of_the_reference(backend, shape, dtype):
     weight = random_weight(*shape, dtype=dtype)
     for got, expected in zip(backend.quantize(weight.to(DEVICE)), reference.quantize(weight), strict=True):
         assert_same_bits(got, expected)
+
+
+def test_whole_blocks_multiply_by_the_reciprocal_and_a_short_block_divides(backend):
+    midpoints = reference.tables(torch.device("cpu"))[1]
+    absmax = torch.rand(400, generator=torch.Generator().manual_seed(5)) + 0.5
+    blocks = torch.cat([midpoints * absmax[:, None], absmax[:, None]], dim=1)  # (400, 16), each value at a tie
+    divided, multiplied = blocks / absmax[:, None], blocks * (1 / absmax)[:, None]
+    differ = (torch.bucketize(divided, midpoints) != torch.bucketize(multiplied, midpoints)).any(dim=1)
+    assert (
+        differ[:384].any() and differ[384:].any()
+    )  # in whole blocks of four rows, and in rows that may stand at the end
+    for rest in blocks[384:][differ[384:]]:
+        weight = torch.cat([blocks[:384].repeat_interleave(4, 0).view(-1), rest])
+        assert_same_bits(backend.quantize(weight.to(DEVICE))[0], reference.quantize(weight)[0])
 
 
 def test_quantize_puts_ties_down(backend):
