@@ -190,11 +190,11 @@ __device__ inline void dequantize(const u8* packed, Scales scales, typename T::B
 }
 
 // out (M, features) = x (M, in) times the weight (features, in) transposed, 1 <= M <= ROWS. The sums are fp32, over fp32
-// products code * absmax that are not rounded to T. in % 64 == 0; x and packed: 16-byte aligned.
+// products code * absmax that are not rounded to T. in % 64 == 0, in < 2^30; x is 16-byte aligned, packed 4-byte.
 //
-// A warp takes 2 rows of the weight, which share what is loaded of x. A lane takes 8 weights at a time, 4 bytes: then the
-// warp reads 128 bytes of packed and 512 of x (16 bits) in a row. With 16 bytes of packed a lane, x is read in steps of 64
-// bytes, four bank conflicts each. One row of x waits for memory, so DEPTH loads are in flight; more rows have work enough.
+// A warp takes 2 rows of the weight, which share what is loaded of x. A lane takes 8 weights at a time, 4 bytes: so the warp
+// reads 128 bytes of packed and 512 of x (16 bits) in a row. At 16 bytes of packed a lane its reads of x would lie 64 bytes
+// apart, in a quarter of the banks. One row of x waits for memory, so DEPTH loads are in flight; more rows have work enough.
 template <class T, int ROWS, class Scales>
 __device__ inline void matmul(
     const typename T::Bits* x, const u8* packed, Scales scales, typename T::Bits* out, int M, int in, i64 features

@@ -69,24 +69,24 @@ static bool every(size_t begin, size_t end, bool (*claim)(State)) {
     return true;
 }
 
-// Lets on all that wait for the same thing: the 32 lanes of a warp at a shuffle, or all threads that have not returned at a
-// barrier. Returns false where nobody can go on.
-static bool release() {
-    bool released = false;
-    for (size_t warp = 0; warp < all.size(); warp += 32) {
-        if (!every(warp, warp + 32, [](State s) { return s == AT_SHUFFLE; })) continue;
-        uint32_t words[32];
-        for (int lane = 0; lane < 32; lane++) words[lane] = all[warp + lane].word;
-        for (int lane = 0; lane < 32; lane++) {
-            all[warp + lane].word = words[all[warp + lane].partner];
-            all[warp + lane].state = READY;
-        }
-        released = true;
+// Both let on those who wait, and return whether there were any: the 32 lanes of a warp at a shuffle, and all threads of a
+// block at a barrier, those aside that have returned.
+static bool pass_shuffle(size_t warp) {
+    if (!every(warp, warp + 32, [](State s) { return s == AT_SHUFFLE; })) return false;
+    uint32_t words[32];
+    for (int lane = 0; lane < 32; lane++) words[lane] = all[warp + lane].word;
+    for (int lane = 0; lane < 32; lane++) {
+        all[warp + lane].word = words[all[warp + lane].partner];
+        all[warp + lane].state = READY;
     }
-    if (!released && every(0, all.size(), [](State s) { return s == AT_BARRIER || s == DONE; }))
-        for (Fiber& fiber : all)
-            if (fiber.state == AT_BARRIER) fiber.state = READY, released = true;
-    return released;
+    return true;
+}
+static bool pass_barrier() {
+    if (!every(0, all.size(), [](State s) { return s == AT_BARRIER || s == DONE; })) return false;
+    bool waited = false;
+    for (Fiber& fiber : all)
+        if (fiber.state == AT_BARRIER) fiber.state = READY, waited = true;
+    return waited;
 }
 
 static void run_block() {
@@ -99,22 +99,28 @@ static void run_block() {
         makecontext(&fiber.context, run, 0);
         fiber.state = READY;
     }
-    while (!every(0, all.size(), [](State s) { return s == DONE; })) {
-        for (size_t i = all.size(); i-- > 0;) {  // the last first: who reads shared memory without a barrier reads too early
-            if (all[i].state != READY) continue;
-            threadIdx = {(unsigned)i, 0, 0};
-            swapcontext(&scheduler, &all[i].context);
+    do {
+        // The last warp goes first, as far as it gets: who reads shared memory without a barrier reads too early.
+        for (size_t warp = all.size(); warp > 0;) {
+            warp -= 32;
+            do
+                for (size_t i = warp; i < warp + 32; i++) {
+                    if (all[i].state != READY) continue;
+                    threadIdx = {(unsigned)i, 0, 0};
+                    swapcontext(&scheduler, &all[i].context);
+                }
+            while (pass_shuffle(warp));
         }
-        if (!every(0, all.size(), [](State s) { return s == DONE; }) && !release()) {
-            fprintf(stderr, "a barrier or shuffle is not reached by all threads of block %u\n", blockIdx.x);
-            abort();
-        }
+    } while (pass_barrier());
+    if (!every(0, all.size(), [](State s) { return s == DONE; })) {
+        fprintf(stderr, "a barrier or shuffle is not reached by all threads of block %u\n", blockIdx.x);
+        abort();
     }
 }
 
 static void launch(unsigned blocks, unsigned threads, std::function<void()> kernel) {
     body = kernel;
-    all.resize(threads);
+    all.resize(threads);  // a multiple of 32
     blockDim = {threads, 1, 1};
     void* memory = mmap(nullptr, threads * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) abort();

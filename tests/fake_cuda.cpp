@@ -1,8 +1,9 @@
 // Stands in for libcuda.so.1: the entry points that cuda_driver.py calls, with the kernels of nf4.cu run on the CPU. A thread
 // has no context until it sets one, as on a GPU.
 #include "cuda_shim.h"
-//
+namespace {  // each copy of the library that a process loads has its own shared memory, zero at first
 #include "nf4.cu"
+}
 
 #include <map>
 #include <string>

@@ -20,6 +20,7 @@ from minitune_kernels import nf4, nf4_cuda, nvrtc, reference
 from minitune_kernels.cuda_driver import Driver
 
 TESTS = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = {f"{operation}_{dtype}" for operation in nf4_cuda.OPERATIONS for dtype in nf4_cuda.DTYPES.values()}
 FAKE_STREAM = 0x5EED
@@ -44,9 +45,11 @@ def fake_library(tmp_path_factory):
 
 
 @pytest.fixture
-def fake(fake_library, monkeypatch):
-    """The fake driver in the place of the real one, and the little that is asked of torch.cuda: a chip of sm_70."""
-    driver = Driver(fake_library)
+def fake(fake_library, monkeypatch, tmp_path):
+    """The fake driver in the place of the real one, and the little that is asked of torch.cuda: a chip of sm_70.
+
+    A copy for each test: shared memory that an earlier one left full would hide that a barrier is missing."""
+    driver = Driver(shutil.copy(fake_library, tmp_path))
     monkeypatch.setattr(nf4_cuda, "driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=FAKE_STREAM))
@@ -67,14 +70,10 @@ def gpu():
 @pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
     """Where the kernels run: on CPU tensors through the fake driver, or on a real GPU."""
-    return (
-        request.getfixturevalue("gpu")
-        if request.param == "gpu"
-        else request.getfixturevalue("fake") and reference_device
-    )
-
-
-reference_device = torch.device("cpu")
+    if request.param == "gpu":
+        return request.getfixturevalue("gpu")
+    request.getfixturevalue("fake")
+    return CPU
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -168,7 +167,7 @@ def test_dequantize_keeps_the_nan_of_the_reference_that_double_quantisation_spre
     q = torch.arange(256, dtype=torch.uint8).repeat(2)
     packed = torch.arange(512 * 32, dtype=torch.int32).to(torch.uint8)
     for bad in (float("nan"), -float("nan"), float("inf")):
-        scales = q, torch.tensor([1.0, bad]), reference.dynamic_map(reference_device), torch.tensor(0.1)
+        scales = q, torch.tensor([1.0, bad]), reference.dynamic_map(CPU), torch.tensor(0.1)
         expected = torch.empty(512, 64, dtype=dtype)
         reference.dequantize(packed, reference.double_dequantize(*scales), expected)
         out = torch.empty(512, 64, dtype=dtype, device=device)
@@ -389,7 +388,7 @@ def test_a_launch_goes_to_the_stream_and_the_device_that_are_current(fake, monke
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
     nf4_cuda.quantize(torch.ones(64))
     fake._library.fake_last_stream.restype = ctypes.c_void_p
-    assert fake._library.fake_last_stream() == FAKE_STREAM and entered == [reference_device]
+    assert fake._library.fake_last_stream() == FAKE_STREAM and entered == [CPU]
 
 
 def test_a_thread_without_a_context_gets_torchs(fake):
