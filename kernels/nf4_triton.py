@@ -1,5 +1,5 @@
 """NF4 in Triton, for NVIDIA GPUs of compute capability 8.0 and up. Format and bits are those of reference.py; the inputs are
-taken as checked (see nf4.py). No autotuning, no atomics: the same bits on every run, and a CUDA graph may capture it all.
+taken as checked (see nf4.py). No autotuning, no atomics: the same bits on every run, and after a first call a CUDA graph may capture all.
 
 What bounds these kernels is less the memory than the instructions of a 4-bit look-up: in the time in which an H200 streams one
 weight of a GEMV its SMs can issue about four, in that of dequantising one about twenty. So a thread reads eight weights as one
@@ -166,7 +166,7 @@ def eighths(t):
     return t0, t1, t2, t3, t4, t5, t6, t7
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def gemv_kernel(
     x,
     code,
@@ -205,7 +205,7 @@ def gemv_kernel(
         tl.store(out + m * N + row + tl.arange(0, ROWS), tl.sum(sums[m], axis=1).to(out.dtype.element_ty))
 
 
-@jit(do_not_specialize=["M", "steps"])  # one build for every M of a width
+@jit(do_not_specialize=["M", "N", "steps"])  # one build for every M of a width
 def gemm_kernel(
     x,
     code,
