@@ -202,6 +202,19 @@ def test_matmul_is_the_product_with_the_weight_of_the_reference(device, shape, d
         assert (room[rows] == 9).all()  # nothing is written below
 
 
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_row_of_matmul_has_the_same_bits_whatever_rows_come_along(device, dtype, double):
+    packed, scales, _ = quantized(random(6, 1344), double, device)
+    x = random(8, 1344, dtype=dtype).to(device)
+    product = lambda x: nf4_cuda.matmul(
+        x, packed, scales, (6, 1344), torch.empty(len(x), 6, dtype=dtype, device=device)
+    )
+    together = product(x)
+    for first, last in ((0, 1), (5, 6), (1, 3), (2, 6), (1, 8)):
+        assert same(product(x[first:last]), together[first:last].cpu())
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_matmul_of_pointers_that_are_not_aligned_is_the_product_of_the_reference(device, dtype):
     packed, scales, absmax = quantized(random(6, 128), False, device)
