@@ -188,10 +188,9 @@ def multiply(x, packed, scales, shape, bias):
     if not 0 < count <= module.max_rows(shape, x.dtype):
         with workspace(shape, x.dtype, x.device) as weight:
             return F.linear(x, decode(packed, scales, weight), bias)
-    rows = x.reshape(count, shape[1]).contiguous()
-    out = module.matmul(rows, packed, scales, shape, rows.new_empty(count, shape[0]))
-    out = out if bias is None else out.add_(bias)
-    return out.view(*x.shape[:-1], shape[0])
+    out = x.new_empty(*x.shape[:-1], shape[0])  # not a view of rows: callers add to it in place
+    module.matmul(x.reshape(count, shape[1]).contiguous(), packed, scales, shape, out.view(count, shape[0]))
+    return out if bias is None else out.add_(bias)
 
 
 # --- torch operators, so that torch.compile, export and CUDA graphs go through --------------------------------------
@@ -227,7 +226,7 @@ def matmul_operator(x, packed, scales, shape, bias):
 def matmul_grad_operator(grad, packed, scales, shape):
     """grad (.., out) -> (.., in): grad @ weight, the weight dequantised again."""
     with workspace(shape, grad.dtype, grad.device) as weight:
-        return (grad.reshape(-1, shape[0]) @ decode(packed, scales, weight)).view(*grad.shape[:-1], shape[1])
+        return grad @ decode(packed, scales, weight)
 
 
 @torch.library.register_fake("minitune::nf4_quantize")

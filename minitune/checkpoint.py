@@ -36,18 +36,8 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     if adapter is not None:
         read_adapter_config(adapter)  # a bad one shows before gigabytes are read
     folder = hub.resolve(str(model), revision)
-    raw = read_json(folder / "config.json")
-    if not isinstance(raw, dict):
-        raise ValueError(f"{folder / 'config.json'} holds a {type(raw).__name__}, expected an object")
     device = torch.device(device)
-    try:
-        stored_4bit = quant.is_bnb_4bit(raw)
-        with torch.device("meta"):
-            net = build(raw)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    except RuntimeError as error:  # meta tensors fail for one reason only: their size
-        raise ValueError(f"{folder}: the sizes in config.json are absurd: {str(error).splitlines()[0]}") from None
+    net, stored_4bit = build_empty(folder)
     if stored_4bit and quantize != "none":
         raise ValueError(f"{folder} holds 4-bit weights already; use quantize=none, which keeps them in 4 bit")
     start = time.perf_counter()
@@ -96,6 +86,22 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     if adapter is not None:
         load_adapter(net, adapter)
     return net.eval()
+
+
+def build_empty(folder):
+    """(the model of a checkpoint folder on meta, without weights; whether its weights are stored in 4 bit).
+
+    Raises ValueError on a config.json that is not supported."""
+    raw = read_json(folder / "config.json")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{folder / 'config.json'} holds a {type(raw).__name__}, expected an object")
+    try:
+        with torch.device("meta"):
+            return build(raw), quant.is_bnb_4bit(raw)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    except RuntimeError as error:  # meta tensors fail for one reason only: their size
+        raise ValueError(f"{folder}: the sizes in config.json are absurd: {str(error).splitlines()[0]}") from None
 
 
 def count_parameters(net):
@@ -211,6 +217,11 @@ def group_by_parameter(tensors, net, tied, stored_4bit):
         else:
             unexpected.append(name)
     plain = [name for name, parts in groups.items() if parts.keys() == {"weight"}]  # from_bnb checks the others
+    if stored_4bit and len(plain) == len(groups):
+        raise ValueError(
+            f"{tensors.folder}: config.json has a quantization_config for 4-bit weights, but no weight is in 4 bit; "
+            "remove quantization_config from it if the checkpoint is not quantised"
+        )
     problems = {
         "missing": [name for name in shapes if "weight" not in groups.get(name, ())],
         "unexpected": unexpected,
@@ -367,7 +378,10 @@ def read_adapter_tensors(folder):
         dtypes = {name: f.get_slice(name).get_dtype() for name in f.keys()}
         if odd := [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]:
             raise ValueError(f"{path}: expected {', '.join(FLOATS)}, found {first_five(odd)}")
-        return {name: f.get_tensor(name).clone() for name in f.keys()}
+        tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} holds NaN or infinity, expected finite weights: {first_five(broken)}")
+    return tensors
 
 
 def read_adapter_config(folder):

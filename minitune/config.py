@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import math
 import sys
 import types
@@ -50,6 +51,8 @@ def parse(cls, argv=None, description=None):
             )
     typed = vars(parser.parse_args(argv))
     path, _ = typed.pop("config"), typed.pop("debug")
+    if path == "":
+        parser.error("--config is empty; give a JSON file, or leave the option out")
     stored = from_file(cls, path) if path is not None else {}
     recipe = cls.recipe({**stored, **typed}) if hasattr(cls, "recipe") else {}
     values = {**recipe, **stored, **typed}
@@ -65,10 +68,18 @@ def run_script(cls, job, description):
     except (ValueError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             raise
-        kinds = {FloatingPointError: 1, OSError: 1, KeyboardInterrupt: 130}
+        kinds = {FloatingPointError: 1, OSError: 2 if error_is_of_a_path(error) else 1, KeyboardInterrupt: 130}
         text = str(error) or "by Ctrl-C"
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         sys.stderr.write(f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'error'}: {text}\n")
         sys.exit(next((code for kind, code in kinds.items() if isinstance(error, kind)), 2))
+
+
+def error_is_of_a_path(error):
+    """Whether an OSError says that a path of the user's is wrong, and not that the machine failed."""
+    wrong = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+    return isinstance(error, OSError) and error.errno in wrong
 
 
 def from_file(cls, path):
@@ -171,7 +182,8 @@ class TrainConfig:
     model: str = arg(
         "tiny-mistral",
         "llama2, mistral, phi2, an embedded model (tiny-mistral, tiny-llama, tiny-phi), a hub id, "
-        "or a folder with config.json and *.safetensors",
+        "or a folder with config.json and *.safetensors. The short names and the embedded models bring settings of their "
+        "own, which go before the defaults shown here: see RECIPES in minitune/config.py",
     )
     revision: str | None = arg(None, "branch, tag or commit of a hub id")
     data: str | None = arg(
@@ -279,6 +291,8 @@ class TrainConfig:
         for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more and below 1")
+        if self.lora_rank > 2**16:
+            raise ValueError(f"lora_rank is {self.lora_rank}, expected at most 65536; 8 to 64 are usual")
         for name in ("seed", "split_seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number from 0 to 2^63 - 1")

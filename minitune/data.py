@@ -180,10 +180,10 @@ def read_rows(path):
     readers = {".json": read_json_rows, ".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected alpaca, embedded, or a .json, .jsonl, .csv or .parquet file")
-    if path.suffix not in readers or not path.is_file():
+    if path.suffix.lower() not in readers or not path.is_file():
         kind = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
         raise ValueError(f"{path} is {kind}; rows are read from .json, .jsonl, .csv and .parquet files")
-    rows = readers[path.suffix](path)
+    rows = readers[path.suffix.lower()](path)
     if not rows:
         raise ValueError(f"{path} has no rows")
     for number, row in enumerate(rows):

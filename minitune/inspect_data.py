@@ -52,8 +52,9 @@ class InspectConfig:
 
     def __post_init__(self):
         positive(self, "max_length", "batch_size", "rows")
-        if self.epoch < 0:
-            raise ValueError(f"epoch is {self.epoch}, expected 0 or more")
+        for name in ("epoch", "seed", "split_seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
 
 
 def inspect_data(config, say=print):

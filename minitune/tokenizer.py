@@ -62,7 +62,10 @@ class Tokenizer:
         self.bos_id = None if add_bos is False else bos_id
         for name in ("config.json", "generation_config.json"):
             stop = read_optional(self.folder, name).get("eos_token_id")
-            stops += stop if isinstance(stop, list) else [] if stop is None else [stop]
+            stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
+            if bad := [i for i in stop if isinstance(i, bool) or not isinstance(i, int) or i < 0]:
+                raise ValueError(f"{self.folder / name}: eos_token_id has {bad[0]!r}, expected token ids, 0 or more")
+            stops += stop
         self.eos_id = self.named("eos_token", stops[0] if stops else eos_id)
         if self.eos_id is not None and not (self.is_own(self.eos_id) or self.eos_id in self.added):
             raise ValueError(
@@ -78,6 +81,8 @@ class Tokenizer:
         text = text.get("content") if isinstance(text, dict) else text
         if text is None:
             return otherwise
+        if not isinstance(text, str):
+            raise ValueError(f"{self.folder}/tokenizer_config.json: {key} is {text!r}, expected the text of a token")
         token_id = self.id_of(text)
         if token_id is None:
             raise ValueError(

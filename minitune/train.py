@@ -75,20 +75,9 @@ def fine_tune(config, run, say):
     }
     progress = starting_point(config, state_file, plan, facts)
 
-    model = checkpoint.load_model(folder, dtype, device, config.quantize, say=say)
-    highest = max(max(example.ids) for part in (train_set, test_set) for example in part.examples)
-    if highest >= model.config.vocab_size:
-        raise ValueError(
-            f"the rows have token {highest}, but the model has {model.config.vocab_size} tokens; "
-            f"the tokenizer in {folder} is of another model"
-        )
-    longest = max(len(example.ids) for part in (train_set, test_set) for example in part.examples)
-    if longest > model.config.max_position_embeddings:
-        say(
-            f"warning: the longest row has {longest} tokens, but the model was made for "
-            f"{model.config.max_position_embeddings}; --max-length shortens the rows"
-        )
     targets = config.lora_targets or checkpoint.default_targets(folder)
+    check_fit(folder, targets, [example.ids for part in (train_set, test_set) for example in part.examples], say)
+    model = checkpoint.load_model(folder, dtype, device, config.quantize, say=say)
     names = lora.inject(
         model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets, config.use_rslora, config.seed
     )
@@ -255,6 +244,23 @@ def fine_tune(config, run, say):
 
     finish(run, config, progress, trained, save_adapter, say)
     return run
+
+
+def check_fit(folder, targets, rows, say):
+    """Raises ValueError, before weights load, where a checkpoint lacks a LoRA target or a token of the rows."""
+    empty, _ = checkpoint.build_empty(folder)
+    lora.match_targets(empty, targets)
+    highest, longest = max(map(max, rows)), max(map(len, rows))
+    if highest >= empty.config.vocab_size:
+        raise ValueError(
+            f"the rows have token {highest}, but the model has {empty.config.vocab_size} tokens; "
+            f"the tokenizer in {folder} is of another model"
+        )
+    if longest > empty.config.max_position_embeddings:
+        say(
+            f"warning: the longest row has {longest} tokens, but the model was made for "
+            f"{empty.config.max_position_embeddings}; --max-length shortens the rows"
+        )
 
 
 class StepPlan:

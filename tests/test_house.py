@@ -27,13 +27,13 @@ FLOORS = [  # a module imports only from floors below its own; a name that ends 
     ["minitune.models", "minitune.tokenizer", "minitune.generate"],
     ["minitune.checkpoint", "minitune.data", "minitune.run_folder"],
     ["minitune.train"],
-    ["minitune.tiny", "minitune.demo", "minitune.inspect_data", "minitune.benchmark"],
+    ["minitune.tiny", "minitune.demo", "minitune.inspect_data", "minitune.benchmark", "minitune.kernel_benchmark"],
     ["scripts."],
 ]
 GROUND = ["minitune.files", "minitune.config"]  # plain facts that other modules of floor 1 may use
 PEERS = {"transformers", "peft", "bitsandbytes", "sacrebleu", "rouge_score", "bert_score", "hypothesis", "datasets"}
 RUNTIME = {"torch", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "numpy", "nltk", "scipy", "tqdm",
-           "matplotlib", "minitune", "minitune_kernels", "pyarrow"}  # fmt: skip
+           "matplotlib", "minitune", "minitune_kernels", "pyarrow", "triton"}  # fmt: skip
 
 
 def floor(name):

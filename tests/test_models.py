@@ -33,6 +33,10 @@ CORNERS = {
     "llama-head-dim": ("Llama", {"head_dim": 24}),
     "llama-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
     "llama-dynamic": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}}),
+    "llama-dynamic-with-original-length": (
+        "Llama",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 24}},
+    ),
     "llama-llama3": ("Llama", {"rope_scaling": LLAMA3}),
     "mistral-window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
     "mistral-no-window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None, "rope_theta": 1e6}),

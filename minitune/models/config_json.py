@@ -17,7 +17,7 @@ IGNORED = frozenset(
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens finetuning_task
     id2label label2id num_labels task_specific_params problem_type prefix unsloth_fixed unsloth_version
-    max_sequence_length is_llama_config _flash_attn_2_enabled
+    max_sequence_length is_llama_config _flash_attn_2_enabled transformers.js_config
 """.split()
 )
 

@@ -128,9 +128,11 @@ def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
         if not isinstance(config.get(key), dict | None):
             raise ValueError(f"{key} is {config[key]!r}, expected an object or null")
         settings |= config.get(key) or {}
-    theta = settings.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    partial = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or default_partial
-    kinds = {settings.pop(key) for key in ("rope_type", "type") if key in settings}
+    theta = first_given(settings.pop("rope_theta", None), config.get("rope_theta"), 10000.0)
+    partial = first_given(
+        settings.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), default_partial
+    )
+    kinds = {str(settings.pop(key)) for key in ("rope_type", "type") if key in settings}
     kind = kinds.pop() if len(kinds) == 1 else "default" if not kinds else f"both of {sorted(kinds)}"
     takes = {
         "default": (),
@@ -145,13 +147,17 @@ def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
         )
     if missing := [key for key in takes[kind] if settings.get(key) is None]:
         raise ValueError(f"rope scaling of type {kind!r} needs {', '.join(missing)}")
-    original = settings.pop("original_max_position_embeddings", None) or config.get("max_position_embeddings")
+    original, context = settings.pop("original_max_position_embeddings", None), config.get("max_position_embeddings")
+    if kind == "dynamic" or original is None:  # dynamic measures itself against max_position_embeddings alone
+        original = context
     settings = {key: value for key, value in settings.items() if value is not None}
     if kind == "default":  # files carry a factor of 1 or none; another one would be ignored by every reader
         settings.pop("factor", None)
     if unknown := sorted(set(settings) - set(takes[kind])):
         raise ValueError(f"rope scaling of type {kind!r} has settings that are not supported: {', '.join(unknown)}")
-    for key, value in {"rope_theta": theta, "partial_rotary_factor": partial, **settings}.items():
+    numbers = {"rope_theta": theta, "partial_rotary_factor": partial, **settings}
+    numbers |= {} if original is None else {"original_max_position_embeddings": original}
+    for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{key} is {value!r}, expected a number above 0")
     if partial != default_partial and not is_partial:
@@ -162,10 +168,36 @@ def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
     return Rope(rotary, theta, kind, original_length=original or 0, **settings)
 
 
+def first_given(*values):
+    return next(value for value in values if value is not None)
+
+
 def apply_rope(x, cos, sin):
     """Turn x (B, H, T, D) by its positions: dim i goes with dim i + D/2. cos, sin: (B, 1, T, D/2)."""
+    return RopeFunction.apply(x, cos, sin)
+
+
+class RopeFunction(torch.autograd.Function):
+    """Keeps the tables alone: the gradient is the gradient of y turned back. Both halves are written where they belong."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin), None, None
+
+
+def turn(x, cos, sin):
     low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    out = torch.empty_like(x)
+    out_low, out_high = out.chunk(2, dim=-1)
+    torch.mul(low, cos, out=out_low).sub_(high * sin)
+    torch.mul(high, cos, out=out_high).add_(low * sin)
+    return out
 
 
 @dataclass
