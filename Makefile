@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
 
-.PHONY: demo train test lint bench clean
+.PHONY: demo train test test-gpu lint bench bench-kernels clean
 
 demo: $(VENV)/.installed
 	$(RUN) scripts/demo.py
@@ -15,12 +15,20 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest $(ARGS)
 
+# On a machine with a GPU: the kernels, compiled and run there.
+test-gpu: $(VENV)/.installed-test
+	$(RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA device')"
+	$(RUN) -m pytest -rs tests/test_nf4.py tests/test_nf4_triton.py tests/test_nf4_cuda.py tests/test_fused.py $(ARGS)
+
 lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/.installed-test
 	$(RUN) scripts/bench_train.py $(ARGS)
+
+bench-kernels: $(VENV)/.installed-test
+	$(RUN) scripts/bench_kernels.py $(ARGS)
 
 # torch first and by itself. Where the index has builds with CUDA only, they are gigabytes: PIP_EXTRA="--index-url URL"
 # takes another index, such as PyTorch's for CPUs.
