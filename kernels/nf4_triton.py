@@ -1,5 +1,6 @@
 """NF4 in Triton, for NVIDIA GPUs of compute capability 8.0 and up. Format and bits are those of reference.py; the inputs are
-taken as checked (see nf4.py). No autotuning, no atomics: the same bits on every run, and after a first call a CUDA graph may capture all.
+taken as checked (see nf4.py). No autotuning and no atomics: the same bits on every run. A first call compiles (about a second
+for each type, number of rows of x and width); after it a CUDA graph may capture them all.
 
 What bounds these kernels is less the memory than the instructions of a 4-bit look-up: in the time in which an H200 streams one
 weight of a GEMV its SMs can issue about four, in that of dequantising one about twenty. So a thread reads eight weights as one
@@ -282,7 +283,7 @@ def max_rows(shape, dtype):
 
 def matmul(x, packed, scales, shape, out):
     """out (M, out) = x (M, in) @ weight.T, 1 <= M <= max_rows; scales as in dequantize. Sums in fp32, rounded once to x.dtype.
-    A width is built for when it is first met (about a second): the distances between rows then cost no instructions.
+    The width is a constant of the build: so the distances between rows cost no instructions.
     Up to 4 rows the weights are the fp32 products code * absmax, unrounded; from 5 they are rounded to x.dtype, as
     dequantize gives them."""
     (N, K), M = shape, x.shape[0]
