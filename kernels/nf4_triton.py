@@ -35,7 +35,7 @@ DEQUANTIZE = {
     2: {"GROUPS": 1024, "BYTES": 4, "num_warps": 8, "enable_fp_fusion": False},  # by the bytes of an output element
     4: {"GROUPS": 1024, "BYTES": 2, "num_warps": 8, "enable_fp_fusion": False},
 }
-# Rows of the weight in a program of the GEMV, by rows of x. More rows share a loaded x, fewer keep the registers below 128.
+# Rows of the weight in a program of the GEMV, by rows of x. More rows share a loaded x, fewer need fewer registers.
 GEMV_ROWS = {1: 8, 2: 4, 3: 4, 4: 4}
 GEMV = {"CHUNKS": 128, "num_warps": 4, "enable_fp_fusion": False}  # 128 chunks of 8 columns: one a thread
 # From 5 rows of x on the tensor cores multiply: 64 rows of the weight are the M of a Hopper wgmma.
