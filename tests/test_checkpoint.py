@@ -454,6 +454,10 @@ DAMAGES = {  # name: (what happens to a good folder of two shards, what the mess
         change_json("config.json", lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4})),
         "quant_method='gptq'",
     ),
+    "4-bit-in-name-only": (
+        change_json("config.json", lambda c: c.update(quantization_config=BNB)),
+        "config.json has a quantization_config for 4-bit weights, but no weight is in 4 bit",
+    ),
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from minitune import files
 from minitune.config import TrainConfig, arg, parse, run_script
+from minitune.device import choose_device
 from minitune.files import read_json, write_json, write_whole
 
 
@@ -165,6 +166,7 @@ WRONG_TYPED = [
     (["--epochs", "inf"], "epochs is inf"),
     (["--epochs", "-1"], "epochs is -1"),
     (["--max-steps", "0"], "max_steps is 0"),
+    (["--lora-rank", str(10**23)], "expected at most 65536"),
     (["--warmup", "-0.1"], "warmup is -0.1"),
     (["--warmup", "1.5"], "warmup is 1.5"),
     (["--lora-dropout", "1"], "lora_dropout is 1"),
@@ -178,7 +180,7 @@ WRONG_TYPED = [
     (["--seed", str(2**64)], "seed is"),
     (["--test-data", "x.json", "--test-size", "5"], "test_data and test_size"),
     (["--config", "no/such/file.json"], "no/such/file.json does not exist"),
-    (["--config", ""], "is a folder"),
+    (["--config", ""], "--config is empty"),
     (["--data", ""], "data is empty"),
     (["--run", ""], "run is empty"),
 ]
@@ -303,3 +305,20 @@ def test_write_json_is_read_back_by_read_json(tmp_path):
     value = {"text": "ä\u2028\n", "list": [1, 2.5, None]}
     write_json(tmp_path / "f.json", value)
     assert read_json(tmp_path / "f.json") == value
+
+
+WRONG_PATH, FULL_DISK = IsADirectoryError(21, "Is a directory", "out"), OSError(28, "No space left on device", "run/x")
+
+
+@pytest.mark.parametrize(("error", "code"), [(WRONG_PATH, 2), (FULL_DISK, 1)], ids=["wrong path", "full disk"])
+def test_a_path_that_is_wrong_is_exit_2_and_a_full_disk_is_exit_1(script, error, code):
+    def job(config):
+        raise error
+
+    assert script(job=job) == (code, f"error: {error.filename}: {error.strerror}\n")
+
+
+@pytest.mark.parametrize("name", ["cuda:99999999999999999999", "cuda:-1", "gpu", ""])
+def test_a_device_that_cannot_be_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"device is {name!r}, expected auto, cpu, cuda or cuda:N"):
+        choose_device(name)

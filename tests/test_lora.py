@@ -642,6 +642,10 @@ BROKEN = {
         replace_tensor("mlp.fc1.lora_A", lambda t: t.to(torch.float8_e5m2)),
         r"expected F32, F16, BF16, found .*E5M2",
     ),
+    "not-a-number": (
+        replace_tensor("mlp.fc1.lora_A", lambda t: t.fill_(torch.nan)),
+        f"{WEIGHTS} holds NaN or infinity, expected finite weights: .*fc1.lora_A",
+    ),
     "cut-short": (rewrite(WEIGHTS, lambda b: b[:-10]), f"{WEIGHTS} is not a whole safetensors file"),
     "empty": (rewrite(WEIGHTS, lambda b: b""), f"{WEIGHTS} is not a whole safetensors file"),
     "header": (rewrite(WEIGHTS, lambda b: b"\xff" * 8 + b[8:]), f"{WEIGHTS} is not a whole safetensors file"),

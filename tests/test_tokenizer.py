@@ -197,6 +197,18 @@ def test_bos_of_tokenizer_json_is_what_its_post_processor_prepends(tmp_path):
     assert len(without.encode("long text")) == 9
 
 
+@pytest.mark.parametrize("bad", [{"a": 1}, [2, "a"], "x", -1, 2.5, True])
+def test_an_end_id_that_is_none_is_refused_with_its_file(bad, tmp_path):
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id has .*, expected token ids"):
+        json_tokenizer(tmp_path / "a", config={"eos_token_id": 257}, generation_config={"eos_token_id": bad})
+
+
+@pytest.mark.parametrize("bad", [5, ["a"]])
+def test_a_token_name_that_is_no_text_is_refused(bad, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: eos_token is .*, expected the text of a token"):
+        json_tokenizer(tmp_path / "a", tokenizer_config={"eos_token": bad})
+
+
 @pytest.mark.parametrize(("add_bos", "expected"), [(True, 256), (False, None)])
 def test_add_bos_token_of_the_config_settles_bos_of_tokenizer_json(tmp_path, add_bos, expected):
     with_bos = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 256)])

@@ -1165,3 +1165,15 @@ def test_a_folder_named_like_a_short_name_is_that_folder(options, base, tmp_path
     monkeypatch.chdir(tmp_path / "mistral")
     quiet(options(tmp_path / "run2", model=".", max_steps=1).replace(run=None))
     assert (tmp_path / "mistral" / "runs" / "mistral-lora" / "adapter").is_dir()
+
+
+def test_targets_and_tokens_that_the_model_lacks_are_refused_before_weights_load(options, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **kwargs: pytest.fail("the weights were loaded"))
+    with pytest.raises(ValueError, match="no linear layer is named dense_of_another"):
+        train(options(tmp_path / "a", lora_targets=("dense_of_another",)), say=lambda line: None)
+    small = shutil.copytree(base / "llama", tmp_path / "small")
+    stored = read_json(small / "config.json")
+    (small / "config.json").write_text(json.dumps(stored | {"vocab_size": 20}))
+    with pytest.raises(ValueError, match=r"the rows have token \d+, but the model has 20 tokens"):
+        train(options(tmp_path / "b", model=str(small)), say=lambda line: None)
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
