@@ -356,17 +356,20 @@ static void multiply_avx512(const Job *j, int64_t begin, int64_t end) {
 /* bf16. 64 bytes hold 128 elements. Shifted by 0, 4, 8 and 12 bits, the low nibble of word i is element 4i + 1, 4i, 4i + 3 and
  * 4i + 2. So that nothing has to be interleaved, x lies in that order: for each 128 elements the 32 of each shift, zeros where
  * a row ends in the middle; and chunk by chunk, M rows each, since rows 8 KB apart would share their places in the cache. */
-static void permute_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t K, int64_t chunk) {
+BF16_TARGET static void permute_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t K, int64_t chunk) {
   static const int first[4] = {1, 0, 3, 2};
   const int64_t padded = (K + 127) / 128 * 128;
   for (int64_t start = 0; start < padded; start += chunk)
     for (int64_t m = 0; m < M; m++)
       for (int64_t k = start; k < start + chunk && k < padded; k += 128, out += 128)
-        for (int shift = 0; shift < 4; shift++)
-          for (int i = 0; i < 32; i++) {
-            int64_t from = k + 4 * i + first[shift];
-            out[32 * shift + i] = from < K ? x[m * K + from] : 0;
+        for (int part = 0; part < 4; part++) {  // 32 elements: of each four, one goes to each shift
+          const int64_t at = k + 32 * part;
+          __m512i fours = at < K ? _mm512_loadu_si512(x + m * K + at) : _mm512_setzero_si512();
+          for (int shift = 0; shift < 4; shift++) {
+            __m128i words = _mm512_cvtepi64_epi16(_mm512_srli_epi64(fours, 16 * first[shift]));
+            _mm_storeu_si128((__m128i *)(out + 32 * shift + 8 * part), words);
           }
+        }
 }
 
 /* 128 elements of a row in that order, from `block` on; is_half: only 64 are left. */
@@ -384,38 +387,55 @@ BF16_INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w
   }
 }
 
-/* Few rows: the weight goes from its nibbles into the product without leaving the registers. */
-BF16_INLINE void multiply_few(const Job *j, int64_t begin, int64_t end, int M) {
+/* Few rows: the weight goes from its nibbles into the product without leaving the registers. STREAMS rows of the weight at
+ * once: the memory delivers four streams faster than one, and each 32 elements of x are loaded once for all. */
+enum { STREAMS = 8 };
+
+BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int M) {
   const int64_t padded = (j->K + 127) / 128 * 128;
-  for (int64_t n = begin; n < end; n++) {
-    const int64_t block = n * j->K / BLOCK;
-    __m512 sums[4][4];  // four a row: a product waits 6 cycles for the one before it
-    for (int m = 0; m < M; m++)
-      for (int i = 0; i < 4; i++) sums[m][i] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < padded; k += 128) {
+  __m512 sums[STREAMS][4];
+  for (int r = 0; r < rows; r++)
+    for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < padded; k += 128)
+    for (int r = 0; r < rows; r++) {
+      const int64_t block = ((n + r) * j->K + k) / BLOCK;
       __m512bh w[4];
-      _mm_prefetch(j->packed + block * (BLOCK / 2) + k / 2 + 1024, _MM_HINT_T0);
-      decode_128(j, block + k / BLOCK, k + BLOCK == j->K, w);
-      for (int m = 0; m < M; m++)
-        for (int i = 0; i < 4; i++) {
+      _mm_prefetch(j->packed + block * (BLOCK / 2) + 256, _MM_HINT_T0);
+      decode_128(j, block, k + BLOCK == j->K, w);
+      for (int i = 0; i < 4; i++)
+        for (int m = 0; m < M; m++) {
           const uint16_t *x = (const uint16_t *)j->x + m * padded + k + 32 * i;
-          sums[m][i] = _mm512_dpbf16_ps(sums[m][i], w[i], (__m512bh)_mm512_load_si512(x));
+          sums[r][m] = _mm512_dpbf16_ps(sums[r][m], w[i], (__m512bh)_mm512_load_si512(x));
         }
     }
-    for (int m = 0; m < M; m++) {
-      __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[m][0], sums[m][1]), _mm512_add_ps(sums[m][2], sums[m][3]));
-      store(j->out, BF16, m * j->N + n, _mm512_reduce_add_ps(sum));
-    }
-  }
+  for (int r = 0; r < rows; r++)
+    for (int m = 0; m < M; m++) store(j->out, BF16, m * j->N + n + r, _mm512_reduce_add_ps(sums[r][m]));
 }
 
-BF16_TARGET static void multiply_few_bf16(const Job *j, int64_t begin, int64_t end) {
-  switch (j->M) {  // the number of rows as a constant keeps the sums in registers
-    case 1: multiply_few(j, begin, end, 1); break;
-    case 2: multiply_few(j, begin, end, 2); break;
-    case 3: multiply_few(j, begin, end, 3); break;
-    default: multiply_few(j, begin, end, 4);
+/* Numbers of rows as constants keep the sums in registers, at most 16. */
+#define FEW(M) \
+  BF16_TARGET static void multiply_few_##M(const Job *j, int64_t begin, int64_t end) { \
+    const int streams = M <= 2 ? STREAMS : STREAMS / 2; \
+    int64_t n = begin; \
+    for (; n + streams <= end; n += streams) multiply_few(j, n, streams, M); \
+    for (; n < end; n++) multiply_few(j, n, 1, M); \
   }
+FEW(1)
+FEW(2)
+FEW(3)
+FEW(4)
+static const Work FEW_ROWS[] = {NULL, multiply_few_1, multiply_few_2, multiply_few_3, multiply_few_4};
+
+/* The sums of the 16 elements of each of four vectors. */
+BF16_INLINE __m128 sum_of_four(const float *a, const float *b, const float *c, const float *d) {
+  __m512 va = _mm512_load_ps(a), vb = _mm512_load_ps(b), vc = _mm512_load_ps(c), vd = _mm512_load_ps(d);
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(va, vb), _mm512_unpackhi_ps(va, vb));  // a, b, a, b in each 128 bits
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(vc, vd), _mm512_unpackhi_ps(vc, vd));
+  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // a, b, c, d in each 128 bits
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 /* Many rows: ROWS rows of the weight, a chunk at a time, are decoded into the L1 cache and multiplied with COLUMNS rows of x at
@@ -434,7 +454,11 @@ BF16_TARGET static void multiply_many_bf16(const Job *j, int64_t begin, int64_t 
       for (int r = 0; r < ROWS; r++)  // beyond the last row: that row again
         for (int64_t i = 0; i < size; i += 128) {
           __m512bh parts[4];
-          decode_128(j, ((n + (r < rows ? r : rows - 1)) * K + k + i) / BLOCK, k + i + BLOCK == K, parts);
+          const int64_t block = ((n + (r < rows ? r : rows - 1)) * K + k + i) / BLOCK;
+          const int64_t next = block + (k + CHUNK < K ? CHUNK : ROWS * K - k) / BLOCK;  // comes while the products run
+          _mm_prefetch(j->packed + next * (BLOCK / 2), _MM_HINT_T0);
+          if (i == 0 && j->absmax) _mm_prefetch(j->absmax + next, _MM_HINT_T0);
+          decode_128(j, block, k + i + BLOCK == K, parts);
           for (int part = 0; part < 4; part++) _mm512_store_si512(w[r] + i + 32 * part, (__m512i)parts[part]);
         }
       for (int64_t m = 0; m < M; m += COLUMNS) {
@@ -456,9 +480,12 @@ BF16_TARGET static void multiply_many_bf16(const Job *j, int64_t begin, int64_t 
           for (int r = 0; r < ROWS; r++) _mm512_store_ps(sums[m + t][r], s[t][r]);
       }
     }
-    for (int64_t m = 0; m < M; m++)
-      for (int r = 0; r < rows; r++)
-        store(j->out, BF16, m * j->N + n + r, _mm512_reduce_add_ps(_mm512_load_ps(sums[m][r])));
+    for (int64_t m = 0; m < M; m += COLUMNS)
+      for (int r = 0; r < rows; r++) {
+        float four[4];
+        _mm_storeu_ps(four, sum_of_four(sums[m][r], sums[m + 1][r], sums[m + 2][r], sums[m + 3][r]));
+        for (int64_t t = 0; t < COLUMNS && m + t < M; t++) store(j->out, BF16, (m + t) * j->N + n + r, four[t]);
+      }
   }
 }
 
@@ -602,7 +629,7 @@ int nf4_matmul(int level, int threads, int dtype, const void *x, const uint8_t *
   if (level >= AVX512) work = multiply_avx512;
   if (level >= AVX512_BF16 && dtype == BF16) {
     uint16_t *to = (uint16_t *)scratch, *rest = to + (M + 15) / 16 * 16 * padded;
-    work = M <= 4 ? multiply_few_bf16 : level == AMX ? multiply_amx : multiply_many_bf16;
+    work = M <= 4 ? FEW_ROWS[M] : level == AMX ? multiply_amx : multiply_many_bf16;
     permute_x(x, work == multiply_amx ? rest : to, M, K, work == multiply_many_bf16 ? CHUNK : padded);
     if (work == multiply_amx) tile_x(rest, to, M, padded);
   } else
