@@ -13,7 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch  # first, so that its OpenMP is the one that the library finds
+import torch  # before the library, which then finds the OpenMP that torch loaded
+from minitune_kernels import cache
 
 NAME = "cpu"
 SOURCE = Path(__file__).with_name("nf4.c")
@@ -25,11 +26,6 @@ STREAM_BYTES = 8 << 20  # an output of this size leaves the caches before it is 
 
 class NoCompiler(Exception):
     """Why there is no library, in words."""
-
-
-def cache_folder():
-    """Where built kernels lie: XDG_CACHE_HOME or ~/.cache, in it minitune."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitune"
 
 
 def compiler():
@@ -45,26 +41,21 @@ def build(flags=FLAGS, folder=None):
     command = [*compiler(), *flags]
     version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
     digest = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, command)])).hexdigest()
-    try:
-        folder = Path(folder or cache_folder())
-        library = folder / f"nf4-{digest[:16]}.so"
-        if library.exists():
-            return library
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise NoCompiler(f"the cache {folder} cannot be written ({error.strerror}); set XDG_CACHE_HOME") from None
-    try:
-        done = subprocess.run([*command, str(SOURCE), "-o", part, "-lm"], capture_output=True, text=True)
+    library = Path(folder or cache.folder()) / f"nf4-{digest[:16]}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / library.name
+        done = subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise NoCompiler(f"{shlex.join(command)} cannot build {SOURCE.name}: {last}")
-        with open(part, "rb") as built:
-            os.fsync(built.fileno())  # a library that a power cut left half would end the process that loads it
-        os.replace(part, library)
-    finally:
-        Path(part).unlink(missing_ok=True)
+        try:
+            cache.keep(library, built.read_bytes())
+        except OSError as error:
+            raise NoCompiler(
+                f"the cache {library.parent} cannot be written ({error.strerror}); set XDG_CACHE_HOME"
+            ) from None
     return library
 
 

@@ -44,6 +44,11 @@ def why_not(device):
     return nvrtc.why_not(architecture(device))
 
 
+def describe():
+    """What runs, for a line on the screen."""
+    return "CUDA kernels of nf4.cu"
+
+
 @functools.cache
 def functions(device):
     """{(operation, dtype): handle} on `device`."""

@@ -61,6 +61,11 @@ def why_not(device):
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
+def describe():
+    """What runs, for a line on the screen."""
+    return f"Triton {triton.__version__}"
+
+
 @jit
 def load(pointer, mask):
     if mask is None:

@@ -2,19 +2,18 @@
 
 The cubins of sm_70 (V100) and sm_75 (T4) are stored in kernels/cubin, for no current toolkit builds sm_70 any more (NVRTC
 12 does, 13 does not). `python -m minitune_kernels.nvrtc` rewrites them. Those of other chips are built on first use and
-kept in $XDG_CACHE_HOME/minitune or ~/.cache/minitune."""
+kept in the cache folder (see cache.py)."""
 
 import ctypes
 import functools
 import hashlib
 import json
-import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+from minitune_kernels import cache
 
 FOLDER = Path(__file__).resolve().parent
 SOURCE = FOLDER / "nf4.cu"
@@ -114,33 +113,18 @@ def cubin(architecture):
         return path.read_bytes()
     compiler, source = compiler_for(architecture), SOURCE.read_text()
     key = hashlib.sha256("\0".join([source, architecture, compiler.version, *OPTIONS]).encode()).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(home) / "minitune" / f"nf4.{architecture}.{key}.cubin"
+    path = cache.folder() / f"nf4.{architecture}.{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:
         image, _ = compiler.build(source, architecture)
     try:
-        write_whole(path, image)
+        cache.keep(path, image)
     except OSError as error:
         warnings.warn(
             f"{path} cannot be written ({error.strerror}): the kernels are built anew each time", stacklevel=2
         )
     return image
-
-
-def write_whole(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def source_hash():
