@@ -388,19 +388,19 @@ BF16_INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w
 }
 
 /* Few rows: the weight goes from its nibbles into the product without leaving the registers. STREAMS rows of the weight at
- * once: the memory delivers four streams faster than one, and each 32 elements of x are loaded once for all. */
-enum { STREAMS = 8 };
+ * once, `stride` rows apart: the memory delivers four long streams faster than one, and eight are too many. */
+enum { STREAMS = 4 };
 
-BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int M) {
+BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride, int M) {
   const int64_t padded = (j->K + 127) / 128 * 128;
   __m512 sums[STREAMS][4];
   for (int r = 0; r < rows; r++)
     for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
   for (int64_t k = 0; k < padded; k += 128)
     for (int r = 0; r < rows; r++) {
-      const int64_t block = ((n + r) * j->K + k) / BLOCK;
+      const int64_t block = ((n + r * stride) * j->K + k) / BLOCK;
       __m512bh w[4];
-      _mm_prefetch(j->packed + block * (BLOCK / 2) + 256, _MM_HINT_T0);
+      _mm_prefetch(j->packed + block * (BLOCK / 2) + 512, _MM_HINT_T0);
       decode_128(j, block, k + BLOCK == j->K, w);
       for (int i = 0; i < 4; i++)
         for (int m = 0; m < M; m++) {
@@ -409,16 +409,15 @@ BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int M) {
         }
     }
   for (int r = 0; r < rows; r++)
-    for (int m = 0; m < M; m++) store(j->out, BF16, m * j->N + n + r, _mm512_reduce_add_ps(sums[r][m]));
+    for (int m = 0; m < M; m++) store(j->out, BF16, m * j->N + n + r * stride, _mm512_reduce_add_ps(sums[r][m]));
 }
 
-/* Numbers of rows as constants keep the sums in registers, at most 16. */
+/* Numbers of rows as constants keep the sums in registers. */
 #define FEW(M) \
   BF16_TARGET static void multiply_few_##M(const Job *j, int64_t begin, int64_t end) { \
-    const int streams = M <= 2 ? STREAMS : STREAMS / 2; \
-    int64_t n = begin; \
-    for (; n + streams <= end; n += streams) multiply_few(j, n, streams, M); \
-    for (; n < end; n++) multiply_few(j, n, 1, M); \
+    const int64_t stride = (end - begin) / STREAMS; \
+    for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, STREAMS, stride, M); \
+    for (int64_t n = begin + STREAMS * stride; n < end; n++) multiply_few(j, n, 1, 0, M); \
   }
 FEW(1)
 FEW(2)
