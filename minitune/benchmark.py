@@ -18,12 +18,20 @@ import torch
 from safetensors.torch import save_file
 
 from minitune import data, hub
+from minitune.checkpoint import load_model, model_bytes
 from minitune.config import arg, positive
-from minitune.device import environment
+from minitune.device import DTYPES, choose_device, environment
 from minitune.files import read_json, write_json
+from minitune.generate import GenerateConfig, generate
 from minitune.models import build
 from minitune.run_folder import read_lines
 
+GENERATE_MODES = {  # name -> (prompts, options of GenerateConfig)
+    "greedy": (1, {}),
+    "sample": (1, {"do_sample": True, "top_k": 50}),
+    "beam5": (1, {"num_beams": 5}),
+    "batch8beam5": (8, {"num_beams": 5}),
+}
 TRAIN_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
 
 
@@ -148,6 +156,76 @@ def bench_train(config, say=print):
     if config.out:
         write_json(config.out, record)
     return record
+
+
+@dataclass(frozen=True)
+class BenchGenerateConfig:
+    """Which model decodes what, against whom."""
+
+    model: str = arg("tiny-mistral", "model folder, or any name that scripts/train.py takes")
+    quantize: str = arg("none", "weights in 4 bit", choices=("none", "nf4", "nf4-dq"))
+    dtype: str = arg("bf16", "compute dtype", choices=tuple(DTYPES))
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+    modes: tuple[str, ...] = arg(
+        ("greedy", "sample", "beam5", "batch8beam5"), "what is measured", choices=tuple(GENERATE_MODES)
+    )
+    prompt: int = arg(64, "tokens of a prompt, drawn from a seed")
+    new: int = arg(64, "new tokens of each answer")
+    lookup: int = arg(0, "tokens guessed by prompt lookup in the mode greedy; 0: off")
+    peer: str | None = arg(
+        None,
+        "a peer's command, run in turn with minitune; {model} is filled in. It prints a JSON line for each mode, with "
+        "system, mode and new_tokens_per_s",
+    )
+    repeats: int = arg(3, "runs of each, in turn (A B A B ...); medians are quoted")
+    out: str | None = arg(None, "JSON file for the figures and their stamp")
+
+    def __post_init__(self):
+        positive(self, "prompt", "new", "repeats")
+
+
+def bench_generate(config, say=print):
+    """Decode random prompts in each mode, in turn with the peer. Returns the record, also written to `config.out`."""
+    device = choose_device(config.device)
+    model = load_model(config.model, DTYPES[config.dtype], device, config.quantize, say=say)
+    highest, measured = min(30000, model.config.vocab_size), {}
+    for _ in range(config.repeats):
+        generator = torch.Generator().manual_seed(0)
+        for mode in config.modes:
+            prompts = torch.randint(5, highest, (GENERATE_MODES[mode][0], config.prompt), generator=generator).tolist()
+            measured.setdefault(mode, {}).setdefault("minitune", []).append(time_decoding(model, prompts, mode, config))
+        if config.peer:
+            output, _ = run_measured(shlex.split(config.peer.replace("{model}", config.model)))
+            for line in output.splitlines():
+                if line.startswith("{") and (row := json.loads(line))["mode"] in measured:
+                    measured[row["mode"]].setdefault(row["system"], []).append(row["new_tokens_per_s"])
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "settings": {key: getattr(config, key) for key in ("quantize", "dtype", "prompt", "new", "lookup", "repeats")}
+        | {"model": Path(config.model).name},
+        "machine": environment(device),
+        "new_tokens_per_s": measured,
+        "median": {mode: {name: statistics.median(runs) for name, runs in systems.items()}
+                   for mode, systems in measured.items()},
+        "weights_gb": model_bytes(model) / 1e9,
+    }  # fmt: skip
+    say(f"\n{'mode':<14}{'system':<24}{'new tokens/s':>14}{'ratio':>8}")
+    for mode, systems in record["median"].items():
+        for name, speed in systems.items():
+            ratio = systems["minitune"] / speed
+            say(f"{mode:<14}{name:<24}{speed:>14.1f}" + (f"{ratio:>7.2f}x" if name != "minitune" else ""))
+    if config.out:
+        write_json(config.out, record)
+    return record
+
+
+def time_decoding(model, prompts, mode, config):
+    """New tokens a second of one decoding, after a short one that warms up."""
+    options = {"eos_ids": (), **GENERATE_MODES[mode][1]} | ({"lookup": config.lookup} if mode == "greedy" else {})
+    generate(model, prompts, GenerateConfig(max_new_tokens=4, **options))
+    started = time.perf_counter()
+    answers = generate(model, prompts, GenerateConfig(max_new_tokens=config.new, **options))
+    return sum(map(len, answers)) / (time.perf_counter() - started)
 
 
 MISTRAL_7B = {

@@ -70,6 +70,7 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
             module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
     if tied:
         net.lm_head.weight = net.model.embed_tokens.weight
+    net.eos_ids = end_ids(folder)
     left = [name for name, p in (*net.named_parameters(), *net.named_buffers()) if p.is_meta]
     assert not left, f"not loaded: {left[:5]}"
     if say:
@@ -102,6 +103,20 @@ def build_empty(folder):
         raise ValueError(f"{folder}: {error}") from None
     except RuntimeError as error:  # meta tensors fail for one reason only: their size
         raise ValueError(f"{folder}: the sizes in config.json are absurd: {str(error).splitlines()[0]}") from None
+
+
+def end_ids(folder):
+    """The token ids that end an answer, as transformers takes them: of generation_config.json, else of config.json."""
+    path = folder / "generation_config.json"
+    stored = read_json(path) if path.is_file() else {}
+    for name, config in (("generation_config.json", stored), ("config.json", read_json(folder / "config.json"))):
+        ids = config.get("eos_token_id") if isinstance(config, dict) else None
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+                raise ValueError(f"{folder / name}: eos_token_id is {ids!r}, expected token ids, 0 or more")
+            return tuple(ids)
+    return ()
 
 
 def count_parameters(net):

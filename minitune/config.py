@@ -125,6 +125,13 @@ def field_type(cls, f):
     return hint, False, optional
 
 
+def check_types(config):
+    """Raises ValueError where a field is not of its type or its choices: Python code builds configs too."""
+    for f in fields(config):
+        if expected := misfit(type(config), f, getattr(config, f.name)):
+            raise ValueError(f"{f.name} is {getattr(config, f.name)!r}, expected {expected}")
+
+
 def positive(config, *names):
     """Raises ValueError where one of these fields is not above 0 (None passes: it means 'not set')."""
     for name in names:
@@ -263,9 +270,8 @@ class TrainConfig:
         return RECIPES.get(values.get("model", "tiny-mistral"), {})
 
     def __post_init__(self):
-        for f in fields(self):  # again, since Python code builds it too
-            if expected := misfit(type(self), f, getattr(self, f.name)):
-                raise ValueError(f"{f.name} is {getattr(self, f.name)!r}, expected {expected}")
+        check_types(self)
+        for f in fields(self):
             if getattr(self, f.name) == "":  # an empty shell variable; it must not mean 'not set'
                 raise ValueError(f"{f.name} is empty; give a value, or leave the option out")
         positive(

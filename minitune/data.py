@@ -172,8 +172,9 @@ def load_for(config, tokenizer):
     return load(source, tokenizer, **{name: getattr(config, name) for name in names})
 
 
-def read_rows(path):
-    """The rows of a .json (list of objects), .jsonl, .csv (with a header) or .parquet file, as a list of dicts.
+def read_rows(path, of_texts=False):
+    """The rows of a .json (list of objects), .jsonl, .csv (with a header) or .parquet file, as a list of dicts; of_texts: a
+    row may be a text too.
 
     Text is UTF-8, with or without a BOM. Raises ValueError with the file and the place on anything else."""
     path = Path(path)
@@ -187,7 +188,7 @@ def read_rows(path):
     if not rows:
         raise ValueError(f"{path} has no rows")
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) and not (of_texts and isinstance(row, str)):
             raise ValueError(f"{path}, row {number} is a {type(row).__name__}, expected an object: {show(row)}")
     return rows
 

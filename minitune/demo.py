@@ -91,5 +91,5 @@ def fine_tune_and_compare(name, quantize, kind, config, say):
 def answer(model, tokenizer, dataset, max_new_tokens):
     """The greedy answers to every prompt of a dataset, as text."""
     prompts = [example.ids[: example.prompt_length] for example in dataset.examples]
-    settings = GenerateConfig(max_new_tokens, tuple(tokenizer.eos_ids))
+    settings = GenerateConfig(max_new_tokens, eos_ids=tuple(tokenizer.eos_ids))
     return [tokenizer.decode(ids) for ids in generate(model, prompts, settings)]

@@ -1,11 +1,19 @@
-"""Decoding: a model and prompts in, new tokens out. Greedy, over a key-value cache. It never loads a model."""
+"""Decoding: a model and prompts in, new tokens out. Greedy, sampling, beam search and beam sampling over a key-value cache.
 
-from dataclasses import dataclass
+The options mean what they mean in transformers, whose tokens these are. It never loads a model."""
+
+import hashlib
+from dataclasses import dataclass, field
 
 import torch
 
-from minitune.config import arg, positive
-from minitune.models.layers import Cache
+from minitune import sampling
+from minitune.config import arg, check_types, positive
+from minitune.models.cache import Cache
+
+PREFILL_TOKENS = 2048  # of prompts that go through the model at once
+NEVER = -1e9  # the score of a beam that is none, as in transformers
+EARLY = {False: "no", True: "yes"}
 
 
 @dataclass(frozen=True)
@@ -13,39 +21,420 @@ class GenerateConfig:
     """How an answer is decoded."""
 
     max_new_tokens: int = arg(64, "longest answer, in tokens")
-    eos_ids: tuple[int, ...] = arg((), "ids that end an answer")
+    min_new_tokens: int = arg(0, "an answer does not end before this many tokens")
+    num_beams: int = arg(1, "beams; 1: no beam search")
+    do_sample: bool = arg(False, "draw tokens instead of taking the most likely")
+    temperature: float = arg(1.0, "sampling: scores are divided by it; 0: not sampled")
+    top_k: int = arg(50, "sampling: only the k most likely tokens; 0: all")
+    top_p: float = arg(1.0, "sampling: only the most likely tokens that reach this probability, above 0 to 1")
+    min_p: float = arg(0.0, "sampling: only tokens at least this probable, as a share of the most likely one, 0 to 1")
+    repetition_penalty: float = arg(1.0, "tokens that were there are made less likely by it (above 1)")
+    no_repeat_ngram_size: int = arg(0, "no n-gram of this many tokens comes twice; 0: allowed")
+    length_penalty: float = arg(1.0, "beams: the score of an answer is divided by its length to this power")
+    early_stopping: str = arg(
+        "no",
+        "beams: yes ends when num_beams answers are done, no when a better one is unlikely, never when it is impossible",
+        choices=("no", "yes", "never"),
+    )
+    num_return_sequences: int = arg(1, "answers of each prompt: samples, or the best beams")
+    stop: tuple[str, ...] = arg((), "texts that end an answer")
+    seed: int = arg(0, "of the sampling")
+    lookup: int = arg(
+        0, "greedy, one prompt: guess up to this many tokens from a repeated n-gram, and check them in one step; 0: off"
+    )
+    eos_ids: tuple[int, ...] | None = arg(None, "token ids that end an answer; not set: the checkpoint's")
 
     def __post_init__(self):
-        positive(self, "max_new_tokens")
+        if isinstance(self.early_stopping, bool):  # transformers' spelling
+            object.__setattr__(self, "early_stopping", EARLY[self.early_stopping])
+        check_types(self)
+        positive(self, "max_new_tokens", "num_beams", "num_return_sequences", "repetition_penalty")
+        for name in ("min_new_tokens", "temperature", "top_k", "no_repeat_ngram_size", "seed", "lookup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected a number above 0 and up to 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}, expected a number from 0 to 1")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        if self.num_return_sequences > 1 and not self.samples and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}, but greedy decoding has one answer and beam search "
+                f"num_beams={self.num_beams}; sample, or raise num_beams"
+            )
+        if self.lookup and (self.num_beams > 1 or self.samples):
+            raise ValueError("lookup is for greedy decoding; set it to 0 with beams or sampling")
+        if "" in self.stop:
+            raise ValueError("stop has an empty text, which every answer contains; leave it out")
+
+    @property
+    def samples(self):
+        """Whether tokens are drawn: a temperature of 0 means that they are not."""
+        return self.do_sample and self.temperature > 0
+
+
+@dataclass
+class Answer:
+    """One decoded answer. ids: without the end token. logprobs: of each id (and of the end token, last, where there was
+    one) under the model itself, before penalties and warpers. score: of beam search, with its length penalty."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended_by: str = "length"  # eos, stop or length
+    score: float | None = None
+
+
+@dataclass
+class Counts:
+    """What a decoding did: steps of the model after the prompts, tokens guessed by lookup and how many of them were right."""
+
+    steps: int = 0
+    guessed: int = 0
+    accepted: int = 0
+
+
+def generate(model, prompts, config, tokenizer=None):
+    """The new token ids of each prompt, without the one that ended it.
+
+    prompts: lists of token ids, of unequal length. Returns one list for each, or num_return_sequences lists side by side.
+    What comes out does not depend on what else is in the batch. Raises ValueError as decode() does."""
+    return [answer.ids for answer in decode(model, prompts, config, tokenizer)[0]]
 
 
 @torch.no_grad()
-def generate(model, prompts, config):
-    """The most likely continuation, token by token (greedy).
+def decode(model, prompts, config, tokenizer=None, on_token=None):
+    """([Answer of each prompt, num_return_sequences of each side by side], Counts).
 
-    prompts: lists of token ids, of unequal length. Returns a list of new ids for each, without the one that ended it.
-    Raises ValueError on an empty prompt."""
-    if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
-        raise ValueError(f"prompt {empty[0]} has no tokens; give at least one, such as BOS")
+    tokenizer: for `stop`. on_token: called with each new id of a single answer as it comes (not with beams).
+    Raises ValueError on an empty prompt, one that leaves no room in the model's context, ids that the model does not have,
+    and options that do not go together; FloatingPointError on NaN in the logits."""
+    check(model, prompts, config, tokenizer, on_token)
     if not prompts:
-        return []
-    device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    padded = [[0] * (longest - len(p)) + list(p) for p in prompts]
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    unequal = any(len(p) < longest for p in prompts)
-    ids = torch.tensor(padded, device=device)  # (B, T), padded on the left
-    cache = Cache(model.config.num_hidden_layers, longest + config.max_new_tokens)
-    answers, running = [[] for _ in prompts], set(range(len(prompts)))
-    for _ in range(config.max_new_tokens):
-        hidden = model.model(ids, attention_mask=mask if unequal else None, cache=cache)[:, -1:]
-        ids = model.lm_head(hidden).argmax(-1)  # (B, 1)
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-        for i, token in enumerate(ids[:, 0].tolist()):
-            if i in running and token in config.eos_ids:
-                running.remove(i)
-            elif i in running:
-                answers[i].append(token)
-        if not running:
-            break
-    return answers
+        return [], Counts()
+    was_training = model.training
+    model.eval()
+    try:
+        decoder = Decoder(model, config, tokenizer)
+        return decoder.beams(prompts) if config.num_beams > 1 else decoder.rows(prompts, on_token)
+    finally:
+        model.train(was_training)
+
+
+def check(model, prompts, config, tokenizer, on_token):
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} has no tokens; give at least one, such as BOS")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, but the model's context is {context}, answer included; shorten it"
+            )
+        if not 0 <= min(prompt) or max(prompt) >= vocabulary:
+            wrong = next(t for t in prompt if not 0 <= t < vocabulary)
+            raise ValueError(f"prompt {i} has the token {wrong}, but the model has {vocabulary} tokens")
+    if config.stop and tokenizer is None:
+        raise ValueError("stop is given, but no tokenizer, which is needed to find these texts")
+    if on_token and (config.num_beams > 1 or len(prompts) * config.num_return_sequences != 1):
+        raise ValueError("streaming needs a single answer without beams: a beam may still be replaced by another")
+    if config.lookup and len(prompts) > 1:
+        raise ValueError(f"lookup is for one prompt at a time, and there are {len(prompts)}; set it to 0")
+
+
+class Decoder:
+    """The loops of decode(), over one model and its options."""
+
+    def __init__(self, model, config, tokenizer):
+        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.eos = config.eos_ids if config.eos_ids is not None else getattr(model, "eos_ids", ())
+        self.device = next(model.parameters()).device
+        self.window = getattr(model.config, "sliding_window", None)
+        self.counts = Counts()
+
+    # --- the model ---
+
+    def read(self, prompts, sequences, draft=0):
+        """(cache, fp32 logits (B, V) after each prompt). Prompts are packed, and cut where they are long."""
+        lengths = [len(prompt) for prompt in prompts]
+        cache = Cache(
+            self.model.config.num_hidden_layers, lengths, sequences, self.config.max_new_tokens, self.window, draft
+        )
+        last, call, size = {}, [], 0
+
+        def run():
+            nonlocal call, size
+            cache.read(call)
+            ids = torch.tensor([[t for i, start, stop in call for t in prompts[i][start:stop]]], device=self.device)
+            hidden, end = self.model.model(ids, cache=cache)[0], 0
+            for i, start, stop in call:
+                end += stop - start
+                if stop == lengths[i]:
+                    last[i] = hidden[end - 1]
+            call, size = [], 0
+
+        for i, length in enumerate(lengths):
+            start = 0
+            while start < length:
+                stop = min(length, start + PREFILL_TOKENS - size)
+                call.append((i, start, stop))
+                start, size = stop, size + stop - start
+                if size == PREFILL_TOKENS:
+                    run()
+        if call:
+            run()
+        hidden = torch.stack([last[i] for i in range(len(prompts))])
+        return cache, self.logits(hidden)
+
+    def logits(self, hidden):
+        logits = self.model.lm_head(hidden).float()
+        if torch.isnan(logits).any():
+            raise FloatingPointError(
+                "the model's logits are NaN: its weights are damaged, or too large for this dtype; try fp32"
+            )
+        return logits
+
+    def step(self, cache, tokens):
+        """tokens (R, T) -> fp32 logits (R, T, V)."""
+        self.counts.steps += 1
+        return self.logits(self.model.model(tokens, cache=cache))
+
+    # --- scores ---
+
+    def adjust(self, scores, histories, new_length):
+        """The penalties and bans that do not belong to sampling. histories: ids of each row, prompt included."""
+        config = self.config
+        if config.repetition_penalty != 1.0:
+            scores = sampling.penalise_repetition(scores, self.seen(histories), config.repetition_penalty)
+        if config.no_repeat_ngram_size:
+            scores = sampling.ban_repeated_ngrams(scores, histories, config.no_repeat_ngram_size)
+        if new_length < config.min_new_tokens and self.eos:
+            scores = sampling.ban(scores, self.eos)
+        return scores
+
+    def warp(self, scores, keep=1):
+        config = self.config
+        return sampling.warp(scores, config.temperature, config.top_k, config.top_p, config.min_p, keep)
+
+    def seen(self, histories):
+        """(R, V) bool, which tokens a history has."""
+        seen = torch.zeros(len(histories), self.model.config.vocab_size, dtype=torch.bool)
+        for row, ids in enumerate(histories):
+            seen[row, ids] = True
+        return seen.to(self.device)
+
+    def generators(self, prompts):
+        """A source of random numbers for each answer, made from the seed, its prompt and which answer of it it is: what else
+        is in the batch changes nothing."""
+        made, generators = {}, []
+        for prompt in prompts:
+            for _ in range(self.config.num_return_sequences):
+                copy = made[tuple(prompt)] = made.get(tuple(prompt), -1) + 1
+                digest = hashlib.sha256(f"{self.config.seed} {copy} {list(prompt)}".encode()).digest()
+                generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+        return generators
+
+    def ends(self, ids):
+        """ "eos" or "stop" where the last of these new ids ends an answer, else None."""
+        if ids[-1] in self.eos:
+            return "eos"
+        if self.config.stop:
+            # the last tokens that can hold a stop text: each token has a character at least, but a byte token less
+            text = self.tokenizer.decode(ids[-4 * max(map(len, self.config.stop)) - 1 :])
+            if any(stop in text for stop in self.config.stop):
+                return "stop"
+        return None
+
+    # --- greedy and sampling ---
+
+    def rows(self, prompts, on_token=None):
+        """Every answer by itself. Prompts whose answers are all done leave the batch."""
+        config, n = self.config, self.config.num_return_sequences
+        answers, length = [Answer() for _ in range(len(prompts) * n)], 0
+        generators = self.generators(prompts) if config.samples else None
+        cache, logits = self.read(prompts, n, config.lookup)
+        logits = logits.repeat_interleave(n, dim=0)
+        running = list(range(len(prompts)))  # prompts; answer i of prompt p is p * n + i
+        histories = [list(prompt) for prompt in prompts for _ in range(n)]
+        done = [False] * len(answers)
+        while True:
+            active = [p * n + i for p in running for i in range(n)]
+            drawn_from = generators and [generators[a] for a in active]
+            tokens = self.choose(logits, [histories[a] for a in active], length, drawn_from)
+            length += 1
+            logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+            for a, token, logprob in zip(active, tokens.tolist(), logprobs, strict=True):
+                if not done[a]:
+                    histories[a].append(token)
+                    done[a] = self.append(answers[a], token, logprob, on_token)
+            still = [k for k, p in enumerate(running) if not all(done[p * n : p * n + n])]
+            if not still:
+                return answers, self.counts
+            if len(still) < len(running):
+                kept = [k * n + i for k in still for i in range(n)]
+                cache.keep(still)
+                running, tokens = [running[k] for k in still], tokens[kept]
+            if config.lookup:
+                logits = self.guess(cache, histories[0], answers[0], on_token)
+                if logits is None:
+                    return answers, self.counts
+                length = len(answers[0].ids)
+            else:
+                logits = self.step(cache, tokens[:, None])[:, -1]
+
+    def choose(self, logits, histories, new_length, generators):
+        """The next token (R,) of each row."""
+        scores = self.adjust(logits, histories, new_length)
+        if generators is None:
+            return scores.argmax(-1)
+        numbers = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+        return sampling.draw(self.warp(scores), numbers)
+
+    def append(self, answer, token, logprob, on_token=None):
+        """Add a token to an answer. Returns whether it is done."""
+        answer.ids.append(token)
+        answer.logprobs.append(logprob)
+        ended = self.ends(answer.ids)
+        if ended == "eos":
+            answer.ids.pop()
+        elif on_token:
+            on_token(token)
+        if ended:
+            answer.ended_by = ended
+        return bool(ended) or len(answer.ids) == self.config.max_new_tokens
+
+    def guess(self, cache, history, answer, on_token):
+        """A step of prompt lookup: guess the tokens that followed the last n-gram where it stood before, and check all of them
+        at once. Appends those that greedy decoding takes too. Returns the logits (1, V) after them, None where it is done."""
+        room = self.config.max_new_tokens - len(answer.ids)
+        guess = lookup(history, min(self.config.lookup, room - 1))
+        tokens = torch.tensor([[history[-1], *guess]], device=self.device)
+        logits = self.step(cache, tokens)[0]  # (1 + guessed, V)
+        self.counts.guessed += len(guess)
+        accepted = 0
+        for i, token in enumerate(guess):
+            if self.choose(logits[i : i + 1], [history], len(answer.ids), None).item() != token:
+                break
+            accepted += 1
+            self.counts.accepted += 1
+            history.append(token)
+            if self.append(answer, token, logits[i].log_softmax(-1)[token].item(), on_token):
+                return None
+        cache.drop(len(guess) - accepted)
+        return logits[accepted : accepted + 1]
+
+    # --- beams ---
+
+    def beams(self, prompts):
+        """Beam search, or beam sampling, with transformers' rules: see its _beam_search. A prompt leaves when it is done."""
+        config, n = self.config, self.config.num_beams
+        candidates = max(2, 1 + len(self.eos)) * n  # enough to go on where the best n all end
+        searches = [Search(list(prompt), n, self.device) for prompt in prompts]
+        generators = self.generators(prompts)[:: config.num_return_sequences] if config.samples else None
+        cache, logits = self.read(prompts, n)
+        logits = logits.repeat_interleave(n, dim=0)
+        running = list(range(len(prompts)))
+        while True:
+            active = [searches[p] for p in running]
+            raw = logits.log_softmax(-1)
+            scores = self.adjust(raw, [ids for search in active for ids in search.histories()], active[0].length)
+            if config.samples:
+                scores = self.warp(scores, keep=len(self.eos) + 1 if self.eos else 2)
+            V = scores.shape[-1]
+            totals = scores.view(len(active), n, V) + torch.stack([search.scores for search in active])[:, :, None]
+            totals = totals.view(len(active), n * V)
+            if config.samples:
+                numbers = [torch.rand(n * V, generator=generators[p], dtype=torch.float64) for p in running]
+                drawn = [sampling.draw_several(*parts, candidates) for parts in zip(totals, numbers, strict=True)]
+                picks = torch.stack(drawn).to(self.device)
+                best = totals.gather(1, picks)
+            else:
+                best, picks = totals.topk(candidates)
+            raw = raw.view(len(active), n * V).gather(1, picks)
+            parents = [
+                search.advance(self, *parts)
+                for search, *parts in zip(active, best, picks // V, picks % V, raw, strict=True)
+            ]
+            still = [k for k, search in enumerate(active) if not search.done]
+            if not still:
+                break
+            if cache.new:
+                rows = torch.cat([k * n + parent for k, parent in enumerate(parents)])
+                if not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+                    cache.reorder(rows)
+            if len(still) < len(running):
+                cache.keep(still)
+                running = [running[k] for k in still]
+            tokens = torch.cat([searches[p].last for p in running])
+            logits = self.step(cache, tokens[:, None])[:, -1]
+        return [answer for s in searches for answer in s.answers(self, config.num_return_sequences)], self.counts
+
+
+class Search:
+    """The beams of one prompt: those that go on, and the best that ended."""
+
+    def __init__(self, prompt, beams, device):
+        self.prompt, self.beams, self.length, self.done = prompt, beams, 0, False
+        self.tokens = [[] for _ in range(beams)]  # new ids of the running beams
+        self.logprobs = [[] for _ in range(beams)]
+        self.scores = torch.full((beams,), NEVER, device=device)
+        self.scores[0] = 0.0  # at first all beams are the same one
+        self.ended = []  # (score, ids, logprobs, how), the best first, at most `beams`
+        self.can_improve = True
+        self.last = None
+
+    def histories(self):
+        return [self.prompt + tokens for tokens in self.tokens]
+
+    def advance(self, decoder, scores, beams, tokens, logprobs):
+        """Take in the candidates of a step, the best first. Returns the old beam (n,) that each new one goes on from."""
+        config, n = decoder.config, self.beams
+        full = self.length + 1 == config.max_new_tokens
+        beam_list, token_list = beams.tolist(), tokens.tolist()
+        ids = [[*self.tokens[b], t] for b, t in zip(beam_list, token_list, strict=True)]
+        how = [decoder.ends(new) or ("length" if full else None) for new in ids]
+        # The n best candidates may end; the others are there to go on. In fp32, as transformers computes.
+        is_full = len(self.ended) == n and config.early_stopping == "yes"
+        for i in range(n):
+            if how[i] and self.can_improve and not is_full:
+                score = (scores[i] / (self.length + 1) ** config.length_penalty).item()
+                entry = score, ids[i], [*self.logprobs[beam_list[i]], logprobs[i].item()], how[i]
+                self.ended.append(entry)
+        self.ended = sorted(self.ended, key=lambda entry: -entry[0])[:n]
+        # transformers lowers the scores of those that ended, and takes the n best of all.
+        lowered = scores + torch.tensor([NEVER if end else 0.0 for end in how], device=scores.device)
+        chosen = lowered.topk(n).indices
+        self.scores = lowered[chosen]
+        rows = chosen.tolist()
+        self.logprobs = [[*self.logprobs[beam_list[i]], logprobs[i].item()] for i in rows]
+        self.tokens = [ids[i] for i in rows]
+        self.last = tokens[chosen]
+        self.length += 1
+        self.can_improve = self.can_improve and self.may_improve(config)
+        self.done = not self.can_improve or all(how) or (len(self.ended) == n and config.early_stopping == "yes")
+        return beams[chosen]
+
+    def may_improve(self, config):
+        """Whether a running beam may still pass the worst that ended, by transformers' estimate."""
+        if len(self.ended) < self.beams:
+            return True
+        length = self.length
+        if config.early_stopping == "never" and config.length_penalty > 0:
+            length = config.max_new_tokens
+        return (self.scores[0] / length**config.length_penalty).item() > self.ended[-1][0]
+
+    def answers(self, decoder, count):
+        answers = []
+        for score, ids, logprobs, how in self.ended[:count]:
+            answers.append(Answer(ids[:-1] if how == "eos" else ids, logprobs, how, score))
+        return answers
+
+
+def lookup(ids, count, longest=3):
+    """Up to `count` ids that followed the last n-gram of `ids` where it stood before, most recently; [] where it did not.
+    n from `longest` down to 1."""
+    for size in range(min(longest, len(ids) - 1), 0, -1):
+        suffix = ids[-size:]
+        for start in range(len(ids) - size - 1, -1, -1):
+            if ids[start : start + size] == suffix:
+                return ids[start + size : start + size + count] if count > 0 else []
+    return []

@@ -1,4 +1,4 @@
-"""Formats of rows and the templates that turn a row into text. No tokens here, and no files."""
+"""Formats of rows, and the templates that turn a row or a conversation into text. No tokens here, and no files."""
 
 import reprlib
 
@@ -69,3 +69,44 @@ def text_of(row, key):
     if not isinstance(row[key], str):
         raise ValueError(f"{key!r} is {reprlib.repr(row[key])}, expected text")
     return row[key]
+
+
+# --- conversations ---
+
+BOS, EOS = object(), object()  # in a rendered conversation: the tokenizer's begin and end token
+CHAT_TEMPLATES = ("alpaca", "plain", "llama2", "mistral", "phi2")
+ADAPTER_TEMPLATES = {"alpaca": "alpaca", "prompt_completion": "plain", "text": "plain"}  # by the rows trained on
+
+
+def conversation(turns, template, system=None):
+    """A conversation as pieces to tokenise one by one: texts, BOS and EOS. It ends where the next answer begins.
+
+    turns: [question, answer, question, ...], the last one a question. system: a text before all, or None.
+    alpaca: the study's, earlier turns before the last; plain: nothing around it; llama2: Llama-2-chat; mistral: Mistral-Instruct
+    v2 and v3; phi2: Phi-2's question and answer. Raises ValueError on another template."""
+    if template not in CHAT_TEMPLATES:
+        raise ValueError(f"template is {template!r}, expected one of {', '.join(CHAT_TEMPLATES)}")
+    pieces = [] if template == "llama2" else [BOS]
+    for i in range(0, len(turns), 2):
+        question, answer = turns[i], turns[i + 1] if i + 1 < len(turns) else None
+        opening = f"{system}\n\n" if system and i == 0 else ""
+        if template == "alpaca":
+            pieces.append(opening + alpaca_prompt(question))
+        elif template == "plain":
+            pieces.append(opening + question)
+        elif template == "llama2":
+            opening = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else ""
+            pieces += [BOS, f"[INST] {opening}{question} [/INST]"]
+        elif template == "mistral":
+            pieces.append(f"[INST] {opening}{question}[/INST]")
+        else:
+            pieces.append(f"{opening}Instruct: {question}\nOutput:")
+        if answer is not None:
+            pieces += {
+                "alpaca": [answer, EOS, "\n\n"],
+                "plain": [answer, "\n"],
+                "llama2": [f" {answer} ", EOS],
+                "mistral": [f" {answer}", EOS],
+                "phi2": [f" {answer}", EOS, "\n"],
+            }[template]
+    return pieces

@@ -436,7 +436,7 @@ def sample_answers(model, tokenizer, examples, max_new_tokens):
     """What the model answers (greedy) to the prompts of some examples: [{"prompt", "answer", "reference"}]."""
     model.eval()
     prompts = [example.ids[: example.prompt_length] for example in examples]
-    answers = generate(model, prompts, GenerateConfig(max_new_tokens, tuple(tokenizer.eos_ids)))
+    answers = generate(model, prompts, GenerateConfig(max_new_tokens, eos_ids=tuple(tokenizer.eos_ids)))
     references = [[i for i in e.ids[e.prompt_length :] if i not in tokenizer.eos_ids] for e in examples]
     return [
         dict(zip(("prompt", "answer", "reference"), map(tokenizer.decode, texts), strict=True))

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from minitune.models import build
-from minitune.models.layers import Cache, chunked_cross_entropy
+from minitune.models.cache import Cache
+from minitune.models.layers import chunked_cross_entropy
 
 SIZES = dict(
     vocab_size=97,
@@ -142,19 +143,19 @@ def test_cached_equals_uncached(corner):
     if "dynamic" in corner:
         pytest.skip("dynamic scaling turns the cached keys by the length at their time, in transformers too")
     _, ours = pair(corner)
-    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
-    mask[0, :4] = 0
-    for attention_mask in (None, mask):
-        whole = ours(ids, attention_mask=attention_mask)
-        cache, pieces, start = Cache(SIZES["num_hidden_layers"], 30), [], 0
-        for size in (12, 1, 1, 9, 7):
-            piece = slice(start, start + size)
-            seen = None if attention_mask is None else mask[:, : start + size]
-            pieces.append(ours(ids[:, piece], attention_mask=seen, cache=cache))
-            start += size
-        found = torch.cat(pieces, dim=1)
-        kept = mask.bool() if attention_mask is not None else torch.ones_like(mask).bool()
-        torch.testing.assert_close(found[kept], whole[kept], rtol=0, atol=1e-5)
+    ids, lengths, new = tokens(2, 30), (12, 5), 18
+    cache = Cache(
+        SIZES["num_hidden_layers"], lengths, max_new_tokens=new, window=getattr(ours.config, "sliding_window", None)
+    )
+    for pieces in ([(0, 0, 7)], [(0, 7, 12), (1, 0, 5)]):
+        cache.read(pieces)
+        last = ours(torch.cat([ids[i, start:stop] for i, start, stop in pieces])[None], cache=cache)
+    steps = torch.stack([ids[i, length : length + new] for i, length in enumerate(lengths)])
+    found = torch.cat([ours(part, cache=cache) for part in steps.split(1, dim=1)], dim=1)
+    for i, length in enumerate(lengths):
+        whole = ours(ids[i : i + 1, : length + new])
+        torch.testing.assert_close(found[i], whole[0, length:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(last[0, -5:], ours(ids[1:, :5])[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("corner", ["llama-gqa", "mistral-window", "phi"])

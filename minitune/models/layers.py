@@ -1,8 +1,7 @@
-"""The formulas that every architecture shares: RMSNorm, SwiGLU, RoPE, attention, the key-value cache, cross-entropy
-over chunks.
+"""The formulas that every architecture shares: RMSNorm, SwiGLU, RoPE, attention, cross-entropy over chunks.
 
 No wiring here: how a block connects them is written out in each model file. Letters: B batch, T tokens of this call,
-S keys (T plus what a cache holds), C hidden, H heads, H_kv key-value heads, D head dim, V vocabulary, N supervised
+S keys (T plus what a cache holds, see cache.py), C hidden, H heads, H_kv key-value heads, D head dim, V vocabulary, N supervised
 tokens."""
 
 import math
@@ -212,40 +211,43 @@ class Layout:
     documents: list[int] | None = None
     mask: torch.Tensor | None = None
     window_masks: dict = field(default_factory=dict)
+    cache_masks: tuple | None = None
 
     @classmethod
     def of(cls, input_ids, attention_mask=None, documents=None, cache=None, window=None):
-        """input_ids (B, T); attention_mask (B, S), 0 on padding (left or right); documents: lengths that sum to T,
-        with B = 1."""
+        """input_ids (B, T); attention_mask (B, T), 0 on padding (left or right); documents: lengths that sum to T,
+        with B = 1; cache: a cache.Cache, which knows where its tokens stand. One of the three at most."""
         B, T = input_ids.shape
-        past = cache.length if cache else 0
         device = input_ids.device
+        if sum(given is not None for given in (attention_mask, documents, cache)) > 1:
+            raise ValueError("attention_mask, documents and cache are given together; give one of them")
+        if cache is not None:
+            return cls(cache.positions(T, device), window, documents=[b - a for _, a, b in cache.pieces] or None)
         if documents is not None:
-            if B != 1 or sum(documents) != T or attention_mask is not None or cache is not None:
-                raise ValueError(
-                    f"documents={documents} must sum to the {T} tokens of one row (here {B} rows), "
-                    "without attention_mask and cache"
-                )
+            if B != 1 or sum(documents) != T:
+                raise ValueError(f"documents={documents} must sum to the {T} tokens of one row (here {B} rows)")
             positions = torch.cat([torch.arange(n, device=device) for n in documents])[None]
             return cls(positions, window, documents=[n for n in documents if n])
         if attention_mask is None:
-            positions = torch.arange(past, past + T, device=device).expand(B, T)
+            positions = torch.arange(T, device=device).expand(B, T)
         else:
-            if attention_mask.shape != (B, past + T):
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, past + T)}: "
-                    "one value for every token, those in the cache included"
-                )
-            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+            if attention_mask.shape != (B, T):
+                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, T)}")
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         mask = None
-        if attention_mask is not None or past and T > 1 or window and past + T > window:
-            mask = causal_mask(T, past + T, window, device)
+        if attention_mask is not None or window and T > window:
+            mask = causal_mask(T, T, window, device)
             if attention_mask is not None:
                 # Padding sees itself, so that no row of the softmax is empty: empty rows would be NaN.
                 own = torch.eye(T, dtype=torch.bool, device=device)
-                own = F.pad(own, (past, 0))
                 mask = mask & attention_mask.bool()[:, None, None, :] | own
         return cls(positions, window, mask=mask)
+
+    def masks(self, cache):
+        """cache.masks() for these positions, made by the first layer that asks."""
+        if self.cache_masks is None:
+            self.cache_masks = cache.masks(self.positions)
+        return self.cache_masks
 
     def document_mask(self, length):
         """The mask inside a packed document: None (plain causal) unless it is longer than the window."""
@@ -263,9 +265,11 @@ def causal_mask(T, S, window, device):
     return (mask & (distance < window) if window else mask)[None, None]
 
 
-def attention(q, k, v, layout):
-    """Softmax attention, scores over sqrt(D). q (B, H, T, D); k, v (B, H_kv, S, D), H a multiple of H_kv.
-    Returns (B, T, H * D) in q.dtype."""
+def attention(q, k, v, layout, cache=None):
+    """Softmax attention, scores over sqrt(D). q (B, H, T, D); k, v (B, H_kv, T, D), H a multiple of H_kv; cache: a
+    cache.LayerCache, whose keys are looked at too. Returns (B, T, H * D) in q.dtype."""
+    if cache is not None:
+        return cache.attend(q, k, v, layout)
     B, H, T, D = q.shape
     grouped = H != k.shape[1]
 
@@ -280,38 +284,6 @@ def attention(q, k, v, layout):
         masks = ((q, k, v, layout.document_mask(n)) for q, k, v, n in pieces)
         out = torch.cat([attend(q, k, v, mask, mask is None) for q, k, v, mask in masks], dim=1)
     return out.reshape(B, T, H * D)
-
-
-class LayerCache:
-    """Keys and values of one layer, (B, H_kv, max_length, D), taken from the memory at the first append."""
-
-    def __init__(self, max_length):
-        self.max_length, self.length = max_length, 0
-        self.k = self.v = None
-
-    def append(self, k, v):
-        """Store k, v (B, H_kv, T, D) behind what is there. Returns views of all keys and values so far."""
-        if self.k is None:
-            shape = (*k.shape[:2], self.max_length, k.shape[3])
-            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
-        end = self.length + k.shape[2]
-        assert end <= self.max_length, f"cache of {self.max_length} tokens got {end}"
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
-class Cache:
-    """Key-value cache of a model: `layers[i]` for each block."""
-
-    def __init__(self, num_layers, max_length):
-        self.layers = [LayerCache(max_length) for _ in range(num_layers)]
-
-    @property
-    def length(self):
-        """Tokens stored."""
-        return self.layers[0].length
 
 
 def chunked_cross_entropy(hidden, head, targets, chunk=128):

@@ -75,9 +75,7 @@ class MistralAttention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, H_kv, S, D)
-        return self.o_proj(attention(q, k, v, layout))
+        return self.o_proj(attention(q, k, v, layout, cache))
 
 
 class MistralMLP(nn.Module):
@@ -118,13 +116,15 @@ class MistralModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
-        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a layers.Cache."""
+        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a cache.Cache."""
         layout = Layout.of(input_ids, attention_mask, documents, cache, self.config.sliding_window)
         x = self.embed_tokens(input_ids)
         rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
         for i, block in enumerate(self.layers):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            x = run(x, rope, layout, cache.layers[i] if cache else None)
+            x = run(x, rope, layout, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
         return self.norm(x)
 
 

@@ -83,11 +83,9 @@ class PhiAttention(nn.Module):
         q, k = (
             torch.cat((apply_rope(t[..., : self.rope_dim], *rope), t[..., self.rope_dim :]), dim=-1) for t in (q, k)
         )
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, H_kv, S, D)
         if x.dtype == torch.float16:  # Phi-2's scores pass the largest fp16, 65504
-            return self.dense(attention(q.float(), k.float(), v.float(), layout).to(x.dtype))
-        return self.dense(attention(q, k, v, layout))
+            return self.dense(attention(q.float(), k.float(), v.float(), layout, cache).to(x.dtype))
+        return self.dense(attention(q, k, v, layout, cache))
 
 
 class PhiMLP(nn.Module):
@@ -128,13 +126,15 @@ class PhiModel(nn.Module):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
-        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a layers.Cache."""
+        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a cache.Cache."""
         layout = Layout.of(input_ids, attention_mask, documents, cache)
         x = self.embed_dropout(self.embed_tokens(input_ids))
         rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
         for i, block in enumerate(self.layers):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            x = run(x, rope, layout, cache.layers[i] if cache else None)
+            x = run(x, rope, layout, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
         return self.final_layernorm(x)
 
 

@@ -1,0 +1,180 @@
+"""The key-value cache of a decoding, and attention over it.
+
+A prompt's keys and values are stored once, however many sequences are decoded from it: memory grows with the new tokens, not with
+beams x prompt. Letters as in layers.py, and: B prompts, n sequences of each, R = B * n, P tokens of the longest prompt stored."""
+
+import torch
+from torch.nn import functional as F
+
+from minitune.models.layers import causal_mask
+
+
+class Cache:
+    """What all layers share: how far the prompts and the new tokens have come.
+
+    First every prompt is read, in one or more calls of the model with input_ids (1, N): `pieces` says which tokens these are,
+    [(prompt, start, stop), ...]. Then each call brings T tokens of every sequence, input_ids (R, T), the n sequences of a
+    prompt side by side.
+    window: of Mistral v0.1; no more than what it can see is kept, in a ring for the new tokens."""
+
+    def __init__(self, num_layers, lengths, sequences=1, max_new_tokens=1, window=None, draft=0):
+        self.lengths, self.sequences, self.window = list(lengths), sequences, window
+        self.new = 0  # tokens of every sequence that are stored
+        self.pieces = []
+        self.capacity = max_new_tokens + draft if window is None else min(max_new_tokens, window) + draft
+        self.layers = [LayerCache(self) for _ in range(num_layers)]
+        self.owners = None  # of each slot of the ring, which new token it holds
+
+    def read(self, pieces):
+        """Says which tokens of the prompts the next call brings."""
+        self.pieces = list(pieces)
+
+    def positions(self, T, device):
+        """(1, N) int64 of the pieces, or (R, T) of the next new tokens."""
+        if self.pieces:
+            return torch.cat([torch.arange(start, stop, device=device) for _, start, stop in self.pieces])[None]
+        lengths = torch.tensor(self.lengths, device=device).repeat_interleave(self.sequences)
+        return lengths[:, None] + self.new + torch.arange(T, device=device)
+
+    def masks(self, positions):
+        """(prompt (B, 1, n, 1, T, P), new (1 or R, 1, 1, T, S)), both bool, True where a query may look, or None: everywhere."""
+        B, n, T = len(self.lengths), self.sequences, positions.shape[1]
+        device, window = positions.device, self.window
+        stored = self.layers[0].stored  # tokens kept of each prompt, the last ones
+        P, prompt, new = max(stored), None, None
+        is_windowed = window is not None and max(self.lengths) + self.new + T > window
+        if min(stored) < P or is_windowed:
+            kept = torch.tensor(stored, device=device)[:, None]
+            slot = torch.arange(P, device=device)
+            prompt = (slot < kept)[:, None, None, None, None]
+            if is_windowed:
+                at = slot + (torch.tensor(self.lengths, device=device)[:, None] - kept)  # (B, P) positions
+                prompt = prompt & (positions.view(B, 1, n, 1, T, 1) - at.view(B, 1, 1, 1, 1, P) < window)
+        S = min(self.new + T, self.capacity)
+        if T > 1 or is_windowed:
+            index = self.new + torch.arange(T, device=device)[:, None]  # of the queries among the new tokens
+            owner = self.slots(T, device)[:S]
+            new = (owner <= index) & (owner >= 0)
+            new = (new & (index - owner < window) if window else new)[None, None, None]
+        return prompt, new, S
+
+    def slots(self, T, device):
+        """(capacity,) int64: which new token each slot of the ring holds once the next T are stored; -1: none."""
+        last = self.new + T - 1
+        slot = torch.arange(self.capacity, device=device)
+        owner = last - (last - slot) % self.capacity
+        return torch.where(owner < 0, -1, owner)
+
+    def advance(self, T):
+        """Called when all layers have stored the tokens of a call."""
+        if self.pieces:
+            self.pieces = []
+        else:
+            self.new += T
+
+    def drop(self, count):
+        """Forget the last `count` new tokens of every sequence."""
+        self.new -= count
+
+    def reorder(self, rows):
+        """rows (R,) int64: which sequence each one goes on from, of the same prompt."""
+        used = min(self.new, self.capacity)
+        for layer in self.layers:
+            layer.k[:, :, :used] = layer.k[rows, :, :used]
+            layer.v[:, :, :used] = layer.v[rows, :, :used]
+
+    def keep(self, prompts):
+        """Only these prompts (their numbers here, rising) go on; the others and their sequences leave."""
+        for layer in self.layers:
+            layer.keep(prompts, self.sequences)
+        self.lengths = [self.lengths[i] for i in prompts]
+
+
+class LayerCache:
+    """Keys and values of one layer: of the prompts (B, H_kv, P, D), and of the new tokens (R, H_kv, capacity, D)."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.parts = {}  # while prompts are read: prompt -> (k, v), each (H_kv, S, D)
+        self.stored = []
+        self.prompt_k = self.prompt_v = self.k = self.v = None
+
+    def attend(self, q, k, v, layout):
+        """Store k, v and attend. q (R, H, T, D); k, v (R, H_kv, T, D), or all with R = 1 while prompts are read.
+        Returns (R, T, H * D) in q.dtype."""
+        if self.cache.pieces:
+            return self.read(q, k, v)
+        if self.prompt_k is None:
+            self.lay_out()
+        return self.step(q, k, v, layout)
+
+    def read(self, q, k, v):
+        """The tokens of cache.pieces: each looks at the earlier ones of its prompt."""
+        window, outputs, sizes = self.cache.window, [], [stop - start for _, start, stop in self.cache.pieces]
+        for (prompt, start, stop), *piece in zip(
+            self.cache.pieces, *(t.split(sizes, dim=2) for t in (q, k, v)), strict=True
+        ):
+            own_q, own_k, own_v = piece
+            keys, values = own_k[0], own_v[0]
+            if start:
+                before_k, before_v = self.parts[prompt]
+                keys, values = torch.cat([before_k, keys], dim=1), torch.cat([before_v, values], dim=1)
+            T, S = stop - start, keys.shape[1]
+            mask = causal_mask(T, S, window, q.device) if start or (window and S > window) else None
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                own_q, keys[None], values[None], attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=grouped
+            )
+            outputs.append(out.transpose(1, 2))
+            if window and S > window - 1:  # no later token looks further back
+                keys, values = keys[:, S - window + 1 :], values[:, S - window + 1 :]
+            self.parts[prompt] = keys, values
+        return torch.cat(outputs, dim=1).reshape(1, q.shape[2], -1)
+
+    def lay_out(self):
+        """The prompts side by side, the shorter ones with unused slots at the end."""
+        parts = [self.parts[prompt] for prompt in range(len(self.cache.lengths))]
+        self.stored = [k.shape[1] for k, _ in parts]
+        H_kv, _, D = parts[0][0].shape
+        shape = len(parts), H_kv, max(self.stored), D
+        self.prompt_k, self.prompt_v = (parts[0][0].new_zeros(shape) for _ in range(2))
+        for i, (k, v) in enumerate(parts):
+            self.prompt_k[i, :, : self.stored[i]], self.prompt_v[i, :, : self.stored[i]] = k, v
+        self.parts = {}
+        room = len(parts) * self.cache.sequences, H_kv, self.cache.capacity, D
+        self.k, self.v = (self.prompt_k.new_zeros(room) for _ in range(2))
+
+    def step(self, q, k, v, layout):
+        """T new tokens of each sequence. Scores and sums in fp32; the softmax runs over prompt and new keys together."""
+        cache, (R, H, T, D) = self.cache, q.shape
+        B, n, H_kv = R // cache.sequences, cache.sequences, k.shape[1]
+        slots = (cache.new + torch.arange(T, device=q.device)) % cache.capacity
+        self.k[:, :, slots], self.v[:, :, slots] = k, v
+        prompt_mask, new_mask, S = layout.masks(cache)
+        new_k, new_v = self.k[:, :, :S].float(), self.v[:, :, :S].float()
+        q = q.float().mul_(D**-0.5) if q.dtype != torch.float32 else q * D**-0.5
+        G = H // H_kv
+        q = q.reshape(B, n, H_kv, G * T, D)
+        over_prompt = q.transpose(1, 2).reshape(B, H_kv, n * G * T, D) @ self.prompt_k.float().mT
+        over_prompt = over_prompt.view(B, H_kv, n, G, T, -1)
+        if prompt_mask is not None:
+            over_prompt = over_prompt.masked_fill(~prompt_mask, -torch.inf)
+        over_new = (q.reshape(R, H_kv, G * T, D) @ new_k.mT).view(R, H_kv, G, T, S)
+        if new_mask is not None:
+            over_new = over_new.masked_fill(~new_mask, -torch.inf)
+        P = over_prompt.shape[-1]
+        scores = torch.cat([over_prompt.transpose(1, 2).reshape(R, H_kv, G, T, P), over_new], dim=-1).softmax(-1)
+        from_prompt = scores[..., :P].reshape(B, n, H_kv, G * T, P).transpose(1, 2).reshape(B, H_kv, n * G * T, P)
+        from_prompt = (from_prompt @ self.prompt_v.float()).view(B, H_kv, n, G * T, D).transpose(1, 2)
+        from_new = scores[..., P:].reshape(R, H_kv, G * T, S) @ new_v
+        out = (from_prompt.reshape(R, H_kv, G, T, D) + from_new.view(R, H_kv, G, T, D)).to(v.dtype)
+        return out.permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
+
+    def keep(self, prompts, n):
+        if self.prompt_k is None:
+            self.lay_out()
+        rows = [prompt * n + i for prompt in prompts for i in range(n)]
+        self.stored = [self.stored[i] for i in prompts]
+        longest = max(self.stored)
+        self.prompt_k, self.prompt_v = self.prompt_k[prompts][:, :, :longest], self.prompt_v[prompts][:, :, :longest]
+        self.k, self.v = self.k[rows], self.v[rows]

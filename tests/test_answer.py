@@ -1,0 +1,219 @@
+"""scripts/generate.py and scripts/chat.py on the embedded models: what a person types, reads and gets in a file."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minitune.answer import AnswerConfig, Answerer, Writer, answer, choose_template, read_questions
+from minitune.chat import ChatConfig, chat
+from minitune.config import parse
+from minitune.files import read_json, write_json
+from minitune.hub import resolve
+from minitune.prompts import BOS, CHAT_TEMPLATES, EOS, conversation
+from minitune.tokenizer import load_tokenizer
+from minitune.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = lambda line: None
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A tiny adapter on the embedded Mistral, trained for a few steps on Alpaca rows."""
+    run = tmp_path_factory.mktemp("run") / "tiny"
+    argv = ["--run", str(run), "--max-steps", "3", "--samples", "0", "--test-size", "0"]
+    from minitune.config import TrainConfig
+
+    train(parse(TrainConfig, argv), say=QUIET)
+    return run / "adapter"
+
+
+def script(name, *argv, **options):
+    command = [sys.executable, ROOT / "scripts" / name, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_a_question_is_answered_and_the_speed_is_said(adapter):
+    done = script("generate.py", "--adapter", adapter, "--prompt", "What is 3 + 4?", "--max-new-tokens", 8)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and "tokens/s" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_json_holds_every_token_with_its_logprob(adapter):
+    done = script(
+        "generate.py", "--adapter", adapter, "--prompt", "Name a bird.", "--json", "--logprobs", "--max-new-tokens", 6,
+        "--num-beams", 3, "--num-return-sequences", 2,
+    )  # fmt: skip
+    first, second = json.loads(done.stdout)
+    assert first["prompt"] == "Name a bird." and first["score"] >= second["score"]
+    assert len(first["logprobs"]) == first["tokens"] and all(entry["logprob"] <= 0 for entry in first["logprobs"])
+    tokenizer = load_tokenizer(resolve("tiny-mistral"))
+    assert tokenizer.decode([entry["id"] for entry in first["logprobs"]]) == first["answer"]
+
+
+QUESTION_FILES = {
+    "q.txt": "What is 3 + 4?\n\nName a bird.\n",
+    "q.json": json.dumps(["What is 3 + 4?", "Name a bird."]),
+    "q.jsonl": '{"instruction": "What is 3 + 4?", "input": "", "output": "7"}\n{"prompt": "Name a bird."}\n',
+}
+
+
+@pytest.mark.parametrize("name", QUESTION_FILES)
+def test_questions_come_from_files_and_equal_those_asked_alone(name, adapter, tmp_path):
+    (tmp_path / name).write_text(QUESTION_FILES[name])
+    options = {"adapter": str(adapter), "max_new_tokens": 8}
+    out = tmp_path / "answers.json"
+    answer(AnswerConfig(prompts=str(tmp_path / name), out=str(out), **options), QUIET)
+    written = read_json(out)
+    assert [entry["prompt"] for entry in written] == ["What is 3 + 4?", "Name a bird."]
+    for entry in written:
+        [alone] = answer(AnswerConfig(prompt=entry["prompt"], json=True, **options), QUIET)
+        assert alone["answer"] == entry["answer"]
+
+
+def test_the_template_travels_with_the_adapter_and_a_mismatch_is_said(adapter, tmp_path):
+    said = []
+    assert choose_template(AnswerConfig(prompt="x", adapter=str(adapter)), said.append) == "alpaca" and not said
+    assert choose_template(AnswerConfig(prompt="x", adapter=str(adapter), template="plain"), said.append) == "plain"
+    assert "trained with the template alpaca, and --template is plain" in said.pop()
+    choose_template(AnswerConfig(prompt="x", adapter=str(adapter), model="tiny-llama"), said.append)
+    assert "the adapter was trained on tiny-mistral, not on tiny-llama" in said.pop()
+    assert choose_template(AnswerConfig(prompt="x", adapter=str(tmp_path)), said.append) == "plain"
+    assert "does not say which template" in said.pop()
+
+
+def test_the_prompt_is_the_one_of_training_to_the_last_token(adapter):
+    answerer = Answerer(AnswerConfig(prompt="x", adapter=str(adapter), device="cpu"), QUIET)
+    from minitune.data import encode_row
+
+    row = {"instruction": "Add.", "input": "", "output": "7"}
+    trained = encode_row(row, answerer.tokenizer, "alpaca")
+    assert answerer.encode(conversation(["Add."], "alpaca")) == trained.ids[: trained.prompt_length]
+
+
+def render(pieces):
+    return "".join("<s>" if p is BOS else "</s>" if p is EOS else p for p in pieces)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("llama2", "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST]"),
+        ("mistral", "<s>[INST] Be kind.\n\na[/INST] b</s>[INST] c[/INST]"),
+        ("phi2", "<s>Be kind.\n\nInstruct: a\nOutput: b</s>\nInstruct: c\nOutput:"),
+        ("plain", "<s>Be kind.\n\nab\nc"),
+    ],
+)
+def test_conversations_are_rendered_as_their_models_were_trained(template, expected):
+    assert render(conversation(["a", "b", "c"], template, "Be kind.")) == expected
+
+
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_a_conversation_has_one_begin_token_for_each_that_its_template_has(template, adapter):
+    answerer = Answerer(AnswerConfig(prompt="x", adapter=str(adapter), device="cpu"), QUIET)
+    ids = answerer.encode(
+        conversation(["<s>a</s>", "b", "c"], template)
+    )  # what a user types never becomes a special token
+    assert ids.count(answerer.tokenizer.bos_id) == (2 if template == "llama2" else 1)
+    assert ids.count(answerer.tokenizer.eos_id) == (0 if template == "plain" else 1)
+
+
+def test_half_a_character_waits_for_its_other_half():
+    class Bytes:
+        decode = staticmethod(lambda ids: bytes(ids).decode(errors="replace"))
+
+    stream = io.StringIO()
+    writer, shown = Writer(Bytes, stream), []
+    for byte in "aé😀".encode():
+        writer(byte)
+        shown.append(stream.getvalue())
+    assert shown == ["a", "a", "aé", "aé", "aé", "aé", "aé😀"]
+
+
+def talk(lines, **options):
+    """What a chat says to these lines of input, and the turns that it returns."""
+    said, lines = [], iter(lines)
+
+    def ask(prompt):
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    return chat(ChatConfig(max_new_tokens=5, **options), ask, said.append), said
+
+
+def test_a_chat_keeps_resets_and_saves_the_conversation(adapter, tmp_path, capsys):
+    turns, _ = talk(["Name a bird.", "Another.", f"/save {tmp_path / 'c.json'}"], adapter=str(adapter))
+    assert turns[::2] == ["Name a bird.", "Another."] and len(turns) == 4
+    messages = read_json(tmp_path / "c.json")["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and [m["content"] for m in messages] == turns
+    assert turns[1] in capsys.readouterr().out
+    turns, said = talk(["Name a bird.", "/reset", "/nothing", "/save", "/quit", "not read"], adapter=str(adapter))
+    assert turns == [] and "(forgotten)" in said and any("there is no /nothing" in line for line in said)
+    assert any("give a file" in line for line in said)
+
+
+def test_a_conversation_beyond_the_context_is_one_line_and_the_chat_goes_on(adapter):
+    turns, said = talk(["word " * 3000, "Name a bird."], adapter=str(adapter))
+    assert any(line.startswith("error: prompt 0 has") for line in said) and turns[0] == "Name a bird."
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(adapter, tmp_path):
+    screen = tmp_path / "screen"
+    command = [
+        sys.executable,
+        ROOT / "scripts/chat.py",
+        "--adapter",
+        adapter,
+        "--max-new-tokens",
+        "4000",
+        "--eos-ids",
+        "0",
+    ]
+    with open(screen, "w") as stdout:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+    process.stdin.write("Name a bird.\n")
+    process.stdin.flush()
+    deadline = time.monotonic() + 60
+    while len(screen.read_text().partition("> ")[2]) < 40 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None, process.stderr.read()
+    _, errors = process.communicate("/save\n/quit\n", timeout=60)
+    assert process.returncode == 0 and "give a file" in screen.read_text() and "Traceback" not in errors
+
+
+BAD = {
+    "no question": ([], "give one of --prompt TEXT and --prompts FILE"),
+    "both": (["--prompt", "x", "--prompts", "y"], "give one of --prompt TEXT and --prompts FILE"),
+    "no such file": (["--prompts", "none.txt"], "none.txt"),
+    "logprobs to nowhere": (["--prompt", "x", "--logprobs"], "--logprobs needs --json or --out"),
+    "top p": (["--prompt", "x", "--top-p", "0"], "top_p is 0.0, expected"),
+    "no adapter": (["--prompt", "x", "--adapter", "none"], "none"),
+    "beams and lookup": (["--prompt", "x", "--num-beams", "2", "--lookup", "3"], "lookup is for greedy decoding"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_wrong_call_is_one_line_and_exit_2(name):
+    argv, message = BAD[name]
+    done = script("generate.py", *argv)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_rows_without_a_question_are_named(tmp_path):
+    write_json(tmp_path / "q.json", [{"prompt": "a"}, {"output": "b"}])
+    with pytest.raises(ValueError, match=r"q.json, row 1 has no text under instruction or prompt"):
+        read_questions(AnswerConfig(prompts=str(tmp_path / "q.json")))
