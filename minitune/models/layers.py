@@ -314,9 +314,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.enable_grad():
                 h = hidden[part].detach().requires_grad_()
-                loss = F.cross_entropy(head(h).float(), targets[part], reduction="sum")
-                grad_h, *grad_trained = torch.autograd.grad(loss, [h, *trained])
-            total += loss.detach()
+                logits = head(h)
+            # The gradient of the logits is softmax minus one at the target: written into one fp32 tensor, no graph around it.
+            scores = logits.detach().log_softmax(-1, dtype=torch.float32)
+            column = targets[part, None]
+            total -= scores.gather(1, column).sum()
+            scores.exp_().scatter_add_(1, column, scores.new_full(column.shape, -1.0))
+            grad_h, *grad_trained = torch.autograd.grad(logits, [h, *trained], scores.to(logits.dtype))
             grad_hidden[part] = grad_h
             for total_grad, grad in zip(grads, grad_trained, strict=True):
                 total_grad += grad
