@@ -491,6 +491,14 @@ def test_no_graph_is_built_where_nothing_requires_a_gradient():
     assert not list(layer.parameters())
 
 
+def test_the_output_may_be_written_in_place_as_lora_does():
+    for rows in (2, 200):  # by a fused kernel, and by the library's
+        layer, _ = layer_and_dense(bias=False)
+        x = random_weight(rows, 64, seed=8).requires_grad_()
+        layer(x).add_(1).square().sum().backward()
+        torch.testing.assert_close(x.grad, 2 * (layer(x) + 1).detach() @ layer.dequantize())
+
+
 def test_the_second_derivative_is_that_of_a_dense_layer(specification):
     seconds = []
     for module in layer_and_dense(bias=False):
