@@ -17,6 +17,7 @@ def keep(path, content):
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
+            os.fchmod(file.fileno(), 0o644)  # others who share the folder may read it
             os.fsync(file.fileno())  # a library that a power cut left half would end the process that loads it
         os.replace(part, path)
     except BaseException:

@@ -425,6 +425,42 @@ FEW(3)
 FEW(4)
 static const Work FEW_ROWS[] = {NULL, multiply_few_1, multiply_few_2, multiply_few_3, multiply_few_4};
 
+/* The same for a weight (N, K) in bf16: the layers that stay in 16 bit, such as the head. K is a multiple of 32. */
+BF16_INLINE void multiply_dense(const Job *j, int64_t n, int rows, int64_t stride, int M) {
+  const uint16_t *weight = (const uint16_t *)j->packed, *x = j->x;
+  __m512 sums[STREAMS][8];
+  for (int r = 0; r < rows; r++)
+    for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < j->K; k += 32)
+    for (int r = 0; r < rows; r++) {
+      const uint16_t *w = weight + (n + r * stride) * j->K + k;
+      _mm_prefetch((const char *)w + 1024, _MM_HINT_T0);
+      const __m512bh values = (__m512bh)_mm512_loadu_si512(w);
+      for (int m = 0; m < M; m++)
+        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], values, (__m512bh)_mm512_loadu_si512(x + m * j->K + k));
+    }
+  for (int r = 0; r < rows; r++)
+    for (int m = 0; m < M; m++) store(j->out, BF16, m * j->N + n + r * stride, _mm512_reduce_add_ps(sums[r][m]));
+}
+
+#define DENSE(M) \
+  BF16_TARGET static void multiply_dense_##M(const Job *j, int64_t begin, int64_t end) { \
+    const int streams = M <= 4 ? STREAMS : STREAMS / 2; \
+    const int64_t stride = (end - begin) / streams; \
+    for (int64_t n = begin; n < begin + stride; n++) multiply_dense(j, n, streams, stride, M); \
+    for (int64_t n = begin + streams * stride; n < end; n++) multiply_dense(j, n, 1, 0, M); \
+  }
+DENSE(1)
+DENSE(2)
+DENSE(3)
+DENSE(4)
+DENSE(5)
+DENSE(6)
+DENSE(7)
+DENSE(8)
+static const Work DENSE_ROWS[] = {NULL, multiply_dense_1, multiply_dense_2, multiply_dense_3, multiply_dense_4,
+                                  multiply_dense_5, multiply_dense_6, multiply_dense_7, multiply_dense_8};
+
 /* The sums of the 16 elements of each of four vectors. */
 BF16_INLINE __m128 sum_of_four(const float *a, const float *b, const float *c, const float *d) {
   __m512 va = _mm512_load_ps(a), vb = _mm512_load_ps(b), vc = _mm512_load_ps(c), vd = _mm512_load_ps(d);
@@ -637,4 +673,18 @@ int nf4_matmul(int level, int threads, int dtype, const void *x, const uint8_t *
   parallel(work, &job, N, threads);
   free(scratch);
   return 0;
+}
+
+/* out (M, N) = x (M, K) times the transposed weight (N, K), all bf16; M from 1 to 8, K a multiple of 32. 0, or -1 where this CPU
+ * has no instruction for it. */
+int nf4_dense_matmul(int level, int threads, const void *x, const void *weight, void *out, int64_t M, int64_t N, int64_t K) {
+#if X86
+  if (level >= AVX512_BF16) {
+    Job job = {.level = level, .x = x, .packed = (uint8_t *)weight, .out = out, .M = M, .N = N, .K = K};
+    parallel(DENSE_ROWS[M], &job, N, threads);
+    return 0;
+  }
+#endif
+  (void)level, (void)threads, (void)x, (void)weight, (void)out, (void)M, (void)N, (void)K;
+  return -1;
 }

@@ -25,6 +25,8 @@ import threading
 import torch
 import torch.nn.functional as F
 from minitune_kernels import reference
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BLOCK = reference.BLOCK
 NESTED_BLOCK = reference.NESTED_BLOCK
@@ -123,7 +125,7 @@ def quantize(weight):
     weight: (out, in) or any shape, fp32, fp16 or bf16. Returns (packed (ceil(n / 2),) uint8, absmax (ceil(n / 64),) fp32)
     with n the number of elements. Temporaries stay below 64 MB."""
     check("weight", weight, FLOATS)
-    if torch.compiler.is_compiling():
+    if not is_direct(weight):
         return torch.ops.minitune.nf4_quantize(weight)
     return backend(weight.device).quantize(weight)
 
@@ -140,10 +142,12 @@ def dequantize(packed, absmax, shape, dtype, out=None):
         check("out", out, (dtype,), packed.device)
         if tuple(out.shape) != tuple(shape):
             raise ValueError(f"out has shape {tuple(out.shape)}, expected {tuple(shape)}")
-    elif torch.compiler.is_compiling():
-        return torch.ops.minitune.nf4_dequantize(packed, scales, shape, dtype)
-    else:
-        out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    if not is_direct(packed):
+        made = torch.ops.minitune.nf4_dequantize(packed, scales, shape, dtype)
+        return made if out is None else out.copy_(made)
+    if out is None:
+        return decode(packed, scales, torch.empty(tuple(shape), dtype=dtype, device=packed.device))
+    torch.autograd.graph.increment_version(out)  # who saved it for a backward pass is told
     return decode(packed, scales, out)
 
 
@@ -154,6 +158,19 @@ def decode(packed, scales, out):
         absmax = reference.double_dequantize(*scales) if len(scales) == 4 else scales[0]
         return reference.dequantize(packed.view(-1), absmax.view(-1), out)
     return module.dequantize(packed, scales, out) if out.numel() else out
+
+
+def is_direct(tensor):
+    """Whether a kernel may read the memory of `tensor` now: no compiler, tracer, fake tensor or transform stands between. Else
+    the torch operator goes its way through them."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or _get_current_dispatch_mode() is not None
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def matmul(x, packed, absmax, shape, bias=None):
@@ -167,17 +184,23 @@ def matmul(x, packed, absmax, shape, bias=None):
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (.., {shape[1]})")
     if bias is not None:
         check("bias", bias, (x.dtype,), x.device, shape[0], f" for shape {tuple(shape)}")
+        if bias.dim() != 1:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({shape[0]},)")
     return product(x, packed, scales, shape, bias)
 
 
 def product(x, packed, scales, shape, bias=None):
-    """matmul() for NF4Linear, whose weight was checked when it was made: here x is asked for its device alone.
+    """matmul() for NF4Linear, whose weight was checked when it was made: here x is asked for its device and width alone.
 
     Where nothing is to be recorded the operator is passed by: it costs 20 microseconds, a small layer's whole time."""
     if x.device != packed.device:
         raise ValueError(f"x is on {x.device}, expected {packed.device}, where the weight is")
+    if x.shape[-1:] != shape[1:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (.., {shape[1]})")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError("forward-mode derivatives of a 4-bit product are not written; use the backward pass")
     recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if recorded or torch.compiler.is_compiling():
+    if recorded or not is_direct(x):
         return torch.ops.minitune.nf4_matmul(x, packed, scales, shape, bias)
     return multiply(x, packed, scales, shape, bias)
 
@@ -186,7 +209,7 @@ def multiply(x, packed, scales, shape, bias):
     """x (.., in) -> (.., out): fused for few rows, else dequantised into the workspace and multiplied by the library."""
     module, count = backend(x.device), x.numel() // shape[1] if shape[1] else 0
     if not 0 < count <= module.max_rows(shape, x.dtype):
-        with workspace(shape, x.dtype, x.device) as weight:
+        with workspace(shape, x.dtype, x.device) as weight, torch.autocast(x.device.type, enabled=False):
             return F.linear(x, decode(packed, scales, weight), bias)
     out = x.new_empty(*x.shape[:-1], shape[0])  # not a view of rows: callers add to it in place
     module.matmul(x.reshape(count, shape[1]).contiguous(), packed, scales, shape, out.view(count, shape[0]))
@@ -225,7 +248,7 @@ def matmul_operator(x, packed, scales, shape, bias):
 @operator("nf4_matmul_grad")
 def matmul_grad_operator(grad, packed, scales, shape):
     """grad (.., out) -> (.., in): grad @ weight, the weight dequantised again."""
-    with workspace(shape, grad.dtype, grad.device) as weight:
+    with workspace(shape, grad.dtype, grad.device) as weight, torch.autocast(grad.device.type, enabled=False):
         return grad @ decode(packed, scales, weight)
 
 

@@ -30,7 +30,7 @@ class NoCompiler(Exception):
 
 def compiler():
     """The command of CC, else cc. Raises NoCompiler where there is none."""
-    command = shlex.split(os.environ.get("CC") or "cc")
+    command = shlex.split(os.environ.get("CC") or "cc") or ["cc"]
     if not shutil.which(command[0]):
         raise NoCompiler(f"there is no C compiler {command[0]!r}; install gcc or clang, or set CC")
     return command
@@ -38,24 +38,26 @@ def compiler():
 
 def build(flags=FLAGS, folder=None):
     """Path of the library, built unless it lies in `folder` (the cache). Raises NoCompiler where it cannot be built."""
-    command = [*compiler(), *flags]
-    version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
-    digest = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, command)])).hexdigest()
-    library = Path(folder or cache.folder()) / f"nf4-{digest[:16]}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(scratch) / library.name
-        done = subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise NoCompiler(f"{shlex.join(command)} cannot build {SOURCE.name}: {last}")
-        try:
+    try:
+        command = [*compiler(), *flags]
+        version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
+        digest = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, command)])).hexdigest()
+        library = Path(folder or cache.folder()) / f"nf4-{digest[:16]}.so"
+        if library.exists():
+            return library
+        with tempfile.TemporaryDirectory() as scratch:
+            built = Path(scratch) / library.name
+            done = subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, text=True)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+                raise NoCompiler(f"{shlex.join(command)} cannot build {SOURCE.name}: {last}")
             cache.keep(library, built.read_bytes())
-        except OSError as error:
-            raise NoCompiler(
-                f"the cache {library.parent} cannot be written ({error.strerror}); set XDG_CACHE_HOME"
-            ) from None
+    except OSError as error:
+        raise NoCompiler(
+            f"{error.filename or 'the cache'} cannot be used ({error.strerror}); XDG_CACHE_HOME names another cache folder"
+        ) from None
+    except (RuntimeError, ValueError) as error:  # no home folder; CC with an open quote
+        raise NoCompiler(f"it cannot be built: {error}") from None
     return library
 
 
@@ -69,6 +71,7 @@ def load(path):
     lib.nf4_quantize.argtypes, lib.nf4_quantize.restype = (i, i, i, p, p, p, n), None
     lib.nf4_dequantize.argtypes, lib.nf4_dequantize.restype = (i, i, i, p, p, p, p, p, f, p, n, i), None
     lib.nf4_matmul.argtypes = (i, i, i, p, p, p, p, p, p, f, p, n, n, n)
+    lib.nf4_dense_matmul.argtypes = (i, i, p, p, p, n, n, n)
     return lib
 
 

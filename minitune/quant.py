@@ -87,13 +87,17 @@ class NF4Linear(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):
+        # Asked of empty tensors first: what cannot be done must not be half done.
+        dtype = check_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype)
+        if fn(torch.empty(0, dtype=torch.uint8, device=self.packed.device)).dtype != torch.uint8:
+            raise ValueError("a 4-bit layer cannot be cast by .type(); use .to(dtype), which changes its compute dtype")
         # The fp32 scales travel as bytes, which no cast touches: .half() must not round what the 4-bit values rest on.
         forms = {name: (tensor.dtype, tensor.shape) for name, tensor in self._buffers.items()}
         for name, tensor in self._buffers.items():
             self._buffers[name] = tensor.reshape(-1).view(torch.uint8)
         try:
             super()._apply(fn, recurse)
-            self.dtype = check_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype)
+            self.dtype = dtype
         finally:
             for name, (dtype, shape) in forms.items():
                 self._buffers[name] = self._buffers[name].view(dtype).view(shape)

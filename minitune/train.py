@@ -113,13 +113,17 @@ def fine_tune(config, run, say):
         save_adapter("last")
         save_state(state_file, progress, trained, optimizer, scaler, random or random_state(device))
 
+    context = model.config.max_position_embeddings
+
     def evaluate():
         """The held-out loss and sample answers, both recorded; a new best is kept. Returns the loss, or None without
         rows."""
         samples = sample_answers(
             model,
             tokenizer,
-            [e for e in (test_set if test_set.examples else train_set).examples if e.prompt_length][: config.samples],
+            [e for e in (test_set if test_set.examples else train_set).examples if 0 < e.prompt_length < context][
+                : config.samples
+            ],
             config.sample_tokens,
         )
         if samples:

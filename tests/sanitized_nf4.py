@@ -31,7 +31,7 @@ def run(level, dtype):
             libc.free(address)
     for N, K in ((1, 64), (7, 192), (17, 1088)):
         packed, absmax = buffer(N * K // 2), buffer(N * K // 64 * 4)
-        for M in (1, 4, 5, 33):
+        for M in (1, 2, 3, 4, 5, 33, 70, 128):
             x, out = buffer(M * K * BYTES[dtype]), buffer(M * N * BYTES[dtype])
             assert lib.nf4_matmul(level, 2, dtype, x, packed, absmax, None, None, None, 0.0, out, M, N, K) == 0
             libc.free(x), libc.free(out)

@@ -261,8 +261,8 @@ def test_temporaries_do_not_grow_with_the_weight():
     weight = random_weight(2048, 4096, dtype=torch.bfloat16)  # 32 MiB in fp32, packed 4 MiB
     out = torch.empty_like(weight)
     with LargestResult() as largest:
-        packed, absmax = nf4.quantize(weight)
-        nf4.dequantize(packed, absmax, weight.shape, torch.bfloat16, out=out)
+        packed, absmax = reference.quantize(weight)
+        reference.dequantize(packed, absmax, out)
     assert largest.bytes <= 4 << 20
 
 
@@ -320,6 +320,7 @@ BAD_INPUTS = {
     "x has dtype torch.int64": lambda: nf4.matmul(X.long(), PACKED, ABSMAX, (3, 64)),
     "shape is (192,)": lambda: nf4.matmul(X, PACKED, ABSMAX, (192,)),
     "bias has 2 elements, expected 3": lambda: nf4.matmul(X, PACKED, ABSMAX, (3, 64), torch.ones(2)),
+    "bias has shape (3, 1), expected (3,)": lambda: nf4.matmul(X, PACKED, ABSMAX, (3, 64), torch.ones(3, 1)),
     "absmax has 2 parts": lambda: nf4.matmul(X, PACKED, (PACKED[:3], ABSMAX), (3, 64)),
     "q has 2 elements, expected 3": lambda: nf4.matmul(
         X, PACKED, (PACKED[:2], ABSMAX[:1], torch.ones(256), torch.ones(())), (3, 64)
@@ -716,7 +717,59 @@ def test_another_quantisation_in_a_config_is_refused_with_the_way_out(quantizati
     assert "expected" in str(error.value) or "use the original checkpoint" in str(error.value)
 
 
-# Through torch.compile
+# Through torch's compilers, tracers and transforms
+
+
+def test_tracers_fake_tensors_and_forward_derivatives_see_the_product():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    packed, absmax = nf4.quantize(random_weight(8, 64))
+    x, other = random_weight(2, 64, seed=1), random_weight(2, 64, seed=2)
+    run = lambda x: nf4.matmul(x, packed, absmax, (8, 64))
+    torch.testing.assert_close(torch.jit.trace(run, (x,), check_trace=False)(other), run(other))
+    torch.testing.assert_close(make_fx(run)(x)(other), run(other))
+    with FakeTensorMode():
+        fake, scales = nf4.quantize(torch.randn(8, 64))
+        assert fake.shape == (256,) and scales.shape == (8,)
+        assert nf4.dequantize(fake, scales, (8, 64), torch.bfloat16).dtype == torch.bfloat16
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        run(torch.autograd.forward_ad.make_dual(x, other))
+
+
+@pytest.mark.parametrize("rows", [2, 200])
+def test_autocast_does_not_change_the_dtype(rows):
+    packed, absmax = nf4.quantize(random_weight(8, 64))
+    x = random_weight(rows, 64, seed=1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nf4.matmul(x, packed, absmax, (8, 64))
+        y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.float32
+
+
+def test_a_workspace_that_is_overwritten_before_the_backward_pass_is_an_error():
+    packed, absmax = nf4.quantize(random_weight(8, 64))
+    out = nf4.dequantize(packed, absmax, (8, 64), torch.float32)
+    y = (torch.ones(8, 64, requires_grad=True) * out).sum()
+    nf4.dequantize(packed, 2 * absmax, (8, 64), torch.float32, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_a_cast_that_is_refused_leaves_the_layer_as_it_was():
+    layer, _ = layer_and_dense()
+    x, before = random_weight(200, 64, seed=1), bits(layer.packed)
+    expected = layer(x)
+    for cast in (lambda: layer.double(), lambda: layer.type(torch.float16)):
+        with pytest.raises(ValueError):
+            cast()
+        assert bits(layer.packed) == before and torch.equal(layer(x), expected)
+
+
+def test_an_input_of_another_width_is_named():
+    layer, _ = layer_and_dense()
+    with pytest.raises(ValueError, match=r"x has shape \(2, 65\), expected \(.., 64\)"):
+        layer(torch.ones(2, 65))
 
 
 def test_the_operators_keep_the_rules_of_torch():

@@ -204,7 +204,14 @@ def test_a_library_that_is_none_is_said_and_torch_computes(tmp_path):
 def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "minitune").write_text("a file where the folder should be")
     done = run_python(QUANTIZE, tmp_path)
-    assert done.returncode == 0 and "cannot be written" in done.stderr and done.stdout.startswith("torch ")
+    assert done.returncode == 0 and "cannot be used" in done.stderr and done.stdout.startswith("torch ")
+
+
+@pytest.mark.parametrize("compiler", [" ", "cc '", "/"])
+def test_a_compiler_that_cannot_be_called_is_said(tmp_path, compiler):
+    done = run_python(QUANTIZE, tmp_path, CC=compiler)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stdout.startswith("cpu " if compiler == " " else "torch ")
 
 
 def test_a_backend_that_was_asked_for_and_does_not_run_is_an_error(monkeypatch):

@@ -137,7 +137,9 @@ class LayerCache:
         self.stored = [k.shape[1] for k, _ in parts]
         H_kv, _, D = parts[0][0].shape
         shape = len(parts), H_kv, max(self.stored), D
-        self.prompt_k, self.prompt_v = (parts[0][0].new_zeros(shape) for _ in range(2))
+        # A CPU multiplies in fp32, and would convert all keys at every step.
+        dtype = torch.float32 if parts[0][0].device.type == "cpu" else parts[0][0].dtype
+        self.prompt_k, self.prompt_v = (parts[0][0].new_zeros(shape, dtype=dtype) for _ in range(2))
         for i, (k, v) in enumerate(parts):
             self.prompt_k[i, :, : self.stored[i]], self.prompt_v[i, :, : self.stored[i]] = k, v
         self.parts = {}
@@ -148,8 +150,14 @@ class LayerCache:
         """T new tokens of each sequence. Scores and sums in fp32; the softmax runs over prompt and new keys together."""
         cache, (R, H, T, D) = self.cache, q.shape
         B, n, H_kv = R // cache.sequences, cache.sequences, k.shape[1]
-        slots = (cache.new + torch.arange(T, device=q.device)) % cache.capacity
-        self.k[:, :, slots], self.v[:, :, slots] = k, v
+        first = cache.new % cache.capacity
+        fitting = min(T, cache.capacity - first)  # the rest goes to the beginning of the ring
+        self.k[:, :, first : first + fitting], self.v[:, :, first : first + fitting] = (
+            k[:, :, :fitting],
+            v[:, :, :fitting],
+        )
+        if fitting < T:
+            self.k[:, :, : T - fitting], self.v[:, :, : T - fitting] = k[:, :, fitting:], v[:, :, fitting:]
         prompt_mask, new_mask, S = layout.masks(cache)
         new_k, new_v = self.k[:, :, :S].float(), self.v[:, :, :S].float()
         q = q.float().mul_(D**-0.5) if q.dtype != torch.float32 else q * D**-0.5

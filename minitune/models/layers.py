@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from minitune_kernels import dense
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,6 +19,15 @@ ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with a faster product for the few rows of a decoding step on a CPU."""
+
+    def forward(self, x):
+        if dense.fits(x, self.weight):
+            return dense.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import Layout, RMSNorm, Rope, SwiGLU, apply_rope, attention, read_rope
+from minitune.models.layers import Layout, Linear, RMSNorm, Rope, SwiGLU, apply_rope, attention, read_rope
 
 LORA_TARGETS = ("q_proj", "v_proj")
 
@@ -67,10 +67,10 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         C, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(C, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, C, bias=bias)
+        self.q_proj = Linear(C, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, C, bias=bias)
 
     def forward(self, x, rope, layout, cache=None):
         B, T, _ = x.shape
@@ -85,9 +85,9 @@ class LlamaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(C, inner, bias=bias)
-        self.up_proj = nn.Linear(C, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, C, bias=bias)
+        self.gate_proj = Linear(C, inner, bias=bias)
+        self.up_proj = Linear(C, inner, bias=bias)
+        self.down_proj = Linear(inner, C, bias=bias)
 
     def forward(self, x):
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
@@ -138,7 +138,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import Layout, RMSNorm, Rope, SwiGLU, apply_rope, attention, read_rope
+from minitune.models.layers import Layout, Linear, RMSNorm, Rope, SwiGLU, apply_rope, attention, read_rope
 
 LORA_TARGETS = ("q_proj", "v_proj")
 
@@ -64,10 +64,10 @@ class MistralAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         C = config.hidden_size
-        self.q_proj = nn.Linear(C, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, C, bias=False)
+        self.q_proj = Linear(C, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = Linear(C, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = Linear(C, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, C, bias=False)
 
     def forward(self, x, rope, layout, cache=None):
         B, T, _ = x.shape
@@ -82,9 +82,9 @@ class MistralMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, inner, bias=False)
-        self.up_proj = nn.Linear(C, inner, bias=False)
-        self.down_proj = nn.Linear(inner, C, bias=False)
+        self.gate_proj = Linear(C, inner, bias=False)
+        self.up_proj = Linear(C, inner, bias=False)
+        self.down_proj = Linear(inner, C, bias=False)
 
     def forward(self, x):
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
@@ -135,7 +135,7 @@ class MistralForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = MistralModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import ACTIVATIONS, Layout, Rope, apply_rope, attention, read_rope
+from minitune.models.layers import ACTIVATIONS, Layout, Linear, Rope, apply_rope, attention, read_rope
 
 LORA_TARGETS = ("q_proj", "v_proj", "fc1", "fc2")
 
@@ -70,10 +70,10 @@ class PhiAttention(nn.Module):
         self.head_dim = config.head_dim
         self.rope_dim = config.rope.head_dim
         C = config.hidden_size
-        self.q_proj = nn.Linear(C, config.num_attention_heads * config.head_dim)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim)
-        self.dense = nn.Linear(config.num_attention_heads * config.head_dim, C)
+        self.q_proj = Linear(C, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(C, config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(C, config.num_key_value_heads * config.head_dim)
+        self.dense = Linear(config.num_attention_heads * config.head_dim, C)
 
     def forward(self, x, rope, layout, cache=None):
         B, T, _ = x.shape
@@ -92,8 +92,8 @@ class PhiMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x)))
@@ -145,7 +145,7 @@ class PhiForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = PhiModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
