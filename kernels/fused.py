@@ -54,6 +54,8 @@ def rms_norm(x, weight, eps):
     if not x.dim() or not 0 < x.shape[-1] <= MAX_HIDDEN:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (.., C) with C from 1 to {MAX_HIDDEN}")
     check("weight", weight, FLOATS, x.device, x.shape[-1], f" for x of shape {tuple(x.shape)}")
+    if weight.dim() != 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
     kernels = kernels_for(x.device)
     return kernels.RMSNorm.apply(x, weight, eps) if kernels else rms_norm_reference(x, weight, eps)
 
@@ -124,5 +126,7 @@ def cross_entropy_(logits, targets):
     if logits.requires_grad:
         raise ValueError("logits requires a gradient, which cross_entropy_ writes over it; pass logits.detach()")
     check("targets", targets, (torch.int64,), logits.device, len(logits), f" for logits of shape {tuple(logits.shape)}")
+    if targets.dim() != 1:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}, expected ({len(logits)},)")
     kernels = kernels_for(logits.device)
     return kernels.cross_entropy_(logits, targets) if kernels else cross_entropy_reference_(logits, targets)

@@ -31,15 +31,30 @@ def run(level, dtype):
             libc.free(address)
     for N, K in ((1, 64), (7, 192), (17, 1088)):
         packed, absmax = buffer(N * K // 2), buffer(N * K // 64 * 4)
+        q, absmax2, code2 = buffer(N * K // 64), buffer(-(-N * K // 64 // 256) * 4), buffer(1024)
         for M in (1, 2, 3, 4, 5, 33, 70, 128):
             x, out = buffer(M * K * BYTES[dtype]), buffer(M * N * BYTES[dtype])
             assert lib.nf4_matmul(level, 2, dtype, x, packed, absmax, None, None, None, 0.0, out, M, N, K) == 0
+            assert lib.nf4_matmul(level, 2, dtype, x, packed, None, q, absmax2, code2, 0.5, out, M, N, K) == 0
             libc.free(x), libc.free(out)
-        libc.free(packed), libc.free(absmax)
+        for address in (packed, absmax, q, absmax2, code2):
+            libc.free(address)
+
+
+def run_dense(level):
+    for N, K in ((1, 32), (7, 96), (17, 1056)):
+        weight = buffer(N * K * 2)
+        for M in range(1, 9):
+            x, out = buffer(M * K * 2), buffer(M * N * 2)
+            assert lib.nf4_dense_matmul(level, 2, x, weight, out, M, N, K) == 0
+            libc.free(x), libc.free(out)
+        libc.free(weight)
 
 
 highest = lib.nf4_level()
 for level in range(5 if highest >= 3 else highest + 1):  # 4 is emulated
     for dtype in BYTES:
         run(level, dtype)
+if highest >= 3:
+    run_dense(highest)
 print("clean")

@@ -470,3 +470,10 @@ def test_every_kernel_builds_for_cuda_without_spills(tmp_path):
     report = json.loads(done.stdout)
     assert len(report) == 6 * len(DTYPES) * 3
     assert {name: usage for name, usage in report.items() if not set(usage) == {"STACK:0", "LOCAL:0"}} == {}
+
+
+def test_a_weight_or_targets_of_more_axes_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"weight has shape \(8, 1\), expected \(8,\)"):
+        fused.rms_norm(torch.ones(8, 8), torch.ones(8, 1), 1e-5)
+    with pytest.raises(ValueError, match=r"targets has shape \(2, 2\), expected \(4,\)"):
+        fused.cross_entropy_(torch.ones(4, 9), torch.zeros(2, 2, dtype=torch.int64))

@@ -23,7 +23,6 @@ class Cache:
         self.pieces = []
         self.capacity = max_new_tokens + draft if window is None else min(max_new_tokens, window) + draft
         self.layers = [LayerCache(self) for _ in range(num_layers)]
-        self.owners = None  # of each slot of the ring, which new token it holds
 
     def read(self, pieces):
         """Says which tokens of the prompts the next call brings."""
@@ -37,7 +36,8 @@ class Cache:
         return lengths[:, None] + self.new + torch.arange(T, device=device)
 
     def masks(self, positions):
-        """(prompt (B, 1, n, 1, T, P), new (1 or R, 1, 1, T, S)), both bool, True where a query may look, or None: everywhere."""
+        """(prompt (B, 1, n, 1, T, P), new (1, 1, 1, T, S), S): two bool masks, True where a query may look, or None: everywhere;
+        and the slots of the ring that are in use once the T tokens of `positions` are stored."""
         B, n, T = len(self.lengths), self.sequences, positions.shape[1]
         device, window = positions.device, self.window
         stored = self.layers[0].stored  # tokens kept of each prompt, the last ones
