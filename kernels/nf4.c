@@ -1,27 +1,10 @@
 /* NF4 on a CPU: quantise, dequantise, and multiply by a 4-bit weight. Bits as in reference.py, the specification.
 
-Built by nf4_cpu.py and called through ctypes. One binary holds every instruction set; `level` chooses among them at run time.
-A function of a job and a range does the work of one thread; `parallel` hands out the ranges. The format: blocks of 64
-elements share an absmax, two elements share a byte, the first in its high half. */
+Built and called by nf4_cpu.py. The format: blocks of 64 elements share an absmax, two elements share a byte, the first in its
+high half. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "common.h"
 
-#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)  // older ones lack AMX
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define X86 1
-#define TARGET(isa) __attribute__((target(isa)))
-#else
-#define X86 0
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
-enum { PORTABLE, AVX2, AVX512, AVX512_BF16, AMX };  // levels; each includes the ones before it
-enum { FP32, FP16, BF16 };                          // dtypes
 enum { BLOCK = 64, NESTED = 256 };
 
 static const float CODE[16] __attribute__((aligned(64))) = {
@@ -31,7 +14,7 @@ static const float CODE[16] __attribute__((aligned(64))) = {
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
 };
 
-typedef struct {
+struct Job {
   int level, dtype;
   const void *x;          // weight to quantise (n), or rows to multiply (M, K), as packed for the kernel
   uint8_t *packed;        // (n / 2)
@@ -43,74 +26,9 @@ typedef struct {
   void *out;              // (n), or (M, N)
   int64_t n, M, N, K;
   int stream;             // write past the caches
-} Job;
+};
 
-typedef void (*Work)(const Job *, int64_t begin, int64_t end);
-
-static void parallel(Work work, const Job *job, int64_t count, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int t = 0; t < threads; t++) work(job, count * t / threads, count * (t + 1) / threads);
-}
-
-int nf4_level(void) {
-#if X86
-  __builtin_cpu_init();
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return PORTABLE;
-  if (!(__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))) return AVX2;
-  if (!__builtin_cpu_supports("avx512bf16")) return AVX512;
-  unsigned a, b, c, d;  // leaf 7: AMX-BF16 is bit 22 of edx; Linux lends the tiles on request only
-  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-  return (d >> 22 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? AMX : AVX512_BF16;
-#else
-  return PORTABLE;
-#endif
-}
-
-// --- numbers ---------------------------------------------------------------------------------------------------
-
-INLINE uint32_t bits_of(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
-}
-
-INLINE float float_of(uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-
-INLINE uint16_t to_bf16(float f) {  // to the nearest, ties to even; NaN stays NaN
-  uint32_t u = bits_of(f);
-  return (u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
-}
-
-INLINE float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
-
-INLINE uint16_t to_fp16(float f) {  // the same, by adding: the sum rounds at the place where the fp16 ends
-  uint32_t u = bits_of(f), sign = u >> 16 & 0x8000, rest = u & 0x7FFFFFFF;
-  if (rest > 0x7F800000) return sign | 0x7E00;
-  if (rest >= 0x477FF000) return sign | 0x7C00;                                          // rounds to 65536 or more
-  if (rest < 0x38800000) return sign | (bits_of(float_of(rest) + 0.5f) - 0x3F000000u);   // a subnormal fp16
-  return sign | ((rest + 0xFFF + (rest >> 13 & 1)) - 0x38000000u) >> 13;
-}
-
-INLINE float from_fp16(uint16_t h) {
-  uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
-  if (rest >= 0x7C00) return float_of(sign | 0x7F800000 | (rest & 0x3FF) << 13);
-  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
-}
-
-INLINE float load(const void *x, int dtype, int64_t i) {
-  if (dtype == FP32) return ((const float *)x)[i];
-  uint16_t h = ((const uint16_t *)x)[i];
-  return dtype == FP16 ? from_fp16(h) : from_bf16(h);
-}
-
-INLINE void store(void *out, int dtype, int64_t i, float f) {
-  if (dtype == FP32) ((float *)out)[i] = f;
-  else ((uint16_t *)out)[i] = dtype == FP16 ? to_fp16(f) : to_bf16(f);
-}
+int nf4_level(void) { return highest_level(); }
 
 INLINE float scale_of(const Job *j, int64_t block) {
   if (j->absmax) return j->absmax[block];
@@ -183,8 +101,6 @@ static void dequantize_portable(const Job *j, int64_t begin, int64_t end) {
 
 #if X86
 
-#define AVX2_TARGET TARGET("avx2,fma,f16c")
-#define AVX512_TARGET TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 #define AVX512_INLINE static inline AVX512_TARGET __attribute__((always_inline))
 
 /* Eight fp32 rounded to 16 bits, as eight uint16. */
@@ -350,9 +266,6 @@ static void multiply_avx512(const Job *j, int64_t begin, int64_t end) {
 #undef DECODE
 }
 
-#define BF16_TARGET TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
-#define BF16_INLINE static inline BF16_TARGET __attribute__((always_inline))
-
 /* bf16. 64 bytes hold 128 elements. Shifted by 0, 4, 8 and 12 bits, the low nibble of word i is element 4i + 1, 4i, 4i + 3 and
  * 4i + 2. So that nothing has to be interleaved, x lies in that order: for each 128 elements the 32 of each shift, zeros where
  * a row ends in the middle; and chunk by chunk, M rows each, since rows 8 KB apart would share their places in the cache. */
@@ -425,54 +338,6 @@ FEW(3)
 FEW(4)
 static const Work FEW_ROWS[] = {NULL, multiply_few_1, multiply_few_2, multiply_few_3, multiply_few_4};
 
-/* The same for a weight (N, K) in bf16: the layers that stay in 16 bit, such as the head. K is a multiple of 32. */
-BF16_INLINE void multiply_dense(const Job *j, int64_t n, int rows, int64_t stride, int M) {
-  const uint16_t *weight = (const uint16_t *)j->packed, *x = j->x;
-  __m512 sums[STREAMS][8];
-  for (int r = 0; r < rows; r++)
-    for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < j->K; k += 32)
-    for (int r = 0; r < rows; r++) {
-      const uint16_t *w = weight + (n + r * stride) * j->K + k;
-      _mm_prefetch((const char *)w + 1024, _MM_HINT_T0);
-      const __m512bh values = (__m512bh)_mm512_loadu_si512(w);
-      for (int m = 0; m < M; m++)
-        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], values, (__m512bh)_mm512_loadu_si512(x + m * j->K + k));
-    }
-  for (int r = 0; r < rows; r++)
-    for (int m = 0; m < M; m++) store(j->out, BF16, m * j->N + n + r * stride, _mm512_reduce_add_ps(sums[r][m]));
-}
-
-#define DENSE(M) \
-  BF16_TARGET static void multiply_dense_##M(const Job *j, int64_t begin, int64_t end) { \
-    const int streams = M <= 4 ? STREAMS : STREAMS / 2; \
-    const int64_t stride = (end - begin) / streams; \
-    for (int64_t n = begin; n < begin + stride; n++) multiply_dense(j, n, streams, stride, M); \
-    for (int64_t n = begin + streams * stride; n < end; n++) multiply_dense(j, n, 1, 0, M); \
-  }
-DENSE(1)
-DENSE(2)
-DENSE(3)
-DENSE(4)
-DENSE(5)
-DENSE(6)
-DENSE(7)
-DENSE(8)
-static const Work DENSE_ROWS[] = {NULL, multiply_dense_1, multiply_dense_2, multiply_dense_3, multiply_dense_4,
-                                  multiply_dense_5, multiply_dense_6, multiply_dense_7, multiply_dense_8};
-
-/* The sums of the 16 elements of each of four vectors. */
-BF16_INLINE __m128 sum_of_four(const float *a, const float *b, const float *c, const float *d) {
-  __m512 va = _mm512_load_ps(a), vb = _mm512_load_ps(b), vc = _mm512_load_ps(c), vd = _mm512_load_ps(d);
-  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(va, vb), _mm512_unpackhi_ps(va, vb));  // a, b, a, b in each 128 bits
-  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(vc, vd), _mm512_unpackhi_ps(vc, vd));
-  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // a, b, c, d in each 128 bits
-  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 /* Many rows: ROWS rows of the weight, a chunk at a time, are decoded into the L1 cache and multiplied with COLUMNS rows of x at
  * once, so that 24 products need 10 loads. */
 enum { ROWS = 6, COLUMNS = 4 };
@@ -518,7 +383,8 @@ BF16_TARGET static void multiply_many_bf16(const Job *j, int64_t begin, int64_t 
     for (int64_t m = 0; m < M; m += COLUMNS)
       for (int r = 0; r < rows; r++) {
         float four[4];
-        _mm_storeu_ps(four, sum_of_four(sums[m][r], sums[m + 1][r], sums[m + 2][r], sums[m + 3][r]));
+        _mm_storeu_ps(four, sum_of_four(_mm512_load_ps(sums[m][r]), _mm512_load_ps(sums[m + 1][r]),
+                                        _mm512_load_ps(sums[m + 2][r]), _mm512_load_ps(sums[m + 3][r])));
         for (int64_t t = 0; t < COLUMNS && m + t < M; t++) store(j->out, BF16, (m + t) * j->N + n + r, four[t]);
       }
   }
@@ -673,18 +539,4 @@ int nf4_matmul(int level, int threads, int dtype, const void *x, const uint8_t *
   parallel(work, &job, N, threads);
   free(scratch);
   return 0;
-}
-
-/* out (M, N) = x (M, K) times the transposed weight (N, K), all bf16; M from 1 to 8, K a multiple of 32. 0, or -1 where this CPU
- * has no instruction for it. */
-int nf4_dense_matmul(int level, int threads, const void *x, const void *weight, void *out, int64_t M, int64_t N, int64_t K) {
-#if X86
-  if (level >= AVX512_BF16) {
-    Job job = {.level = level, .x = x, .packed = (uint8_t *)weight, .out = out, .M = M, .N = N, .K = K};
-    parallel(DENSE_ROWS[M], &job, N, threads);
-    return 0;
-  }
-#endif
-  (void)level, (void)threads, (void)x, (void)weight, (void)out, (void)M, (void)N, (void)K;
-  return -1;
 }

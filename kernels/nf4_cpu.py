@@ -1,84 +1,32 @@
-"""The CPU backend: nf4.c, built on first use with the machine's C compiler and called through ctypes.
-
-The library lies in a cache folder under a name that holds a digest of the source and of the compiler, so a change builds
-anew. It appears there in one step: two processes that build at once do no harm."""
+"""The CPU backend: nf4.c through ctypes."""
 
 import ctypes
 import functools
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
-import torch  # before the library, which then finds the OpenMP that torch loaded
-from minitune_kernels import cache
+import torch
+from minitune_kernels import c_library
+from minitune_kernels.c_library import LEVELS, NoCompiler
 
 NAME = "cpu"
 SOURCE = Path(__file__).with_name("nf4.c")
-FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC")
-LEVELS = ("portable C", "AVX2", "AVX-512", "AVX-512 with bf16", "AMX")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STREAM_BYTES = 8 << 20  # an output of this size leaves the caches before it is read again: write past them
 
 
-class NoCompiler(Exception):
-    """Why there is no library, in words."""
-
-
-def compiler():
-    """The command of CC, else cc. Raises NoCompiler where there is none."""
-    command = shlex.split(os.environ.get("CC") or "cc") or ["cc"]
-    if not shutil.which(command[0]):
-        raise NoCompiler(f"there is no C compiler {command[0]!r}; install gcc or clang, or set CC")
-    return command
-
-
-def build(flags=FLAGS, folder=None):
-    """Path of the library, built unless it lies in `folder` (the cache). Raises NoCompiler where it cannot be built."""
-    try:
-        command = [*compiler(), *flags]
-        version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
-        digest = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, command)])).hexdigest()
-        library = Path(folder or cache.folder()) / f"nf4-{digest[:16]}.so"
-        if library.exists():
-            return library
-        with tempfile.TemporaryDirectory() as scratch:
-            built = Path(scratch) / library.name
-            done = subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, text=True)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-                raise NoCompiler(f"{shlex.join(command)} cannot build {SOURCE.name}: {last}")
-            cache.keep(library, built.read_bytes())
-    except OSError as error:
-        raise NoCompiler(
-            f"{error.filename or 'the cache'} cannot be used ({error.strerror}); XDG_CACHE_HOME names another cache folder"
-        ) from None
-    except (RuntimeError, ValueError) as error:  # no home folder; CC with an open quote
-        raise NoCompiler(f"it cannot be built: {error}") from None
-    return library
-
-
-def load(path):
-    """The library at `path`, with the types of its functions. Raises NoCompiler."""
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NoCompiler(f"the built library cannot be loaded: {error}; delete it to build it again") from None
+def typed(lib):
+    """A loaded library, with the types of its functions."""
     i, p, n, f = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     lib.nf4_quantize.argtypes, lib.nf4_quantize.restype = (i, i, i, p, p, p, n), None
     lib.nf4_dequantize.argtypes, lib.nf4_dequantize.restype = (i, i, i, p, p, p, p, p, f, p, n, i), None
     lib.nf4_matmul.argtypes = (i, i, i, p, p, p, p, p, p, f, p, n, n, n)
-    lib.nf4_dense_matmul.argtypes = (i, i, p, p, p, n, n, n)
     return lib
 
 
 @functools.cache
 def library():
     """(the loaded library, its level). Raises NoCompiler."""
-    lib = load(build())
+    lib = typed(c_library.load(c_library.build(SOURCE)))
     return lib, lib.nf4_level()
 
 

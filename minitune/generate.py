@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 import torch
+from minitune_kernels import decode as kernels
 
 from minitune import sampling
 from minitune.config import arg, check_types, positive
@@ -154,7 +155,7 @@ class Decoder:
     # --- the model ---
 
     def read(self, prompts, sequences, draft=0):
-        """(cache, fp32 logits (B, V) after each prompt). Prompts are packed, and cut where they are long."""
+        """(cache, logits (B, V) after each prompt). Prompts are packed, and cut where they are long."""
         lengths = [len(prompt) for prompt in prompts]
         cache = Cache(
             self.model.config.num_hidden_layers, lengths, sequences, self.config.max_new_tokens, self.window, draft
@@ -183,22 +184,26 @@ class Decoder:
         if call:
             run()
         hidden = torch.stack([last[i] for i in range(len(prompts))])
-        return cache, self.logits(hidden)
-
-    def logits(self, hidden):
-        logits = self.model.lm_head(hidden).float()
-        if torch.isnan(logits).any():
-            raise FloatingPointError(
-                "the model's logits are NaN: its weights are damaged, or too large for this dtype; try fp32"
-            )
-        return logits
+        return cache, self.model.lm_head(hidden)
 
     def step(self, cache, tokens):
-        """tokens (R, T) -> fp32 logits (R, T, V)."""
+        """tokens (R, T) -> logits (R, T, V)."""
         self.counts.steps += 1
-        return self.logits(self.model.model(tokens, cache=cache))
+        return self.model.lm_head(self.model.model(tokens, cache=cache))
 
     # --- scores ---
+
+    def logprobs(self, logits):
+        """logits (R, V) -> (R, V) fp32. Raises FloatingPointError on NaN, of which a row is full where it has one."""
+        logprobs = logits.float().log_softmax(-1)
+        refuse_nan(logprobs[:, 0])
+        return logprobs
+
+    def adjusts(self, new_length):
+        """Whether adjust() does anything."""
+        config = self.config
+        bans_end = new_length < config.min_new_tokens and self.eos
+        return config.repetition_penalty != 1.0 or config.no_repeat_ngram_size > 0 or bool(bans_end)
 
     def adjust(self, scores, histories, new_length):
         """The penalties and bans that do not belong to sampling. histories: ids of each row, prompt included."""
@@ -259,10 +264,9 @@ class Decoder:
         while True:
             active = [p * n + i for p in running for i in range(n)]
             drawn_from = generators and [generators[a] for a in active]
-            tokens = self.choose(logits, [histories[a] for a in active], length, drawn_from)
+            tokens, logprobs = self.choose(logits, [histories[a] for a in active], length, drawn_from)
             length += 1
-            logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-            for a, token, logprob in zip(active, tokens.tolist(), logprobs, strict=True):
+            for a, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
                 if not done[a]:
                     histories[a].append(token)
                     done[a] = self.append(answers[a], token, logprob, on_token)
@@ -282,12 +286,18 @@ class Decoder:
                 logits = self.step(cache, tokens[:, None])[:, -1]
 
     def choose(self, logits, histories, new_length, generators):
-        """The next token (R,) of each row."""
-        scores = self.adjust(logits, histories, new_length)
+        """The next token (R,) of each row, and its log-probability (R,) under the model."""
+        if generators is None and not self.adjusts(new_length):
+            logprobs, tokens = likeliest(logits, 1)
+            return tokens[:, 0], logprobs[:, 0]
+        logprobs = self.logprobs(logits)
+        scores = self.adjust(logits.float(), histories, new_length)
         if generators is None:
-            return scores.argmax(-1)
-        numbers = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
-        return sampling.draw(self.warp(scores), numbers)
+            tokens = scores.argmax(-1)
+        else:
+            numbers = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+            tokens = sampling.draw(self.warp(scores), numbers)
+        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
     def append(self, answer, token, logprob, on_token=None):
         """Add a token to an answer. Returns whether it is done."""
@@ -312,12 +322,13 @@ class Decoder:
         self.counts.guessed += len(guess)
         accepted = 0
         for i, token in enumerate(guess):
-            if self.choose(logits[i : i + 1], [history], len(answer.ids), None).item() != token:
+            chosen, logprob = self.choose(logits[i : i + 1], [history], len(answer.ids), None)
+            if chosen.item() != token:
                 break
             accepted += 1
             self.counts.accepted += 1
             history.append(token)
-            if self.append(answer, token, logits[i].log_softmax(-1)[token].item(), on_token):
+            if self.append(answer, token, logprob.item(), on_token):
                 return None
         cache.drop(len(guess) - accepted)
         return logits[accepted : accepted + 1]
@@ -327,7 +338,7 @@ class Decoder:
     def beams(self, prompts):
         """Beam search, or beam sampling, with transformers' rules: see its _beam_search. A prompt leaves when it is done."""
         config, n = self.config, self.config.num_beams
-        candidates = max(2, 1 + len(self.eos)) * n  # enough to go on where the best n all end
+        count = max(2, 1 + len(self.eos)) * n  # of candidates: enough to go on where the best n all end
         searches = [Search(list(prompt), n, self.device) for prompt in prompts]
         generators = self.generators(prompts)[:: config.num_return_sequences] if config.samples else None
         cache, logits = self.read(prompts, n)
@@ -335,24 +346,10 @@ class Decoder:
         running = list(range(len(prompts)))
         while True:
             active = [searches[p] for p in running]
-            raw = logits.log_softmax(-1)
-            scores = self.adjust(raw, [ids for search in active for ids in search.histories()], active[0].length)
-            if config.samples:
-                scores = self.warp(scores, keep=len(self.eos) + 1 if self.eos else 2)
-            V = scores.shape[-1]
-            totals = scores.view(len(active), n, V) + torch.stack([search.scores for search in active])[:, :, None]
-            totals = totals.view(len(active), n * V)
-            if config.samples:
-                numbers = [torch.rand(n * V, generator=generators[p], dtype=torch.float64) for p in running]
-                drawn = [sampling.draw_several(*parts, candidates) for parts in zip(totals, numbers, strict=True)]
-                picks = torch.stack(drawn).to(self.device)
-                best = totals.gather(1, picks)
-            else:
-                best, picks = totals.topk(candidates)
-            raw = raw.view(len(active), n * V).gather(1, picks)
+            drawn_from = generators and [generators[p] for p in running]
             parents = [
                 search.advance(self, *parts)
-                for search, *parts in zip(active, best, picks // V, picks % V, raw, strict=True)
+                for search, *parts in zip(active, *self.candidates(logits, active, drawn_from, count), strict=True)
             ]
             still = [k for k, search in enumerate(active) if not search.done]
             if not still:
@@ -367,6 +364,50 @@ class Decoder:
             tokens = torch.cat([searches[p].last for p in running])
             logits = self.step(cache, tokens[:, None])[:, -1]
         return [answer for s in searches for answer in s.answers(self, config.num_return_sequences)], self.counts
+
+    def candidates(self, logits, searches, generators, count):
+        """The ways to go on, the best first or as drawn: (scores, beams, tokens, log-probabilities), each (prompts, count)."""
+        n, length, config = self.config.num_beams, searches[0].length, self.config
+        before = torch.stack([search.scores for search in searches])[:, :, None]  # (prompts, n, 1)
+        if config.samples or self.adjusts(length):
+            raw = self.logprobs(logits)
+            scores = self.adjust(raw, [ids for search in searches for ids in search.histories()], length)
+            if config.samples:
+                scores = self.warp(scores, keep=len(self.eos) + 1 if self.eos else 2)
+                tokens = torch.arange(scores.shape[1], device=self.device).expand_as(scores)
+            else:
+                scores, tokens = scores.topk(min(count, scores.shape[1]))
+                raw = raw.gather(1, tokens)
+        else:  # what is among the best of all beams is among the best of its own
+            raw, tokens = likeliest(logits, min(count, logits.shape[1]))
+            scores = raw
+        each = scores.shape[1]
+        scores = (scores.view(len(searches), n, each) + before).flatten(1)
+        if config.samples:
+            numbers = [torch.rand(n * each, generator=generator, dtype=torch.float64) for generator in generators]
+            drawn = [sampling.draw_several(*parts, count) for parts in zip(scores, numbers, strict=True)]
+            picks = torch.stack(drawn).to(self.device)
+        else:
+            picks = scores.topk(count).indices
+        tokens, raw = (t.reshape(len(searches), n * each).gather(1, picks) for t in (tokens, raw))
+        return scores.gather(1, picks), picks // each, tokens, raw
+
+
+def likeliest(logits, count):
+    """logits (R, V) -> (log-probabilities (R, count) fp32, ids (R, count)), the best first. Raises FloatingPointError on NaN."""
+    if kernels.takes(logits):
+        logprobs, ids = kernels.rank(logits, count)
+    else:
+        logprobs, ids = logits.float().log_softmax(-1).topk(count)
+    refuse_nan(logprobs)
+    return logprobs, ids
+
+
+def refuse_nan(logprobs):
+    if logprobs.isnan().any():
+        raise FloatingPointError(
+            "the model's logits are NaN: its weights are damaged, or too large for this dtype; try fp32"
+        )
 
 
 class Search:

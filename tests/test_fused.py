@@ -116,7 +116,7 @@ def test_rms_norm_gives_a_frozen_weight_no_gradient(random):
 def test_swiglu_and_its_gradients_are_those_of_the_reference_and_of_the_model(random, shape, dtype):
     gate, up, grad = random(*shape, dtype=dtype, scale=4), random(*shape, dtype=dtype), random(*shape, dtype=dtype)
     ours, reference, model = (
-        run(operation, (gate, up), grad) for operation in (fused.swiglu, fused.swiglu_reference, layers.SwiGLU.apply)
+        run(operation, (gate, up), grad) for operation in (fused.swiglu, fused.swiglu_reference, layers.swiglu)
     )
     steps = 8 if dtype == torch.float32 else 2
     check_close(ours, reference, steps)
@@ -204,7 +204,7 @@ def test_16_bit_values_are_rounded_where_the_model_rounds(random, dtype):
     x, up, weight, grad = (random(*shape, dtype=dtype) for shape in ((4, 500), (4, 500), (500,), (4, 500)))
     for ours, model, inputs in [
         (lambda x: fused.rms_norm(x, weight, EPS), lambda x: layers.RMSNormFunction.apply(x, weight, EPS), (x,)),
-        (fused.swiglu, layers.SwiGLU.apply, (x, up)),
+        (fused.swiglu, layers.swiglu, (x, up)),
     ]:
         for a, e in zip(run(ours, inputs, grad), run(model, inputs, grad), strict=True):
             # fp32's last bit turns one rounding in thousands; a rounding left out, every fourth value or more

@@ -4,6 +4,7 @@ A prompt's keys and values are stored once, however many sequences are decoded f
 beams x prompt. Letters as in layers.py, and: B prompts, n sequences of each, R = B * n, P tokens of the longest prompt stored."""
 
 import torch
+from minitune_kernels import decode
 from torch.nn import functional as F
 
 from minitune.models.layers import causal_mask
@@ -23,6 +24,9 @@ class Cache:
         self.pieces = []
         self.capacity = max_new_tokens + draft if window is None else min(max_new_tokens, window) + draft
         self.layers = [LayerCache(self) for _ in range(num_layers)]
+        self.writers = None  # (R, capacity) int32: the sequence whose token stands in a slot; None: each its own
+        self.in_c = False  # whether decode.attend does the work; known when the prompts have been read
+        self.shape = None  # of its next call
 
     def read(self, pieces):
         """Says which tokens of the prompts the next call brings."""
@@ -69,8 +73,12 @@ class Cache:
         """Called when all layers have stored the tokens of a call."""
         if self.pieces:
             self.pieces = []
-        else:
-            self.new += T
+            return
+        if self.writers is not None:
+            slots = torch.arange(self.new, self.new + T) % self.capacity
+            self.writers[:, slots] = torch.arange(len(self.writers), dtype=torch.int32)[:, None]
+        self.new += T
+        self.shape = None
 
     def drop(self, count):
         """Forget the last `count` new tokens of every sequence."""
@@ -78,6 +86,11 @@ class Cache:
 
     def reorder(self, rows):
         """rows (R,) int64: which sequence each one goes on from, of the same prompt."""
+        if self.in_c:  # nothing moves
+            if self.writers is None:
+                self.writers = torch.arange(len(rows), dtype=torch.int32)[:, None].expand(-1, self.capacity)
+            self.writers, self.shape = self.writers[rows], None
+            return
         used = min(self.new, self.capacity)
         for layer in self.layers:
             layer.k[:, :, :used] = layer.k[rows, :, :used]
@@ -87,7 +100,24 @@ class Cache:
         """Only these prompts (their numbers here, rising) go on; the others and their sequences leave."""
         for layer in self.layers:
             layer.keep(prompts, self.sequences)
-        self.lengths = [self.lengths[i] for i in prompts]
+        if self.writers is not None:
+            rows = torch.tensor([p * self.sequences + i for p in prompts for i in range(self.sequences)])
+            place = torch.zeros(len(self.writers), dtype=torch.int32)
+            place[rows] = torch.arange(len(rows), dtype=torch.int32)
+            self.writers = place[self.writers[rows].long()]
+        self.lengths, self.shape = [self.lengths[i] for i in prompts], None
+
+    def next_shape(self, layer, q):
+        """decode.attend's Shape for the next tokens of every sequence, q (R, H, T, D). The tensors that it points to live in it."""
+        if self.shape is None:
+            B, H_kv, P, D = layer.prompt_k.shape
+            tensors = torch.tensor(self.lengths), torch.tensor(layer.stored), self.writers
+            self.shape = decode.Shape(
+                *(t if t is None else t.data_ptr() for t in tensors),
+                *(B, self.sequences, q.shape[1], H_kv, q.shape[2], D, P, self.capacity, self.new, self.window or 0),
+            )
+            self.shape.tensors = tensors
+        return self.shape
 
 
 class LayerCache:
@@ -106,6 +136,10 @@ class LayerCache:
             return self.read(q, k, v)
         if self.prompt_k is None:
             self.lay_out()
+        if self.cache.in_c:
+            return decode.attend(
+                q, k, v, self.cache.next_shape(self, q), (self.prompt_k, self.prompt_v, self.k, self.v)
+            )
         return self.step(q, k, v, layout)
 
     def read(self, q, k, v):
@@ -137,8 +171,9 @@ class LayerCache:
         self.stored = [k.shape[1] for k, _ in parts]
         H_kv, _, D = parts[0][0].shape
         shape = len(parts), H_kv, max(self.stored), D
-        # A CPU multiplies in fp32, and would convert all keys at every step.
-        dtype = torch.float32 if parts[0][0].device.type == "cpu" else parts[0][0].dtype
+        in_c = self.cache.in_c = decode.takes(parts[0][0])
+        # torch multiplies in fp32 here, and on a CPU would convert all keys at every step.
+        dtype = torch.float32 if parts[0][0].device.type == "cpu" and not in_c else parts[0][0].dtype
         self.prompt_k, self.prompt_v = (parts[0][0].new_zeros(shape, dtype=dtype) for _ in range(2))
         for i, (k, v) in enumerate(parts):
             self.prompt_k[i, :, : self.stored[i]], self.prompt_v[i, :, : self.stored[i]] = k, v

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from minitune_kernels import dense
+from minitune_kernels import decode
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,8 +25,8 @@ class Linear(nn.Linear):
     """nn.Linear, with a faster product for the few rows of a decoding step on a CPU."""
 
     def forward(self, x):
-        if dense.fits(x, self.weight):
-            return dense.linear(x, self.weight, self.bias)
+        if decode.fits(x, self.weight):
+            return decode.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -39,6 +39,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if decode.takes(x) and self.weight.dtype is x.dtype:
+            return decode.rms_norm(x, self.weight, self.eps)
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
@@ -66,8 +68,15 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (arXiv 2002.05202), all of one shape. Keeps gate and up, and works out silu(gate) again."""
+def swiglu(gate, up):
+    """silu(gate) * up (arXiv 2002.05202), all of one shape."""
+    if decode.takes(gate):
+        return decode.swiglu(gate, up)
+    return SwiGLUFunction.apply(gate, up)
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """Keeps gate and up, and works out silu(gate) again."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -183,6 +192,8 @@ def first_given(*values):
 
 def apply_rope(x, cos, sin):
     """Turn x (B, H, T, D) by its positions: dim i goes with dim i + D/2. cos, sin: (B, 1, T, D/2)."""
+    if decode.takes(x) and cos.dtype is x.dtype and x.stride(-1) == 1:
+        return decode.rope(x, cos, sin)
     return RopeFunction.apply(x, cos, sin)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import Layout, Linear, RMSNorm, Rope, SwiGLU, apply_rope, attention, read_rope
+from minitune.models.layers import Layout, Linear, RMSNorm, Rope, apply_rope, attention, read_rope, swiglu
 
 LORA_TARGETS = ("q_proj", "v_proj")
 
@@ -90,7 +90,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = Linear(inner, C, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class LlamaBlock(nn.Module):

@@ -1,0 +1,452 @@
+/* The operations of a decoding step on a CPU, where torch's calls cost more than their arithmetic: RMSNorm, RoPE, SwiGLU,
+ * attention over the key-value cache, and the product of few rows with a bf16 weight.
+ *
+ * Built and called by decode.py, whose docstrings say what each computes. Everything sums in fp32. dtype: FP32 or BF16; a value
+ * that torch would round to bf16 on its way is rounded here too. */
+
+#include "common.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors of 64 bytes pass between inlined functions only
+
+typedef struct {          // of an attention; the fields of decode.py's Shape
+  const int64_t *lengths; // (B) tokens of each prompt
+  const int64_t *stored;  // (B) of them in the cache: the last ones
+  const int32_t *writers; // (R, capacity) the sequence whose token stands in a slot, NULL: the own one
+  int64_t B, n, H, H_kv, T, D, P, capacity, new_tokens, window;  // window 0: none
+} Shape;
+
+struct Job {
+  int dtype;
+  const void *x, *y, *z;  // inputs, as each function says
+  void *out;
+  int64_t M, N, K;
+  const void *weight, *bias;  // (N, K) and (N); or an RMSNorm's (K)
+  float eps;
+  const void *cos, *sin;  // (rows or 1, T, D / 2)
+  int64_t H, T, D, row_stride, head_stride, token_stride, table_stride;
+  const Shape *shape;
+  void *prompt_k, *prompt_v, *new_k, *new_v;  // (B, H_kv, P, D) and (R, H_kv, capacity, D)
+  int *failed;
+  int64_t *ids;
+};
+
+enum { BATCH = 256 };  // logits that are looked at together
+enum { SERIAL = 1 << 13 };  // values below which a second thread costs more than it saves
+
+INLINE float rounded(float f, int dtype) { return dtype == BF16 ? from_bf16(to_bf16(f)) : f; }
+
+/* exp, to 2 units in the last place; what would overflow or vanish ends at 2e38 and 1e-38. NaN stays NaN. */
+INLINE float exp_of(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (p * r * r + r + 1) * float_of((bits_of(shifted) - 0x4B400000u + 127u) << 23);
+}
+
+/* A function written once, with the dtype as a constant, and vectorised by the compiler for each instruction set. */
+#define EACH_DTYPE(name) \
+  if (j->dtype == BF16) name(j, begin, end, BF16); \
+  else name(j, begin, end, FP32);
+#if X86
+#define EACH_LEVEL(name) \
+  static void name##_portable(const Job *j, int64_t begin, int64_t end) { EACH_DTYPE(name) } \
+  AVX2_TARGET static void name##_avx2(const Job *j, int64_t begin, int64_t end) { EACH_DTYPE(name) } \
+  AVX512_TARGET __attribute__((target("prefer-vector-width=512"))) \
+  static void name##_avx512(const Job *j, int64_t begin, int64_t end) { EACH_DTYPE(name) } \
+  static Work name##_for(int level) { \
+    return level >= AVX512 ? name##_avx512 : level >= AVX2 ? name##_avx2 : name##_portable; \
+  }
+#else
+#define EACH_LEVEL(name) \
+  static void name##_portable(const Job *j, int64_t begin, int64_t end) { EACH_DTYPE(name) } \
+  static Work name##_for(int level) { return (void)level, name##_portable; }
+#endif
+
+int decode_level(void) { return highest_level(); }
+
+// --- RMSNorm: rows begin .. end of x (M, K) ---------------------------------------------------------------------
+
+INLINE void norm(const Job *j, int64_t begin, int64_t end, int dtype) {
+  for (int64_t m = begin; m < end; m++) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < j->K; k++) {
+      const float value = load(j->x, dtype, m * j->K + k);
+      sum += value * value;
+    }
+    const float scale = 1 / sqrtf(sum / j->K + j->eps);
+#pragma omp simd
+    for (int64_t k = 0; k < j->K; k++)
+      store(j->out, dtype, m * j->K + k,
+            load(j->weight, dtype, k) * rounded(load(j->x, dtype, m * j->K + k) * scale, dtype));
+  }
+}
+EACH_LEVEL(norm)
+
+void decode_norm(int level, int threads, int dtype, const void *x, const void *weight, void *out, int64_t M, int64_t K,
+                 float eps) {
+  Job job = {.dtype = dtype, .x = x, .weight = weight, .out = out, .M = M, .K = K, .eps = eps};
+  parallel(norm_for(level), &job, M, M * K < SERIAL ? 1 : threads);
+}
+
+// --- RoPE: tokens begin .. end of x (rows, H, T, D), by strides; out lies as (rows, T, H, D) --------------------------
+
+INLINE void turn(const Job *j, int64_t begin, int64_t end, int dtype) {
+  const int64_t half = j->D / 2, size = dtype == BF16 ? 2 : 4;
+  for (int64_t token = begin; token < end; token++) {
+    const int64_t row = token / j->T, t = token % j->T, table = row * j->table_stride + t * half;
+    for (int64_t h = 0; h < j->H; h++) {
+      const char *x = (const char *)j->x + (row * j->row_stride + h * j->head_stride + t * j->token_stride) * size;
+      char *out = (char *)j->out + (token * j->H + h) * j->D * size;
+#pragma omp simd
+      for (int64_t d = 0; d < half; d++) {
+        const float c = load(j->cos, dtype, table + d), s = load(j->sin, dtype, table + d);
+        const float low = load(x, dtype, d), high = load(x, dtype, half + d);
+        store(out, dtype, d, rounded(low * c, dtype) - rounded(high * s, dtype));
+        store(out, dtype, half + d, rounded(high * c, dtype) + rounded(low * s, dtype));
+      }
+    }
+  }
+}
+EACH_LEVEL(turn)
+
+void decode_turn(int level, int threads, int dtype, const void *x, const void *cos, const void *sin, void *out, int64_t rows,
+                 int64_t H, int64_t T, int64_t D, int64_t row_stride, int64_t head_stride, int64_t token_stride,
+                 int64_t table_stride) {
+  Job job = {.dtype = dtype, .x = x, .cos = cos, .sin = sin, .out = out, .H = H, .T = T, .D = D, .row_stride = row_stride,
+             .head_stride = head_stride, .token_stride = token_stride, .table_stride = table_stride};
+  parallel(turn_for(level), &job, rows * T, rows * T * H * D < SERIAL ? 1 : threads);
+}
+
+// --- SwiGLU: silu(x) * y, elements begin .. end -------------------------------------------------------------------
+
+INLINE void gate(const Job *j, int64_t begin, int64_t end, int dtype) {
+#pragma omp simd
+  for (int64_t i = begin; i < end; i++) {
+    const float value = load(j->x, dtype, i);
+    store(j->out, dtype, i, rounded(value / (1 + exp_of(-value)), dtype) * load(j->y, dtype, i));
+  }
+}
+EACH_LEVEL(gate)
+
+void decode_gate(int level, int threads, int dtype, const void *x, const void *y, void *out, int64_t count) {
+  Job job = {.dtype = dtype, .x = x, .y = y, .out = out};
+  parallel(gate_for(level), &job, count, count < SERIAL ? 1 : threads);
+}
+
+// --- attention: pairs of a prompt and a key-value head -------------------------------------------------------------
+
+/* Sixteen numbers, in whatever registers the instruction set has. */
+typedef float Float16 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float4 __attribute__((vector_size(16)));
+typedef uint32_t Bits16 __attribute__((vector_size(64)));
+typedef uint16_t Half16 __attribute__((vector_size(32)));
+
+INLINE Float16 load_16(const void *x, int dtype, int64_t i) {
+  Float16 v;
+  if (dtype == BF16) {
+    Half16 h;
+    memcpy(&h, (const uint16_t *)x + i, sizeof h);
+    const Bits16 bits = __builtin_convertvector(h, Bits16) << 16;
+    memcpy(&v, &bits, sizeof v);
+  } else memcpy(&v, (const float *)x + i, sizeof v);
+  return v;
+}
+
+INLINE float sum_16(Float16 v) {
+  Float8 a, b;
+  memcpy(&a, &v, sizeof a);
+  memcpy(&b, (const char *)&v + sizeof a, sizeof b);
+  a += b;
+  Float4 c, d;
+  memcpy(&c, &a, sizeof c);
+  memcpy(&d, (const char *)&a + sizeof c, sizeof d);
+  c += d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+/* scores[k] = q . the key at place[k] of `cache`, both of D elements. */
+INLINE void add_scores(const float *q, const void *cache, int dtype, const int64_t *place, int64_t count, int64_t D,
+                       float *scores) {
+  for (int64_t k = 0; k < count; k++) {
+    Float16 sum = {0};
+    float rest = 0;
+    int64_t d = 0;
+    for (; d + 16 <= D; d += 16) sum += load_16(q, FP32, d) * load_16(cache, dtype, place[k] + d);
+    for (; d < D; d++) rest += q[d] * load(cache, dtype, place[k] + d);
+    scores[k] = sum_16(sum) + rest;
+  }
+}
+
+/* sums (D) += shares[k] * the value at place[k] of `cache`. */
+INLINE void add_values(const float *shares, const void *cache, int dtype, const int64_t *place, int64_t count, int64_t D,
+                       float *sums) {
+  int64_t d = 0;
+  for (; d + 64 <= D; d += 64) {
+    Float16 sum[4];
+    memcpy(sum, sums + d, sizeof sum);
+    for (int64_t k = 0; k < count; k++)
+      for (int i = 0; i < 4; i++) sum[i] += shares[k] * load_16(cache, dtype, place[k] + d + 16 * i);
+    memcpy(sums + d, sum, sizeof sum);
+  }
+  for (; d + 16 <= D; d += 16) {
+    Float16 sum = load_16(sums, FP32, d);
+    for (int64_t k = 0; k < count; k++) sum += shares[k] * load_16(cache, dtype, place[k] + d);
+    memcpy(sums + d, &sum, sizeof sum);
+  }
+  for (; d < D; d++)
+    for (int64_t k = 0; k < count; k++) sums[d] += shares[k] * load(cache, dtype, place[k] + d);
+}
+
+enum { TOGETHER = 128 };  // keys of a prompt that stay in the L1 cache while each sequence's queries meet them
+
+INLINE void attend_pairs(const Job *j, int64_t begin, int64_t end, int dtype, const int64_t D) {
+  const Shape s = *j->shape;
+  const int64_t n = s.n, T = s.T, G = s.H / s.H_kv, each = T * G, Q = n * each;
+  const int64_t last = s.new_tokens + T, size = dtype == BF16 ? 2 : 4;
+  const int64_t oldest = s.window && s.new_tokens - s.window + 1 > 0 ? s.new_tokens - s.window + 1 : 0;
+  const int64_t keys = s.P + last - oldest;
+  int64_t *place = malloc((size_t)(s.P + n * (last - oldest)) * sizeof *place);  // of keys and values in their caches
+  float *scratch = malloc((size_t)(Q * (2 * D + keys)) * sizeof *scratch);
+  if (!place || !scratch) {
+    free(place), free(scratch);
+    *j->failed = 1;
+    return;
+  }
+  float *q = scratch, *sums = q + Q * D, *scores = sums + Q * D;  // (Q, D), (Q, D), (Q, keys); Q is (n, T, G)
+  const float root = 1 / sqrtf((float)D);
+  for (int64_t pair = begin; pair < end; pair++) {
+    const int64_t b = pair / s.H_kv, h = pair % s.H_kv, stored = s.stored[b], fresh = last - oldest;
+    for (int64_t i = 0; i < n * T; i++) {  // store the new tokens, and read the queries
+      const int64_t row = b * n + i / T, from = ((row * T + i % T) * s.H_kv + h) * D;
+      const int64_t to = ((row * s.H_kv + h) * s.capacity + (s.new_tokens + i % T) % s.capacity) * D;
+      memcpy((char *)j->new_k + to * size, (const char *)j->y + from * size, D * size);
+      memcpy((char *)j->new_v + to * size, (const char *)j->z + from * size, D * size);
+      for (int64_t g = 0; g < G; g++)
+        for (int64_t d = 0; d < D; d++)
+          q[(i * G + g) * D + d] = load(j->x, dtype, ((row * T + i % T) * s.H + h * G + g) * D + d) * root;
+    }
+    for (int64_t k = 0; k < stored; k++) place[k] = ((b * s.H_kv + h) * s.P + k) * D;
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t k = oldest; k < last; k++) {
+        const int64_t row = b * n + i, slot = k % s.capacity;
+        const int64_t writer = s.writers && k < s.new_tokens ? s.writers[row * s.capacity + slot] : row;
+        place[stored + i * fresh + k - oldest] = ((writer * s.H_kv + h) * s.capacity + slot) * D;
+      }
+    for (int64_t k = 0; k < stored; k += TOGETHER)
+      for (int64_t i = 0; i < Q; i++)
+        add_scores(q + i * D, j->prompt_k, dtype, place + k, stored - k < TOGETHER ? stored - k : TOGETHER, D,
+                   scores + i * keys + k);
+    for (int64_t i = 0; i < Q; i++)
+      add_scores(q + i * D, j->new_k, dtype, place + stored + i / each * fresh, fresh, D, scores + i * keys + stored);
+    for (int64_t i = 0; i < Q; i++) {
+      float *score = scores + i * keys, highest = -INFINITY, total = 0;
+      const int64_t position = s.new_tokens + i / G % T;  // among the new tokens; this query sees [first, after)
+      const int64_t after = stored + position + 1 - oldest, back = position - s.window + 1;
+      const int64_t first = !s.window || stored + back < 0 ? 0 : back < 0 ? stored + back : stored + back - oldest;
+      for (int64_t k = 0; k < first; k++) score[k] = 0;
+      for (int64_t k = after; k < stored + fresh; k++) score[k] = 0;
+      for (int64_t k = first; k < after; k++) highest = score[k] > highest ? score[k] : highest;
+#pragma omp simd reduction(+ : total)
+      for (int64_t k = first; k < after; k++) {
+        score[k] = exp_of(score[k] - highest);
+        total += score[k];
+      }
+      const float share = 1 / total;
+      for (int64_t k = first; k < after; k++) score[k] *= share;
+    }
+    memset(sums, 0, Q * D * sizeof *sums);
+    for (int64_t k = 0; k < stored; k += TOGETHER)
+      for (int64_t i = 0; i < Q; i++)
+        add_values(scores + i * keys + k, j->prompt_v, dtype, place + k, stored - k < TOGETHER ? stored - k : TOGETHER, D,
+                   sums + i * D);
+    for (int64_t i = 0; i < Q; i++)
+      add_values(scores + i * keys + stored, j->new_v, dtype, place + stored + i / each * fresh, fresh, D, sums + i * D);
+    for (int64_t i = 0; i < Q; i++)
+      for (int64_t d = 0; d < D; d++)
+        store(j->out, dtype, ((b * n * T + i / G) * s.H + h * G + i % G) * D + d, sums[i * D + d]);
+  }
+  free(place), free(scratch);
+}
+
+INLINE void attend(const Job *j, int64_t begin, int64_t end, int dtype) {
+  if (j->shape->D == 64) attend_pairs(j, begin, end, dtype, 64);  // a known size is twice as fast
+  else if (j->shape->D == 128) attend_pairs(j, begin, end, dtype, 128);
+  else attend_pairs(j, begin, end, dtype, j->shape->D);
+}
+EACH_LEVEL(attend)
+
+/* x: queries (R, T, H, D); y, z: keys and values (R, T, H_kv, D), which are stored first. out (R, T, H, D). 0, or -1 without
+ * memory. */
+int decode_attend(int level, int threads, int dtype, const void *x, const void *y, const void *z, void *out,
+                  const Shape *shape, void *prompt_k, void *prompt_v, void *new_k, void *new_v) {
+  int failed = 0;
+  Job job = {.dtype = dtype, .x = x, .y = y, .z = z, .out = out, .shape = shape, .prompt_k = prompt_k, .prompt_v = prompt_v,
+             .new_k = new_k, .new_v = new_v, .failed = &failed};
+  const int64_t pairs = shape->B * shape->H_kv;
+  parallel(attend_for(level), &job, pairs, pairs < threads ? (int)pairs : threads);
+  return failed ? -1 : 0;
+}
+
+// --- the most likely tokens: rows begin .. end of logits x (M, N) ------------------------------------------------------
+
+INLINE void rank(const Job *j, int64_t begin, int64_t end, int dtype) {
+  const int64_t N = j->N, count = j->K;
+  for (int64_t m = begin; m < end; m++) {
+    const void *x = (const char *)j->x + m * N * (dtype == BF16 ? 2 : 4);
+    float *values = (float *)j->out + m * count, highest = -INFINITY, total = 0, worst = -INFINITY;
+    int64_t *ids = j->ids + m * count, filled = 0;
+#pragma omp simd reduction(max : highest)
+    for (int64_t i = 0; i < N; i++) highest = load(x, dtype, i) > highest ? load(x, dtype, i) : highest;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < N; i++) total += exp_of(load(x, dtype, i) - highest);
+    const float whole = highest + logf(total);
+    for (int64_t start = 0; start < N; start += BATCH) {
+      const int64_t stop = N - start < BATCH ? N : start + BATCH;
+      int is_better = filled < count;
+      if (!is_better)
+        for (int64_t i = start; i < stop; i++) is_better |= load(x, dtype, i) > worst;
+      for (int64_t i = start; is_better && i < stop; i++) {
+        const float value = load(x, dtype, i);
+        if (filled == count && !(value > worst)) continue;
+        int64_t place = filled < count ? filled++ : count - 1;
+        for (; place && values[place - 1] < value; place--) values[place] = values[place - 1], ids[place] = ids[place - 1];
+        values[place] = value, ids[place] = i;
+        worst = values[filled - 1];
+      }
+    }
+    for (int64_t i = 0; i < count; i++) values[i] -= whole;
+  }
+}
+EACH_LEVEL(rank)
+
+/* values, ids (M, count): the logarithms of the probabilities of the `count` likeliest of N, the best first, ties by number;
+ * NaN where a row has one. */
+void decode_rank(int level, int threads, int dtype, const void *logits, float *values, int64_t *ids, int64_t M, int64_t N,
+                 int64_t count) {
+  Job job = {.dtype = dtype, .x = logits, .out = values, .ids = ids, .M = M, .N = N, .K = count};
+  parallel(rank_for(level), &job, M, M < threads ? (int)M : threads);
+}
+
+// --- out (M, N) = x (M, K) times the transposed weight (N, K), bf16: rows begin .. end of the weight ------------------
+
+#if X86
+
+/* Few rows of x: as fast as the memory delivers the weight. STREAMS rows of it at once, `stride` rows apart: four long streams
+ * come faster than one. A row's sum is taken in the same order in all these functions, so that it does not depend on M. */
+enum { STREAMS = 4, FEW = 8 };
+
+BF16_INLINE void put_four(const Job *j, int64_t m, const int64_t *rows, int count, __m512 a, __m512 b, __m512 c, __m512 d) {
+  uint16_t *out = (uint16_t *)j->out + m * j->N;
+  __m128 sums = sum_of_four(a, b, c, d);
+  if (j->bias) {
+    const uint16_t *bias = j->bias;
+    sums = _mm_add_ps(sums, _mm_setr_ps(from_bf16(bias[rows[0]]), from_bf16(bias[rows[1]]), from_bf16(bias[rows[2]]),
+                                        from_bf16(bias[rows[3]])));
+  }
+  // As to_bf16 rounds; the instruction for it would flush subnormal numbers to 0.
+  __m128i u = _mm_castps_si128(sums), odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
+  __m128i h = _mm_srli_epi32(_mm_add_epi32(u, _mm_add_epi32(odd, _mm_set1_epi32(0x7FFF))), 16);
+  h = _mm_mask_mov_epi32(h, _mm_cmp_ps_mask(sums, sums, _CMP_UNORD_Q), _mm_set1_epi32(0x7FC0));
+  uint16_t four[4];
+  _mm_storel_epi64((__m128i *)four, _mm_cvtepi32_epi16(h));
+  if (count == 4 && rows[3] - rows[0] == 3) memcpy(out + rows[0], four, sizeof four);
+  else for (int i = 0; i < count; i++) out[rows[i]] = four[i];
+}
+
+BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride, int M) {
+  const uint16_t *weight = j->weight, *x = j->x;
+  const int64_t at[STREAMS] = {n, n + stride, n + 2 * stride, n + 3 * stride};  // a single row: four times the same
+  __m512 sums[STREAMS][FEW];
+  for (int r = 0; r < STREAMS; r++)
+    for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < j->K; k += 32)
+    for (int r = 0; r < rows; r++) {
+      const uint16_t *w = weight + at[r] * j->K + k;
+      _mm_prefetch((const char *)w + 1024, _MM_HINT_T0);
+      const __m512bh values = (__m512bh)_mm512_loadu_si512(w);
+      for (int m = 0; m < M; m++)
+        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], values, (__m512bh)_mm512_loadu_si512(x + m * j->K + k));
+    }
+  for (int m = 0; m < M; m++) put_four(j, m, at, rows, sums[0][m], sums[1][m], sums[2][m], sums[3][m]);
+}
+
+/* Numbers of rows as constants keep the sums in registers. */
+#define MULTIPLY(M) \
+  BF16_TARGET static void multiply_##M(const Job *j, int64_t begin, int64_t end) { \
+    const int64_t stride = (end - begin) / STREAMS; \
+    for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, STREAMS, stride, M); \
+    for (int64_t n = begin + STREAMS * stride; n < end; n++) multiply_few(j, n, 1, 0, M); \
+  }
+MULTIPLY(1)
+MULTIPLY(2)
+MULTIPLY(3)
+MULTIPLY(4)
+MULTIPLY(5)
+MULTIPLY(6)
+MULTIPLY(7)
+MULTIPLY(8)
+static const Work FEW_ROWS[] = {NULL, multiply_1, multiply_2, multiply_3, multiply_4,
+                                multiply_5, multiply_6, multiply_7, multiply_8};
+
+/* More rows of x: tiles of four rows of the weight and up to six of x, so that 24 products need 10 loads. The rows of the weight
+ * that the next tiles need come meanwhile: the arithmetic of one and the memory of the other overlap. */
+enum { ROWS = 4, COLUMNS = 6 };
+
+BF16_INLINE void multiply_tile(const Job *j, const int64_t *at, int rows, int64_t m, const int columns, int64_t n) {
+  const uint16_t *weight = j->weight, *x = (const uint16_t *)j->x + m * j->K, *next = weight + (n + ROWS) * j->K;
+  const int tile = (int)(m / COLUMNS), tiles = (int)((j->M + COLUMNS - 1) / COLUMNS);
+  __m512 sums[COLUMNS][ROWS];
+  for (int t = 0; t < columns; t++)
+    for (int r = 0; r < ROWS; r++) sums[t][r] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < j->K; k += 32) {
+    __m512bh values[ROWS];
+    for (int r = tile; r < ROWS; r += tiles) _mm_prefetch((const char *)(next + r * j->K + k), _MM_HINT_T1);
+    for (int r = 0; r < ROWS; r++) values[r] = (__m512bh)_mm512_loadu_si512(weight + at[r] * j->K + k);
+    for (int t = 0; t < columns; t++) {
+      const __m512bh row = (__m512bh)_mm512_loadu_si512(x + t * j->K + k);
+      for (int r = 0; r < ROWS; r++) sums[t][r] = _mm512_dpbf16_ps(sums[t][r], values[r], row);
+    }
+  }
+  for (int t = 0; t < columns; t++) put_four(j, m + t, at, rows, sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+}
+
+BF16_TARGET static void multiply_many(const Job *j, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; n += ROWS) {
+    const int rows = end - n < ROWS ? (int)(end - n) : ROWS;
+    int64_t at[ROWS], m = 0;
+    for (int r = 0; r < ROWS; r++) at[r] = n + (r < rows ? r : 0);
+    for (; m + COLUMNS <= j->M; m += COLUMNS) multiply_tile(j, at, rows, m, COLUMNS, n);
+    switch (j->M - m) {
+      case 5: multiply_tile(j, at, rows, m, 5, n); break;
+      case 4: multiply_tile(j, at, rows, m, 4, n); break;
+      case 3: multiply_tile(j, at, rows, m, 3, n); break;
+      case 2: multiply_tile(j, at, rows, m, 2, n); break;
+      case 1: multiply_tile(j, at, rows, m, 1, n);
+    }
+  }
+}
+
+#endif
+
+/* bias: (N) or NULL; K a multiple of 32. 0, or -1 where this CPU has no instruction for it. */
+int decode_linear(int level, int threads, const void *x, const void *weight, const void *bias, void *out, int64_t M, int64_t N,
+                  int64_t K) {
+#if X86
+  if (level >= AVX512_BF16) {
+    Job job = {.x = x, .weight = weight, .bias = bias, .out = out, .M = M, .N = N, .K = K};
+    parallel(M <= FEW ? FEW_ROWS[M] : multiply_many, &job, N, threads);
+    return 0;
+  }
+#endif
+  (void)level, (void)threads, (void)x, (void)weight, (void)bias, (void)out, (void)M, (void)N, (void)K;
+  return -1;
+}

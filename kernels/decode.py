@@ -1,0 +1,150 @@
+"""The operations of decoding on a CPU, in C (decode.c): what minitune/models/layers.py computes, in one call each.
+
+A step of a 110 M model reads its weights in 7 ms on a machine where torch's small calls around them took as long again. Taken in
+fp32 and bf16 where no gradient is recorded (`takes`); elsewhere torch does the same. Letters: R sequences, B prompts, n sequences
+of each, H heads, H_kv key-value heads, T tokens of this call, D head dim."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from minitune_kernels import c_library
+from minitune_kernels.nf4 import is_direct
+
+SOURCE = Path(__file__).with_name("decode.c")
+MAX_ROWS = 64  # of linear(): from there on torch's GEMM is as fast
+DTYPES = {torch.float32: 0, torch.bfloat16: 2}
+
+
+class Shape(ctypes.Structure):
+    """Where the tokens of a cache stand: decode.c's struct of this name, which says what the fields are."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("lengths", "stored", "writers")] + [
+        (name, ctypes.c_int64) for name in ("B", "n", "H", "H_kv", "T", "D", "P", "capacity", "new_tokens", "window")
+    ]
+
+
+def typed(lib):
+    """A loaded library, with the types of its functions."""
+    i, p, n, f = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    lib.decode_norm.argtypes, lib.decode_norm.restype = (i, i, i, p, p, p, n, n, f), None
+    lib.decode_turn.argtypes, lib.decode_turn.restype = (i, i, i, p, p, p, p, *[n] * 8), None
+    lib.decode_gate.argtypes, lib.decode_gate.restype = (i, i, i, p, p, p, n), None
+    lib.decode_attend.argtypes = (i, i, i, *[p] * 9)
+    lib.decode_rank.argtypes, lib.decode_rank.restype = (i, i, i, p, p, p, n, n, n), None
+    lib.decode_linear.argtypes = (i, i, p, p, p, p, n, n, n)
+    return lib
+
+
+@functools.cache
+def library():
+    """(the loaded library, its level). Raises NoCompiler."""
+    lib = typed(c_library.load(c_library.build(SOURCE)))
+    return lib, lib.decode_level()
+
+
+@functools.cache
+def runs_here(wanted):
+    """Whether there is a compiler, and MINITUNE_KERNELS does not ask for another backend."""
+    try:
+        return wanted in (None, "", "cpu") and library()[1] >= 0
+    except c_library.NoCompiler:
+        return False
+
+
+def takes(x):
+    """Whether these operations take x now: fp32 or bf16 on a CPU, no gradient to record, no compiler or tracer in between."""
+    return (
+        x.is_cpu
+        and x.dtype in DTYPES
+        and not torch.is_grad_enabled()
+        and is_direct(x)
+        and runs_here(os.environ.get("MINITUNE_KERNELS"))
+    )
+
+
+def fits(x, weight):
+    """Whether linear() takes these: both bf16, few rows, whole vectors, a CPU with AVX-512 bf16."""
+    return (
+        x.dtype is weight.dtype is torch.bfloat16
+        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+        and x.shape[-1] % 32 == 0
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and takes(x)
+        and library()[1] >= 3
+    )
+
+
+def linear(x, weight, bias=None):
+    """x (.., in) @ weight (out, in).T + bias, summed in fp32 and rounded once. x, weight: as fits() says."""
+    (N, K), M = weight.shape, x.numel() // x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], N)
+    lib, level = library()
+    x, bias = x.contiguous(), bias if bias is None else bias.data_ptr()
+    pointers = x.data_ptr(), weight.data_ptr(), bias, out.data_ptr()
+    lib.decode_linear(level, torch.get_num_threads(), *pointers, M, N, K)
+    return out
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; x: taken, weight in its dtype."""
+    lib, level = library()
+    x, K = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    lib.decode_norm(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
+    return out
+
+
+def rope(x, cos, sin):
+    """Turn x (B, H, T, D), its last axis contiguous, by cos, sin (B or 1, 1, T, D / 2), contiguous and in x.dtype. What comes
+    back lies in memory as (B, T, H, D)."""
+    B, H, T, D = x.shape
+    out = x.new_empty(B, T, H, D)
+    lib, level = library()
+    row, head, token, _ = x.stride()
+    sizes = B, H, T, D, row, head, token, T * D // 2 if cos.shape[0] > 1 else 0
+    pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()
+    lib.decode_turn(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, *sizes)
+    return out.transpose(1, 2)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, two tensors of one shape and dtype."""
+    lib, level = library()
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    pointers = gate.data_ptr(), up.data_ptr(), out.data_ptr()
+    lib.decode_gate(level, torch.get_num_threads(), DTYPES[gate.dtype], *pointers, gate.numel())
+    return out
+
+
+def attend(q, k, v, shape, caches):
+    """Store k, v (R, H_kv, T, D) in the cache, and attend with q (R, H, T, D), scores over sqrt(D). Returns (R, T, H * D).
+
+    shape: a Shape that fits; caches: of the prompts, k and v (B, H_kv, P, D), and of the new tokens (R, H_kv, capacity, D)."""
+    R, H, T, D = q.shape
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))  # (R, T, heads, D), where they mostly lie
+    out = q.new_empty(R, T, H * D)
+    lib, level = library()
+    pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), ctypes.addressof(shape)
+    caches = (t.data_ptr() for t in caches)
+    if lib.decode_attend(level, torch.get_num_threads(), DTYPES[q.dtype], *pointers, *caches):
+        raise MemoryError(f"no memory for the scores of {R} x {T} tokens over {shape.P} + {shape.new_tokens} keys")
+    return out
+
+
+def rank(logits, count):
+    """The `count` most likely of V tokens: (log-probabilities (R, count) fp32, ids (R, count) int64), the best first.
+
+    logits (R, V), taken. Equal ones come by their number; the log-probabilities of a row with NaN are NaN."""
+    R, V = logits.shape
+    logits = logits.contiguous()
+    values, ids = logits.new_empty(R, count, dtype=torch.float32), logits.new_empty(R, count, dtype=torch.int64)
+    lib, level = library()
+    pointers = logits.data_ptr(), values.data_ptr(), ids.data_ptr()
+    lib.decode_rank(level, torch.get_num_threads(), DTYPES[logits.dtype], *pointers, R, V, count)
+    return values, ids
