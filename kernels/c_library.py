@@ -33,13 +33,12 @@ def compiler():
 
 
 def build(source, flags=FLAGS, folder=None):
-    """Path of the library of `source`, a Path, built unless it lies in `folder` (the cache). Raises NoCompiler where it cannot be built."""
+    """Path of the library of `source`, a Path, built unless it lies in `folder` (the cache). Raises NoCompiler."""
     try:
         command = [*compiler(), *flags]
         version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
-        digest = hashlib.sha256(
-            b"\0".join([source.read_bytes(), COMMON.read_bytes(), version, *map(str.encode, command)])
-        ).hexdigest()
+        parts = [source.read_bytes(), COMMON.read_bytes(), version, *map(str.encode, command)]
+        digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
         library = Path(folder or cache.folder()) / f"{source.stem}-{digest[:16]}.so"
         if library.exists():
             return library

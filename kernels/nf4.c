@@ -302,11 +302,11 @@ BF16_INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w
 
 /* Few rows: the weight goes from its nibbles into the product without leaving the registers. STREAMS rows of the weight at
  * once, `stride` rows apart: the memory delivers four long streams faster than one, and eight are too many. */
-enum { STREAMS = 4 };
+enum { STREAMS = 4, FEW = 7 };
 
 BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride, int M) {
   const int64_t padded = (j->K + 127) / 128 * 128;
-  __m512 sums[STREAMS][4];
+  __m512 sums[STREAMS][FEW];
   for (int r = 0; r < rows; r++)
     for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
   for (int64_t k = 0; k < padded; k += 128)
@@ -326,17 +326,22 @@ BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride,
 }
 
 /* Numbers of rows as constants keep the sums in registers. */
-#define FEW(M) \
+#define MULTIPLY_FEW(M) \
   BF16_TARGET static void multiply_few_##M(const Job *j, int64_t begin, int64_t end) { \
-    const int64_t stride = (end - begin) / STREAMS; \
-    for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, STREAMS, stride, M); \
-    for (int64_t n = begin + STREAMS * stride; n < end; n++) multiply_few(j, n, 1, 0, M); \
+    const int streams = M <= 5 ? STREAMS : STREAMS / 2; \
+    const int64_t stride = (end - begin) / streams; \
+    for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, streams, stride, M); \
+    for (int64_t n = begin + streams * stride; n < end; n++) multiply_few(j, n, 1, 0, M); \
   }
-FEW(1)
-FEW(2)
-FEW(3)
-FEW(4)
-static const Work FEW_ROWS[] = {NULL, multiply_few_1, multiply_few_2, multiply_few_3, multiply_few_4};
+MULTIPLY_FEW(1)
+MULTIPLY_FEW(2)
+MULTIPLY_FEW(3)
+MULTIPLY_FEW(4)
+MULTIPLY_FEW(5)
+MULTIPLY_FEW(6)
+MULTIPLY_FEW(7)
+static const Work FEW_ROWS[] = {NULL, multiply_few_1, multiply_few_2, multiply_few_3, multiply_few_4,
+                                multiply_few_5, multiply_few_6, multiply_few_7};
 
 /* Many rows: ROWS rows of the weight, a chunk at a time, are decoded into the L1 cache and multiplied with COLUMNS rows of x at
  * once, so that 24 products need 10 loads. */
@@ -520,7 +525,7 @@ int nf4_matmul(int level, int threads, int dtype, const void *x, const uint8_t *
                const uint8_t *q, const float *absmax2, const float *code2, float offset, void *out, int64_t M, int64_t N,
                int64_t K) {
   const int64_t padded = (K + 127) / 128 * 128;
-  float *scratch = aligned_alloc(64, (M + 16) * padded * 4);
+  float *scratch = aligned_alloc(64, (M > 4 ? M + 16 : M) * padded * 4);
   if (!scratch) return -1;
   Job job = {.level = level, .dtype = dtype, .x = scratch, .packed = (uint8_t *)packed, .absmax = (float *)absmax, .q = q,
              .absmax2 = absmax2, .code2 = code2, .offset = offset, .out = out, .M = M, .N = N, .K = K};
@@ -530,7 +535,7 @@ int nf4_matmul(int level, int threads, int dtype, const void *x, const uint8_t *
   if (level >= AVX512) work = multiply_avx512;
   if (level >= AVX512_BF16 && dtype == BF16) {
     uint16_t *to = (uint16_t *)scratch, *rest = to + (M + 15) / 16 * 16 * padded;
-    work = M <= 4 ? FEW_ROWS[M] : level == AMX ? multiply_amx : multiply_many_bf16;
+    work = M <= (level == AMX ? 4 : FEW) ? FEW_ROWS[M] : level == AMX ? multiply_amx : multiply_many_bf16;
     permute_x(x, work == multiply_amx ? rest : to, M, K, work == multiply_many_bf16 ? CHUNK : padded);
     if (work == multiply_amx) tile_x(rest, to, M, padded);
   } else

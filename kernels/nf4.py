@@ -197,12 +197,12 @@ def product(x, packed, scales, shape, bias=None):
         raise ValueError(f"x is on {x.device}, expected {packed.device}, where the weight is")
     if x.shape[-1:] != shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (.., {shape[1]})")
+    recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if is_direct(x) and not recorded:
+        return multiply(x, packed, scales, shape, bias)
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError("forward-mode derivatives of a 4-bit product are not written; use the backward pass")
-    recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if recorded or not is_direct(x):
-        return torch.ops.minitune.nf4_matmul(x, packed, scales, shape, bias)
-    return multiply(x, packed, scales, shape, bias)
+    return torch.ops.minitune.nf4_matmul(x, packed, scales, shape, bias)
 
 
 def multiply(x, packed, scales, shape, bias):
@@ -212,7 +212,7 @@ def multiply(x, packed, scales, shape, bias):
         with workspace(shape, x.dtype, x.device) as weight, torch.autocast(x.device.type, enabled=False):
             return F.linear(x, decode(packed, scales, weight), bias)
     out = x.new_empty(*x.shape[:-1], shape[0])  # not a view of rows: callers add to it in place
-    module.matmul(x.reshape(count, shape[1]).contiguous(), packed, scales, shape, out.view(count, shape[0]))
+    module.matmul(x.contiguous(), packed, scales, shape, out)
     return out if bias is None else out.add_(bias)
 
 

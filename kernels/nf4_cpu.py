@@ -82,9 +82,9 @@ def max_rows(shape, dtype):
 
 
 def matmul(x, packed, scales, shape, out):
-    """out (M, out) = x (M, in) @ weight.T, summed in fp32; the weight is rounded to x.dtype as dequantize does."""
-    lib, level = library()
-    arguments = x.data_ptr(), packed.data_ptr(), *scale_arguments(scales), out.data_ptr(), len(x), *shape
+    """out (.., out) = x (.., in) @ weight.T, M rows, summed in fp32; the weight is rounded to x.dtype as dequantize does."""
+    (lib, level), M = library(), x.numel() // shape[1]
+    arguments = x.data_ptr(), packed.data_ptr(), *scale_arguments(scales), out.data_ptr(), M, *shape
     if lib.nf4_matmul(level, torch.get_num_threads(), DTYPES[x.dtype], *arguments):
-        raise MemoryError(f"no memory for {len(x)} rows of {shape[1]} elements")
+        raise MemoryError(f"no memory for {M} rows of {shape[1]} elements")
     return out

@@ -92,11 +92,12 @@ def max_rows(shape, dtype):
 
 
 def matmul(x, packed, scales, shape, out):
-    """Write x (M, in) times the weight (out, in) transposed into `out` (M, out), M <= 8, and return it."""
+    """Write x (.., in), M rows, times the weight (out, in) transposed into `out` (.., out), M <= 8, and return it."""
+    M = x.numel() // shape[1]
     if x.data_ptr() % 16 or packed.data_ptr() % 4:  # nf4.cu reads so much at once; a view may begin anywhere
         x, packed = x.clone(), packed.clone()
-    rows = next(rows for rows in ROWS if rows >= len(x))
+    rows = next(rows for rows in ROWS if rows >= M)
     operation = f"matmul_{rows}" if len(scales) == 1 else f"matmul_double_{rows}"
     pointers = x.data_ptr(), packed.data_ptr(), *(scale.data_ptr() for scale in scales), out.data_ptr()
-    launch(x.device, operation, x.dtype, shape[0], FEATURES_BY_BLOCK, *pointers, len(x), shape[1], shape[0])
+    launch(x.device, operation, x.dtype, shape[0], FEATURES_BY_BLOCK, *pointers, M, shape[1], shape[0])
     return out

@@ -5,6 +5,7 @@ The options mean what they mean in transformers, whose tokens these are. It neve
 import hashlib
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from minitune_kernels import decode as kernels
 
@@ -339,7 +340,7 @@ class Decoder:
         """Beam search, or beam sampling, with transformers' rules: see its _beam_search. A prompt leaves when it is done."""
         config, n = self.config, self.config.num_beams
         count = max(2, 1 + len(self.eos)) * n  # of candidates: enough to go on where the best n all end
-        searches = [Search(list(prompt), n, self.device) for prompt in prompts]
+        searches = [Search(list(prompt), n) for prompt in prompts]
         generators = self.generators(prompts)[:: config.num_return_sequences] if config.samples else None
         cache, logits = self.read(prompts, n)
         logits = logits.repeat_interleave(n, dim=0)
@@ -347,28 +348,25 @@ class Decoder:
         while True:
             active = [searches[p] for p in running]
             drawn_from = generators and [generators[p] for p in running]
-            parents = [
-                search.advance(self, *parts)
-                for search, *parts in zip(active, *self.candidates(logits, active, drawn_from, count), strict=True)
-            ]
+            found = self.candidates(logits, active, drawn_from, count)
+            parents = [search.advance(self, *parts) for search, *parts in zip(active, *found, strict=True)]
             still = [k for k, search in enumerate(active) if not search.done]
             if not still:
                 break
-            if cache.new:
-                rows = torch.cat([k * n + parent for k, parent in enumerate(parents)])
-                if not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
-                    cache.reorder(rows)
+            rows = [k * n + beam for k, beams in enumerate(parents) for beam in beams]
+            if cache.new and rows != list(range(len(rows))):
+                cache.reorder(torch.tensor(rows, device=self.device))
             if len(still) < len(running):
                 cache.keep(still)
                 running = [running[k] for k in still]
-            tokens = torch.cat([searches[p].last for p in running])
-            logits = self.step(cache, tokens[:, None])[:, -1]
+            tokens = torch.tensor([[ids[-1]] for p in running for ids in searches[p].tokens], device=self.device)
+            logits = self.step(cache, tokens)[:, -1]
         return [answer for s in searches for answer in s.answers(self, config.num_return_sequences)], self.counts
 
     def candidates(self, logits, searches, generators, count):
-        """The ways to go on, the best first or as drawn: (scores, beams, tokens, log-probabilities), each (prompts, count)."""
+        """The ways to go on, the best first or as drawn: (scores, beams, tokens, log-probabilities), lists of lists (prompts, count)."""
         n, length, config = self.config.num_beams, searches[0].length, self.config
-        before = torch.stack([search.scores for search in searches])[:, :, None]  # (prompts, n, 1)
+        before = torch.tensor([search.scores for search in searches], device=self.device)[:, :, None]  # (prompts, n, 1)
         if config.samples or self.adjusts(length):
             raw = self.logprobs(logits)
             scores = self.adjust(raw, [ids for search in searches for ids in search.histories()], length)
@@ -390,7 +388,7 @@ class Decoder:
         else:
             picks = scores.topk(count).indices
         tokens, raw = (t.reshape(len(searches), n * each).gather(1, picks) for t in (tokens, raw))
-        return scores.gather(1, picks), picks // each, tokens, raw
+        return [found.tolist() for found in (scores.gather(1, picks), picks // each, tokens, raw)]
 
 
 def likeliest(logits, count):
@@ -410,49 +408,49 @@ def refuse_nan(logprobs):
         )
 
 
+def by_length(score, length, penalty):
+    """score / length ** penalty in fp32, as transformers computes it."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(score) / np.float32(length**penalty))
+
+
 class Search:
     """The beams of one prompt: those that go on, and the best that ended."""
 
-    def __init__(self, prompt, beams, device):
+    def __init__(self, prompt, beams):
         self.prompt, self.beams, self.length, self.done = prompt, beams, 0, False
         self.tokens = [[] for _ in range(beams)]  # new ids of the running beams
         self.logprobs = [[] for _ in range(beams)]
-        self.scores = torch.full((beams,), NEVER, device=device)
-        self.scores[0] = 0.0  # at first all beams are the same one
+        self.scores = [0.0] + [NEVER] * (beams - 1)  # at first all beams are the same one
         self.ended = []  # (score, ids, logprobs, how), the best first, at most `beams`
         self.can_improve = True
-        self.last = None
 
     def histories(self):
         return [self.prompt + tokens for tokens in self.tokens]
 
     def advance(self, decoder, scores, beams, tokens, logprobs):
-        """Take in the candidates of a step, the best first. Returns the old beam (n,) that each new one goes on from."""
+        """Take in the candidates of a step, lists with the best first. Returns the old beam that each new one goes on from."""
         config, n = decoder.config, self.beams
         full = self.length + 1 == config.max_new_tokens
-        beam_list, token_list = beams.tolist(), tokens.tolist()
-        ids = [[*self.tokens[b], t] for b, t in zip(beam_list, token_list, strict=True)]
+        ids = [[*self.tokens[beam], token] for beam, token in zip(beams, tokens, strict=True)]
         how = [decoder.ends(new) or ("length" if full else None) for new in ids]
-        # The n best candidates may end; the others are there to go on. In fp32, as transformers computes.
+        # The n best candidates may end; the others are there to go on.
         is_full = len(self.ended) == n and config.early_stopping == "yes"
         for i in range(n):
             if how[i] and self.can_improve and not is_full:
-                score = (scores[i] / (self.length + 1) ** config.length_penalty).item()
-                entry = score, ids[i], [*self.logprobs[beam_list[i]], logprobs[i].item()], how[i]
-                self.ended.append(entry)
+                score = by_length(scores[i], self.length + 1, config.length_penalty)
+                self.ended.append((score, ids[i], [*self.logprobs[beams[i]], logprobs[i]], how[i]))
         self.ended = sorted(self.ended, key=lambda entry: -entry[0])[:n]
         # transformers lowers the scores of those that ended, and takes the n best of all.
-        lowered = scores + torch.tensor([NEVER if end else 0.0 for end in how], device=scores.device)
-        chosen = lowered.topk(n).indices
-        self.scores = lowered[chosen]
-        rows = chosen.tolist()
-        self.logprobs = [[*self.logprobs[beam_list[i]], logprobs[i].item()] for i in rows]
-        self.tokens = [ids[i] for i in rows]
-        self.last = tokens[chosen]
+        lowered = [score + (NEVER if end else 0.0) for score, end in zip(scores, how, strict=True)]
+        chosen = sorted(range(len(ids)), key=lambda i: -lowered[i])[:n]
+        self.scores = [lowered[i] for i in chosen]
+        self.logprobs = [[*self.logprobs[beams[i]], logprobs[i]] for i in chosen]
+        self.tokens = [ids[i] for i in chosen]
         self.length += 1
         self.can_improve = self.can_improve and self.may_improve(config)
         self.done = not self.can_improve or all(how) or (len(self.ended) == n and config.early_stopping == "yes")
-        return beams[chosen]
+        return [beams[i] for i in chosen]
 
     def may_improve(self, config):
         """Whether a running beam may still pass the worst that ended, by transformers' estimate."""
@@ -461,7 +459,7 @@ class Search:
         length = self.length
         if config.early_stopping == "never" and config.length_penalty > 0:
             length = config.max_new_tokens
-        return (self.scores[0] / length**config.length_penalty).item() > self.ended[-1][0]
+        return by_length(self.scores[0], length, config.length_penalty) > self.ended[-1][0]
 
     def answers(self, decoder, count):
         answers = []

@@ -72,8 +72,11 @@ class NF4Linear(nn.Module):
 
     def forward(self, x):
         """x (.., in) -> (.., out) in x.dtype."""
+        packed, *scales = self._buffers.values()  # as self.packed and self.scales, without a search for each
         shape = (self.out_features, self.in_features)
-        return nf4.product(x.to(self.dtype), self.packed, self.scales, shape, self.bias).to(x.dtype)
+        if x.dtype is self.dtype:
+            return nf4.product(x, packed, scales, shape, self.bias)
+        return nf4.product(x.to(self.dtype), packed, scales, shape, self.bias).to(x.dtype)
 
     def dequantize(self, dtype=None):
         """The weight (out, in) in `dtype`, None: the compute dtype. A new tensor."""

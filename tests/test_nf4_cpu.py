@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3, "AMX": 4, "AMX emulated": 4}
 SHAPES = [(1, 64), (5, 192), (3, 21), (130,), (1, 1), (2, 63), (64, 65), (7, 1000), (0, 64)]
 MATMULS = [(5, 64), (33, 192), (7, 1024 + 64), (16, 2048), (3, 2240)]  # short last tiles, chunks and pairs of blocks
-ROWS = (1, 2, 3, 4, 5, 8, 16, 17, 33, 64, 96)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 33, 64, 96)
 
 pytestmark = pytest.mark.skipif(
     nf4_cpu.why_not(torch.device("cpu")) is not None, reason=f"no C kernels: {nf4_cpu.why_not(torch.device('cpu'))}"

@@ -108,7 +108,7 @@ class Cache:
         self.lengths, self.shape = [self.lengths[i] for i in prompts], None
 
     def next_shape(self, layer, q):
-        """decode.attend's Shape for the next tokens of every sequence, q (R, H, T, D). The tensors that it points to live in it."""
+        """decode.attend's Shape for the next tokens, q (R, H, T, D). The tensors that it points to live in it."""
         if self.shape is None:
             B, H_kv, P, D = layer.prompt_k.shape
             tensors = torch.tensor(self.lengths), torch.tensor(layer.stored), self.writers
