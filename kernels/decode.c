@@ -437,16 +437,25 @@ BF16_TARGET static void multiply_many(const Job *j, int64_t begin, int64_t end) 
 
 #endif
 
-/* bias: (N) or NULL; K a multiple of 32. 0, or -1 where this CPU has no instruction for it. */
-int decode_linear(int level, int threads, const void *x, const void *weight, const void *bias, void *out, int64_t M, int64_t N,
-                  int64_t K) {
+/* Up to three products of the same x: N_i may be 0. bias: (N) or NULL; K a multiple of 32. 0, or -1 where this CPU has no
+ * instruction for it. */
+int decode_linears(int level, int threads, const void *x, int64_t M, int64_t K, const void *weight_0, const void *bias_0,
+                   void *out_0, int64_t N_0, const void *weight_1, const void *bias_1, void *out_1, int64_t N_1,
+                   const void *weight_2, const void *bias_2, void *out_2, int64_t N_2) {
 #if X86
   if (level >= AVX512_BF16) {
-    Job job = {.x = x, .weight = weight, .bias = bias, .out = out, .M = M, .N = N, .K = K};
-    parallel(M <= FEW ? FEW_ROWS[M] : multiply_many, &job, N, threads);
+    const Job jobs[3] = {{.x = x, .weight = weight_0, .bias = bias_0, .out = out_0, .M = M, .N = N_0, .K = K},
+                         {.x = x, .weight = weight_1, .bias = bias_1, .out = out_1, .M = M, .N = N_1, .K = K},
+                         {.x = x, .weight = weight_2, .bias = bias_2, .out = out_2, .M = M, .N = N_2, .K = K}};
+    const Work work = M <= FEW ? FEW_ROWS[M] : multiply_many;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int t = 0; t < threads; t++)
+      for (int i = 0; i < 3; i++) work(&jobs[i], jobs[i].N * t / threads, jobs[i].N * (t + 1) / threads);
     return 0;
   }
 #endif
-  (void)level, (void)threads, (void)x, (void)weight, (void)bias, (void)out, (void)M, (void)N, (void)K;
+  (void)level, (void)threads, (void)x, (void)M, (void)K;
+  (void)weight_0, (void)bias_0, (void)out_0, (void)N_0, (void)weight_1, (void)bias_1, (void)out_1, (void)N_1;
+  (void)weight_2, (void)bias_2, (void)out_2, (void)N_2;
   return -1;
 }

@@ -16,6 +16,7 @@ from minitune_kernels.nf4 import is_direct
 SOURCE = Path(__file__).with_name("decode.c")
 MAX_ROWS = 64  # of linear(): from there on torch's GEMM is as fast
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
+NO_LAYER = (None, None, None, 0)
 
 
 class Shape(ctypes.Structure):
@@ -34,7 +35,7 @@ def typed(lib):
     lib.decode_gate.argtypes, lib.decode_gate.restype = (i, i, i, p, p, p, n), None
     lib.decode_attend.argtypes = (i, i, i, *[p] * 9)
     lib.decode_rank.argtypes, lib.decode_rank.restype = (i, i, i, p, p, p, n, n, n), None
-    lib.decode_linear.argtypes = (i, i, p, p, p, p, n, n, n)
+    lib.decode_linears.argtypes = (i, i, p, n, n, *(p, p, p, n) * 3)
     return lib
 
 
@@ -67,10 +68,12 @@ def takes(x):
 
 def fits(x, weight):
     """Whether linear() takes these: both bf16, few rows, whole vectors, a CPU with AVX-512 bf16."""
+    K = weight.shape[1]
     return (
         x.dtype is weight.dtype is torch.bfloat16
-        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
-        and x.shape[-1] % 32 == 0
+        and 0 < x.numel() <= MAX_ROWS * K
+        and K % 32 == 0
+        and x.shape[-1] == K  # else torch says what is wrong
         and weight.is_cpu
         and weight.is_contiguous()
         and takes(x)
@@ -80,13 +83,24 @@ def fits(x, weight):
 
 def linear(x, weight, bias=None):
     """x (.., in) @ weight (out, in).T + bias, summed in fp32 and rounded once. x, weight: as fits() says."""
-    (N, K), M = weight.shape, x.numel() // x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], N)
+    return linears(x, (weight, bias))[0]
+
+
+def linears(x, *layers):
+    """The products of x with up to three layers, (weight, bias or None) each, in one call: a list."""
+    *rows, K = x.shape
+    if not x.is_contiguous():
+        x = x.contiguous()
+    outs, parts = [], []
+    for weight, bias in layers:
+        N = len(weight)
+        out = x.new_empty(*rows, N)
+        parts += weight.data_ptr(), bias if bias is None else bias.data_ptr(), out.data_ptr(), N
+        outs.append(out)
     lib, level = library()
-    x, bias = x.contiguous(), bias if bias is None else bias.data_ptr()
-    pointers = x.data_ptr(), weight.data_ptr(), bias, out.data_ptr()
-    lib.decode_linear(level, torch.get_num_threads(), *pointers, M, N, K)
-    return out
+    none = NO_LAYER * (3 - len(layers))
+    lib.decode_linears(level, torch.get_num_threads(), x.data_ptr(), x.numel() // K, K, *parts, *none)
+    return outs
 
 
 def rms_norm(x, weight, eps):

@@ -26,12 +26,14 @@ import torch
 import torch.nn.functional as F
 from minitune_kernels import reference
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BLOCK = reference.BLOCK
 NESTED_BLOCK = reference.NESTED_BLOCK
 CODE = reference.CODE
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 BACKENDS = {"torch": "reference", "cpu": "nf4_cpu", "triton": "nf4_triton", "cuda": "nf4_cuda"}  # name -> module
 
 _buffers = {}  # (device, dtype) -> the flat tensor that `workspace` lends
@@ -163,13 +165,13 @@ def decode(packed, scales, out):
 def is_direct(tensor):
     """Whether a kernel may read the memory of `tensor` now: no compiler, tracer, fake tensor or transform stands between. Else
     the torch operator goes its way through them."""
-    return not (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        or _get_current_dispatch_mode() is not None
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+    return (
+        type(tensor) in PLAIN_TENSORS
+        and not is_compiling()
+        and _get_current_dispatch_mode() is None
+        and not torch._C._is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 

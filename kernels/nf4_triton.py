@@ -287,7 +287,8 @@ def max_rows(shape, dtype):
 
 
 def matmul(x, packed, scales, shape, out):
-    """out (.., out) = x (.., in) @ weight.T, M rows, 1 <= M <= max_rows; scales as in dequantize. Sums in fp32, rounded once to x.dtype.
+    """out (.., out) = x (.., in) @ weight.T, M rows, 1 <= M <= max_rows; scales as in dequantize. Sums in fp32, rounded once to
+    x.dtype.
     The width is a constant of the build: so the distances between rows cost no instructions.
     Up to 4 rows the weights are the fp32 products code * absmax, unrounded; from 5 they are rounded to x.dtype, as
     dequantize gives them."""

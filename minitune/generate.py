@@ -364,7 +364,7 @@ class Decoder:
         return [answer for s in searches for answer in s.answers(self, config.num_return_sequences)], self.counts
 
     def candidates(self, logits, searches, generators, count):
-        """The ways to go on, the best first or as drawn: (scores, beams, tokens, log-probabilities), lists of lists (prompts, count)."""
+        """The ways to go on, the best first or as drawn: (scores, beams, tokens, log-probabilities), lists (prompts, count)."""
         n, length, config = self.config.num_beams, searches[0].length, self.config
         before = torch.tensor([search.scores for search in searches], device=self.device)[:, :, None]  # (prompts, n, 1)
         if config.samples or self.adjusts(length):

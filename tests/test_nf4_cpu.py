@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from minitune_kernels import nf4, nf4_cpu, reference
+from minitune_kernels import c_library, decode, nf4, nf4_cpu, reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3, "AMX": 4, "AMX emulated": 4}
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
 def emulated(tmp_path_factory):
     """The library with AMX's five instructions written out in C."""
     folder = tmp_path_factory.mktemp("emulated")
-    return nf4_cpu.load(nf4_cpu.build((*nf4_cpu.FLAGS, "-DEMULATE_AMX"), folder))
+    path = c_library.build(nf4_cpu.SOURCE, (*c_library.FLAGS, "-DEMULATE_AMX"), folder)
+    return nf4_cpu.typed(c_library.load(path))
 
 
 @pytest.fixture(params=LEVELS)
@@ -37,7 +38,7 @@ def level(request, monkeypatch):
     if request.param == "AMX emulated" and highest >= 3:
         library = request.getfixturevalue("emulated")
     elif wanted > highest:
-        pytest.skip(f"this CPU has {nf4_cpu.LEVELS[highest]}, not {request.param}")
+        pytest.skip(f"this CPU has {c_library.LEVELS[highest]}, not {request.param}")
     monkeypatch.setattr(nf4_cpu, "library", lambda: (library, wanted))
     return wanted
 
@@ -228,10 +229,10 @@ def test_a_backend_that_was_asked_for_and_does_not_run_is_an_error(monkeypatch):
 def test_the_c_kernels_are_clean_under_sanitizers(tmp_path):
     flags = ("-O1", "-g", "-fopenmp", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
              "-DEMULATE_AMX")  # fmt: skip
-    library = nf4_cpu.build(flags, tmp_path)
+    libraries = [str(c_library.build(source, flags, tmp_path)) for source in (nf4_cpu.SOURCE, decode.SOURCE)]
     runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sanitized_nf4.py")), str(library)],
+        [sys.executable, str(Path(__file__).with_name("sanitized.py")), *libraries],
         capture_output=True,
         text=True,
         env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"},

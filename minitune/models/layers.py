@@ -25,9 +25,19 @@ class Linear(nn.Linear):
     """nn.Linear, with a faster product for the few rows of a decoding step on a CPU."""
 
     def forward(self, x):
-        if decode.fits(x, self.weight):
-            return decode.linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if decode.fits(x, weight):
+            return decode.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
+
+
+def project(x, *layers):
+    """[layer(x) for layer in layers], at most three: in one call where a decoding step on a CPU allows it."""
+    if all(type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers):
+        parts = [(layer.weight, layer.bias) for layer in layers]
+        if all(decode.fits(x, weight) for weight, _ in parts):
+            return decode.linears(x, *parts)
+    return [layer(x) for layer in layers]
 
 
 class RMSNorm(nn.Module):
@@ -39,9 +49,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if decode.takes(x) and self.weight.dtype is x.dtype:
-            return decode.rms_norm(x, self.weight, self.eps)
-        return RMSNormFunction.apply(x, self.weight, self.eps)
+        weight = self.weight
+        if decode.takes(x) and weight.dtype is x.dtype:
+            return decode.rms_norm(x, weight, self.eps)
+        return RMSNormFunction.apply(x, weight, self.eps)
 
 
 class RMSNormFunction(torch.autograd.Function):

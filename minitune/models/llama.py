@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import Layout, Linear, RMSNorm, Rope, apply_rope, attention, read_rope, swiglu
+from minitune.models.layers import Layout, Linear, RMSNorm, Rope, apply_rope, attention, project, read_rope, swiglu
 
 LORA_TARGETS = ("q_proj", "v_proj")
 
@@ -74,9 +74,10 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x, rope, layout, cache=None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return self.o_proj(attention(q, k, v, layout, cache))
 
@@ -90,7 +91,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = Linear(inner, C, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class LlamaBlock(nn.Module):

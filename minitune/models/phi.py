@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import ACTIVATIONS, Layout, Linear, Rope, apply_rope, attention, read_rope
+from minitune.models.layers import ACTIVATIONS, Layout, Linear, Rope, apply_rope, attention, project, read_rope
 
 LORA_TARGETS = ("q_proj", "v_proj", "fc1", "fc2")
 
@@ -77,9 +77,10 @@ class PhiAttention(nn.Module):
 
     def forward(self, x, rope, layout, cache=None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = (
             torch.cat((apply_rope(t[..., : self.rope_dim], *rope), t[..., self.rope_dim :]), dim=-1) for t in (q, k)
         )

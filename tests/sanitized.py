@@ -1,0 +1,105 @@
+"""Runs every C kernel on exact-sized buffers from malloc; tests/test_nf4_cpu.py starts it under sanitizers.
+usage: sanitized.py NF4_LIBRARY DECODE_LIBRARY"""
+
+import ctypes
+import sys
+
+from minitune_kernels import c_library, decode, nf4_cpu
+
+BYTES = {0: 4, 1: 2, 2: 2}  # of a value, by the number of the dtype
+lib, steps = nf4_cpu.typed(c_library.load(sys.argv[1])), decode.typed(c_library.load(sys.argv[2]))
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+
+def buffer(size):
+    """A block of its own, so that a read or write one byte beyond it is seen. Filled with small numbers."""
+    address = libc.malloc(size)
+    ctypes.memset(address, 0x3C, size)
+    return address
+
+
+def run(level, dtype):
+    for n in (1, 63, 64, 130, 640):
+        weight, packed, absmax = buffer(n * BYTES[dtype]), buffer((n + 1) // 2), buffer(-(-n // 64) * 4)
+        q, absmax2, code2, out = buffer(-(-n // 64)), buffer(4), buffer(1024), buffer(n * BYTES[dtype])
+        lib.nf4_quantize(level, 2, dtype, weight, packed, absmax, n)
+        for stream in (0, 1):
+            lib.nf4_dequantize(level, 2, dtype, packed, absmax, None, None, None, 0.0, out, n, stream)
+            lib.nf4_dequantize(level, 2, dtype, packed, None, q, absmax2, code2, 0.5, out, n, stream)
+        for address in (weight, packed, absmax, q, absmax2, code2, out):
+            libc.free(address)
+    for N, K in ((1, 64), (7, 192), (17, 1088)):
+        packed, absmax = buffer(N * K // 2), buffer(N * K // 64 * 4)
+        q, absmax2, code2 = buffer(N * K // 64), buffer(-(-N * K // 64 // 256) * 4), buffer(1024)
+        for M in (1, 2, 3, 4, 5, 6, 7, 8, 33, 70, 128):
+            x, out = buffer(M * K * BYTES[dtype]), buffer(M * N * BYTES[dtype])
+            assert lib.nf4_matmul(level, 2, dtype, x, packed, absmax, None, None, None, 0.0, out, M, N, K) == 0
+            assert lib.nf4_matmul(level, 2, dtype, x, packed, None, q, absmax2, code2, 0.5, out, M, N, K) == 0
+            libc.free(x), libc.free(out)
+        for address in (packed, absmax, q, absmax2, code2):
+            libc.free(address)
+
+
+def run_linears(level):
+    for N, K in ((1, 32), (7, 96), (17, 1056)):
+        weight, bias = buffer(N * K * 2), buffer(N * 2)
+        for M in range(1, 20):
+            x, first, second = buffer(M * K * 2), buffer(M * N * 2), buffer(M * N * 2)
+            layers = weight, bias, first, N, weight, None, second, N, *decode.NO_LAYER
+            assert steps.decode_linears(level, 2, x, M, K, *layers) == 0
+            libc.free(x), libc.free(first), libc.free(second)
+        libc.free(weight), libc.free(bias)
+
+
+def run_steps(level, dtype):
+    size = BYTES[dtype]
+    for M, K in ((1, 1), (3, 70), (2, 8192)):
+        x, y, weight, out = buffer(M * K * size), buffer(M * K * size), buffer(K * size), buffer(M * K * size)
+        steps.decode_norm(level, 2, dtype, x, weight, out, M, K, 1e-5)
+        steps.decode_gate(level, 2, dtype, x, y, out, M * K)
+        values, ids = buffer(M * 4), buffer(M * 8)
+        steps.decode_rank(level, 2, dtype, x, values, ids, M, K, 1)
+        for address in (x, y, weight, out, values, ids):
+            libc.free(address)
+    for rows, H, T, D in ((1, 1, 1, 2), (3, 5, 2, 20), (40, 12, 1, 64)):
+        x, cos, sin = (
+            buffer(rows * H * T * D * size),
+            buffer(rows * T * D // 2 * size),
+            buffer(rows * T * D // 2 * size),
+        )
+        out = buffer(rows * H * T * D * size)
+        steps.decode_turn(level, 2, dtype, x, cos, sin, out, rows, H, T, D, H * T * D, T * D, D, T * D // 2)
+        for address in (x, cos, sin, out):
+            libc.free(address)
+    for lengths, n, H, H_kv, T, D, capacity, new, window in (
+        ([1], 1, 1, 1, 1, 2, 1, 0, 0),
+        ([5, 300], 3, 4, 2, 1, 64, 8, 5, 0),
+        ([5, 2], 2, 2, 2, 3, 20, 7, 9, 4),
+        ([6], 1, 3, 1, 1, 128, 3, 100, 3),
+    ):
+        stored = [min(length, window - 1) if window else length for length in lengths]
+        B, R, P = len(lengths), len(lengths) * n, max(stored)
+        numbers = (ctypes.c_int64 * B)(*lengths), (ctypes.c_int64 * B)(*stored)
+        writers = (ctypes.c_int32 * (R * capacity))(*[row // n * n for row in range(R) for _ in range(capacity)])
+        addresses = [ctypes.addressof(array) for array in (*numbers, writers)]
+        shape = decode.Shape(*addresses, B, n, H, H_kv, T, D, P, capacity, new, window)
+        q, out = buffer(R * T * H * D * size), buffer(R * T * H * D * size)
+        k, v = buffer(R * T * H_kv * D * size), buffer(R * T * H_kv * D * size)
+        prompts = [buffer(B * H_kv * P * D * size) for _ in range(2)]
+        fresh = [buffer(R * H_kv * capacity * D * size) for _ in range(2)]
+        pointers = q, k, v, out, ctypes.addressof(shape), *prompts, *fresh
+        assert steps.decode_attend(level, 2, dtype, *pointers) == 0
+        for address in (q, out, k, v, *prompts, *fresh):
+            libc.free(address)
+
+
+highest = lib.nf4_level()
+for level in range(5 if highest >= 3 else highest + 1):  # 4 is emulated
+    for dtype in BYTES:
+        run(level, dtype)
+        if dtype != 1:
+            run_steps(level, dtype)
+if highest >= 3:
+    run_linears(highest)
+print("clean")
