@@ -28,6 +28,7 @@ struct Job {
   void *prompt_k, *prompt_v, *new_k, *new_v;  // (B, H_kv, P, D) and (R, H_kv, capacity, D)
   int *failed;
   int64_t *ids;
+  float *low;
 };
 
 enum { BATCH = 256 };  // logits that are looked at together
@@ -336,7 +337,42 @@ void decode_rank(int level, int threads, int dtype, const void *logits, float *v
   parallel(rank_for(level), &job, M, M < threads ? (int)M : threads);
 }
 
-// --- out (M, N) = x (M, K) times the transposed weight (N, K), bf16: rows begin .. end of the weight ------------------
+// --- out (M, N) = x (M, K) times the transposed weight (N, K): rows begin .. end of the weight ----------------------------
+
+/* fp32, in the same order for every M too: tiles of four rows of the weight and up to four of x, K a multiple of 16. */
+INLINE void multiply_tile_fp32(const Job *j, const int64_t *at, int rows, int64_t m, const int columns) {
+  const float *weight = j->weight, *x = (const float *)j->x + m * j->K, *bias = j->bias;
+  Float16 sums[4][4];
+  for (int t = 0; t < columns; t++)
+    for (int r = 0; r < 4; r++) sums[t][r] = (Float16){0};
+  for (int64_t k = 0; k < j->K; k += 16)
+    for (int r = 0; r < 4; r++) {
+      const Float16 values = load_16(weight, FP32, at[r] * j->K + k);
+      __builtin_prefetch(weight + at[r] * j->K + k + 256);
+      for (int t = 0; t < columns; t++) sums[t][r] += values * load_16(x, FP32, t * j->K + k);
+    }
+  for (int t = 0; t < columns; t++)
+    for (int r = 0; r < rows; r++)
+      ((float *)j->out)[(m + t) * j->N + at[r]] = sum_16(sums[t][r]) + (bias ? bias[at[r]] : 0);
+}
+
+INLINE void multiply_fp32(const Job *j, int64_t begin, int64_t end, int dtype) {
+  (void)dtype;
+  const int64_t stride = (end - begin) / 4;  // four long streams come faster than one
+  for (int64_t n = 0; n < stride + (end - begin) % 4; n++) {
+    const int64_t first = n < stride ? begin + n : begin + 4 * stride + n - stride, step = n < stride ? stride : 0;
+    const int64_t at[4] = {first, first + step, first + 2 * step, first + 3 * step};
+    const int rows = n < stride ? 4 : 1;
+    int64_t m = 0;
+    for (; m + 4 <= j->M; m += 4) multiply_tile_fp32(j, at, rows, m, 4);
+    switch (j->M - m) {
+      case 3: multiply_tile_fp32(j, at, rows, m, 3); break;
+      case 2: multiply_tile_fp32(j, at, rows, m, 2); break;
+      case 1: multiply_tile_fp32(j, at, rows, m, 1);
+    }
+  }
+}
+EACH_LEVEL(multiply_fp32)
 
 #if X86
 
@@ -437,25 +473,75 @@ BF16_TARGET static void multiply_many(const Job *j, int64_t begin, int64_t end) 
 
 #endif
 
-/* Up to three products of the same x: N_i may be 0. bias: (N) or NULL; K a multiple of 32. 0, or -1 where this CPU has no
- * instruction for it. */
-int decode_linears(int level, int threads, const void *x, int64_t M, int64_t K, const void *weight_0, const void *bias_0,
-                   void *out_0, int64_t N_0, const void *weight_1, const void *bias_1, void *out_1, int64_t N_1,
-                   const void *weight_2, const void *bias_2, void *out_2, int64_t N_2) {
-#if X86
-  if (level >= AVX512_BF16) {
-    const Job jobs[3] = {{.x = x, .weight = weight_0, .bias = bias_0, .out = out_0, .M = M, .N = N_0, .K = K},
-                         {.x = x, .weight = weight_1, .bias = bias_1, .out = out_1, .M = M, .N = N_1, .K = K},
-                         {.x = x, .weight = weight_2, .bias = bias_2, .out = out_2, .M = M, .N = N_2, .K = K}};
-    const Work work = M <= FEW ? FEW_ROWS[M] : multiply_many;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int t = 0; t < threads; t++)
-      for (int i = 0; i < 3; i++) work(&jobs[i], jobs[i].N * t / threads, jobs[i].N * (t + 1) / threads);
-    return 0;
+// --- LoRA: out (M, N) += x (M, K) A^T (scaling * B)^T, with A (r, K) and B (N, r) in fp32 --------------------------------
+
+/* Sixteen of an fp32 matrix, rounded to bf16 where that is the dtype of the computation. */
+INLINE Float16 load_rounded(const float *x, int dtype, int64_t i, float factor) {
+  Float16 v = load_16(x, FP32, i) * factor;
+  if (dtype == BF16) {
+    Bits16 bits;
+    memcpy(&bits, &v, sizeof bits);
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+    memcpy(&v, &bits, sizeof v);
   }
+  return v;
+}
+
+INLINE float dot_rounded(const void *x, int as, int64_t at, const float *weight, int dtype, float factor, int64_t K) {
+  Float16 sum = {0};
+  float rest = 0;
+  int64_t k = 0;
+  for (; k + 16 <= K; k += 16) sum += load_16(x, as, at + k) * load_rounded(weight, dtype, k, factor);
+  for (; k < K; k++) rest += load(x, as, at + k) * rounded(weight[k] * factor, dtype);
+  return sum_16(sum) + rest;
+}
+
+/* Rows begin .. end of A, to j->low (M, r). */
+INLINE void go_down(const Job *j, int64_t begin, int64_t end, int dtype) {
+  for (int64_t r = begin; r < end; r++)
+    for (int64_t m = 0; m < j->M; m++)
+      j->low[m * j->T + r] =
+          rounded(dot_rounded(j->x, dtype, m * j->K, (const float *)j->y + r * j->K, dtype, 1, j->K), dtype);
+}
+EACH_LEVEL(go_down)
+
+/* Rows begin .. end of B. */
+INLINE void go_up(const Job *j, int64_t begin, int64_t end, int dtype) {
+  for (int64_t n = begin; n < end; n++)
+    for (int64_t m = 0; m < j->M; m++) {
+      const float more = dot_rounded(j->low, FP32, m * j->T, (const float *)j->z + n * j->T, dtype, j->eps, j->T);
+      store(j->out, dtype, m * j->N + n, load(j->out, dtype, m * j->N + n) + more);
+    }
+}
+EACH_LEVEL(go_up)
+
+/* 0, or -1 without memory. */
+int decode_lora(int level, int threads, int dtype, const void *x, const float *A, const float *B, float scaling, void *out,
+                int64_t M, int64_t N, int64_t K, int64_t r) {
+  float *low = malloc((size_t)(M * r) * sizeof *low);
+  if (!low) return -1;
+  Job job = {.dtype = dtype, .x = x, .y = A, .z = B, .eps = scaling, .out = out, .low = low, .M = M, .N = N, .K = K, .T = r};
+  parallel(go_down_for(level), &job, r, M * r * K < SERIAL ? 1 : threads);
+  parallel(go_up_for(level), &job, N, M * r * N < SERIAL ? 1 : threads);
+  free(low);
+  return 0;
+}
+
+/* Up to three products of the same x, all of one dtype: N_i may be 0. bias: (N) or NULL; K a multiple of 32 in bf16, of 16 in
+ * fp32. 0, or -1 where this CPU has no instruction for it. */
+int decode_linears(int level, int threads, int dtype, const void *x, int64_t M, int64_t K, const void *weight_0,
+                   const void *bias_0, void *out_0, int64_t N_0, const void *weight_1, const void *bias_1, void *out_1,
+                   int64_t N_1, const void *weight_2, const void *bias_2, void *out_2, int64_t N_2) {
+  const Job jobs[3] = {{.x = x, .weight = weight_0, .bias = bias_0, .out = out_0, .M = M, .N = N_0, .K = K},
+                       {.x = x, .weight = weight_1, .bias = bias_1, .out = out_1, .M = M, .N = N_1, .K = K},
+                       {.x = x, .weight = weight_2, .bias = bias_2, .out = out_2, .M = M, .N = N_2, .K = K}};
+  Work work = dtype == FP32 ? multiply_fp32_for(level) : NULL;
+#if X86
+  if (dtype == BF16 && level >= AVX512_BF16) work = M <= FEW ? FEW_ROWS[M] : multiply_many;
 #endif
-  (void)level, (void)threads, (void)x, (void)M, (void)K;
-  (void)weight_0, (void)bias_0, (void)out_0, (void)N_0, (void)weight_1, (void)bias_1, (void)out_1, (void)N_1;
-  (void)weight_2, (void)bias_2, (void)out_2, (void)N_2;
-  return -1;
+  if (!work) return -1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int t = 0; t < threads; t++)
+    for (int i = 0; i < 3; i++) work(&jobs[i], jobs[i].N * t / threads, jobs[i].N * (t + 1) / threads);
+  return 0;
 }

@@ -14,7 +14,7 @@ from minitune_kernels import c_library
 from minitune_kernels.nf4 import is_direct
 
 SOURCE = Path(__file__).with_name("decode.c")
-MAX_ROWS = 64  # of linear(): from there on torch's GEMM is as fast
+MAX_ROWS = 64  # of x in linear() and add_lora(): from there on torch's GEMM is as fast
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 NO_LAYER = (None, None, None, 0)
 
@@ -35,7 +35,8 @@ def typed(lib):
     lib.decode_gate.argtypes, lib.decode_gate.restype = (i, i, i, p, p, p, n), None
     lib.decode_attend.argtypes = (i, i, i, *[p] * 9)
     lib.decode_rank.argtypes, lib.decode_rank.restype = (i, i, i, p, p, p, n, n, n), None
-    lib.decode_linears.argtypes = (i, i, p, n, n, *(p, p, p, n) * 3)
+    lib.decode_lora.argtypes = (i, i, i, p, p, p, f, p, n, n, n, n)
+    lib.decode_linears.argtypes = (i, i, i, p, n, n, *(p, p, p, n) * 3)
     return lib
 
 
@@ -66,18 +67,26 @@ def takes(x):
     )
 
 
+def max_rows(dtype):
+    """Rows of x up to which linear() is faster than torch; 0: never. A row's result does not depend on their number."""
+    level = library()[1]
+    if dtype is torch.bfloat16:
+        return MAX_ROWS if level >= 3 else 0
+    return MAX_ROWS if level >= 2 else 4
+
+
 def fits(x, weight):
-    """Whether linear() takes these: both bf16, few rows, whole vectors, a CPU with AVX-512 bf16."""
+    """Whether linear() takes these: one dtype, few rows, whole vectors."""
     K = weight.shape[1]
     return (
-        x.dtype is weight.dtype is torch.bfloat16
+        x.dtype is weight.dtype
         and 0 < x.numel() <= MAX_ROWS * K
         and K % 32 == 0
         and x.shape[-1] == K  # else torch says what is wrong
         and weight.is_cpu
         and weight.is_contiguous()
         and takes(x)
-        and library()[1] >= 3
+        and x.numel() <= max_rows(x.dtype) * K
     )
 
 
@@ -99,8 +108,20 @@ def linears(x, *layers):
         outs.append(out)
     lib, level = library()
     none = NO_LAYER * (3 - len(layers))
-    lib.decode_linears(level, torch.get_num_threads(), x.data_ptr(), x.numel() // K, K, *parts, *none)
+    lib.decode_linears(level, torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), x.numel() // K, K, *parts, *none)
     return outs
+
+
+def add_lora(out, x, A, B, scaling):
+    """out (.., out) += x (.., in) A^T B^T * scaling, in place. A (r, in), B (out, r): fp32, rounded to x.dtype as they are read;
+    what lies between them is rounded too. x: taken; up to MAX_ROWS rows."""
+    lib, level = library()
+    x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
+    (N, r), K = B.shape, A.shape[1]
+    pointers = x.data_ptr(), A.data_ptr(), B.data_ptr(), scaling, out.data_ptr()
+    if lib.decode_lora(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K, N, K, r):
+        raise MemoryError(f"no memory for {x.numel() // K} x {r} numbers")
+    return out
 
 
 def rms_norm(x, weight, eps):

@@ -162,6 +162,12 @@ def decode(packed, scales, out):
     return module.dequantize(packed, scales, out) if out.numel() else out
 
 
+def steady_rows(device, shape, dtype):
+    """Rows of x up to which a row's product does not depend, in any bit, on how many there are; 1 where that is not known."""
+    module = backend(device)
+    return module.steady_rows(shape, dtype) if module.NAME == "cpu" else 1
+
+
 def is_direct(tensor):
     """Whether a kernel may read the memory of `tensor` now: no compiler, tracer, fake tensor or transform stands between. Else
     the torch operator goes its way through them."""

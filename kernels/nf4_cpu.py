@@ -81,9 +81,16 @@ def max_rows(shape, dtype):
     return {3: 64, 4: 96}.get(library()[1], 8) if dtype == torch.bfloat16 else 8
 
 
+def steady_rows(shape, dtype):
+    """Rows of x up to which `matmul` sums every row in one order (nf4.c: FEW, and 4 where AMX takes over); else 1."""
+    if dtype == torch.bfloat16 and library()[1] >= 3:
+        return min({3: 7, 4: 4}[library()[1]], max_rows(shape, dtype)) or 1
+    return max_rows(shape, dtype) or 1
+
+
 def matmul(x, packed, scales, shape, out):
     """out (.., out) = x (.., in) @ weight.T, M rows, summed in fp32; the weight is rounded to x.dtype as dequantize does."""
-    (lib, level), M = library(), x.numel() // shape[1]
+    (lib, level), M = library(), x.shape[:-1].numel()
     arguments = x.data_ptr(), packed.data_ptr(), *scale_arguments(scales), out.data_ptr(), M, *shape
     if lib.nf4_matmul(level, torch.get_num_threads(), DTYPES[x.dtype], *arguments):
         raise MemoryError(f"no memory for {M} rows of {shape[1]} elements")

@@ -93,7 +93,7 @@ def max_rows(shape, dtype):
 
 def matmul(x, packed, scales, shape, out):
     """Write x (.., in), M rows, times the weight (out, in) transposed into `out` (.., out), M <= 8, and return it."""
-    M = x.numel() // shape[1]
+    M = x.shape[:-1].numel()
     if x.data_ptr() % 16 or packed.data_ptr() % 4:  # nf4.cu reads so much at once; a view may begin anywhere
         x, packed = x.clone(), packed.clone()
     rows = next(rows for rows in ROWS if rows >= M)

@@ -292,7 +292,7 @@ def matmul(x, packed, scales, shape, out):
     The width is a constant of the build: so the distances between rows cost no instructions.
     Up to 4 rows the weights are the fp32 products code * absmax, unrounded; from 5 they are rounded to x.dtype, as
     dequantize gives them."""
-    (N, K), M = shape, x.numel() // shape[1]
+    (N, K), M = shape, x.shape[:-1].numel()
     code = reference.tables(x.device)[0]
     with torch.cuda.device_of(x):
         if M in GEMV_ROWS:

@@ -8,11 +8,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from minitune_kernels import decode as kernels
+from minitune_kernels import nf4
+from torch import nn
 
 from minitune import sampling
 from minitune.config import arg, check_types, positive
+from minitune.lookup import Lookup
+from minitune.lora import LoRALinear
 from minitune.models.cache import Cache
+from minitune.models.layers import Linear
+from minitune.quant import NF4Linear
 
+FREE_LOOKUP = 7  # tokens of a guess that nobody asked for: with the token before it, eight rows read the weights once
 PREFILL_TOKENS = 2048  # of prompts that go through the model at once
 NEVER = -1e9  # the score of a beam that is none, as in transformers
 EARLY = {False: "no", True: "yes"}
@@ -41,8 +48,10 @@ class GenerateConfig:
     num_return_sequences: int = arg(1, "answers of each prompt: samples, or the best beams")
     stop: tuple[str, ...] = arg((), "texts that end an answer")
     seed: int = arg(0, "of the sampling")
-    lookup: int = arg(
-        0, "greedy, one prompt: guess up to this many tokens from a repeated n-gram, and check them in one step; 0: off"
+    lookup: int | None = arg(
+        None,
+        "greedy, one prompt: guess up to this many tokens from a repeated n-gram and check them in one step; 0: off; "
+        "not set: where it cannot change the answer",
     )
     eos_ids: tuple[int, ...] | None = arg(None, "token ids that end an answer; not set: the checkpoint's")
 
@@ -52,7 +61,7 @@ class GenerateConfig:
         check_types(self)
         positive(self, "max_new_tokens", "num_beams", "num_return_sequences", "repetition_penalty")
         for name in ("min_new_tokens", "temperature", "top_k", "no_repeat_ngram_size", "seed", "lookup"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected a number above 0 and up to 1")
@@ -257,7 +266,8 @@ class Decoder:
         config, n = self.config, self.config.num_return_sequences
         answers, length = [Answer() for _ in range(len(prompts) * n)], 0
         generators = self.generators(prompts) if config.samples else None
-        cache, logits = self.read(prompts, n, config.lookup)
+        lookup = self.lookup(len(prompts))
+        cache, logits = self.read(prompts, n, lookup.at_most if lookup else 0)
         logits = logits.repeat_interleave(n, dim=0)
         running = list(range(len(prompts)))  # prompts; answer i of prompt p is p * n + i
         histories = [list(prompt) for prompt in prompts for _ in range(n)]
@@ -278,8 +288,8 @@ class Decoder:
                 kept = [k * n + i for k in still for i in range(n)]
                 cache.keep(still)
                 running, tokens = [running[k] for k in still], tokens[kept]
-            if config.lookup:
-                logits = self.guess(cache, histories[0], answers[0], on_token)
+            if lookup:
+                logits = self.guess(lookup, cache, histories[0], answers[0], on_token)
                 if logits is None:
                     return answers, self.counts
                 length = len(answers[0].ids)
@@ -313,11 +323,20 @@ class Decoder:
             answer.ended_by = ended
         return bool(ended) or len(answer.ids) == self.config.max_new_tokens
 
-    def guess(self, cache, history, answer, on_token):
-        """A step of prompt lookup: guess the tokens that followed the last n-gram where it stood before, and check all of them
-        at once. Appends those that greedy decoding takes too. Returns the logits (1, V) after them, None where it is done."""
+    def lookup(self, prompts):
+        """A Lookup where the options ask for one, or where none is needed to ask: one greedy answer, and guesses are free."""
+        config = self.config
+        at_most = config.lookup
+        if at_most is None:
+            is_greedy = not config.samples and prompts * config.num_return_sequences == 1
+            at_most = min(FREE_LOOKUP, steady_rows(self.model) - 1) if is_greedy else 0
+        return Lookup(at_most) if at_most else None
+
+    def guess(self, lookup, cache, history, answer, on_token):
+        """A step of prompt lookup: guess some tokens, and check all of them at once. Appends those that greedy decoding takes
+        too. Returns the logits (1, V) after them, None where it is done."""
         room = self.config.max_new_tokens - len(answer.ids)
-        guess = lookup(history, min(self.config.lookup, room - 1))
+        guess = lookup.guess(history, room - 1)
         tokens = torch.tensor([[history[-1], *guess]], device=self.device)
         logits = self.step(cache, tokens)[0]  # (1 + guessed, V)
         self.counts.guessed += len(guess)
@@ -332,6 +351,7 @@ class Decoder:
             if self.append(answer, token, logprob.item(), on_token):
                 return None
         cache.drop(len(guess) - accepted)
+        lookup.learn(len(guess), accepted)
         return logits[accepted : accepted + 1]
 
     # --- beams ---
@@ -468,12 +488,20 @@ class Search:
         return answers
 
 
-def lookup(ids, count, longest=3):
-    """Up to `count` ids that followed the last n-gram of `ids` where it stood before, most recently; [] where it did not.
-    n from `longest` down to 1."""
-    for size in range(min(longest, len(ids) - 1), 0, -1):
-        suffix = ids[-size:]
-        for start in range(len(ids) - size - 1, -1, -1):
-            if ids[start : start + size] == suffix:
-                return ids[start + size : start + size + count] if count > 0 else []
-    return []
+@torch.no_grad()
+def steady_rows(model):
+    """Tokens that one call may bring without a change of any bit of what each would give alone: then a guess is free. 1 where
+    a library's products decide, whose sums depend on the number of rows."""
+    if not kernels.takes(next(model.parameters())):
+        return 1
+    rows, halves = [kernels.MAX_ROWS], set()
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            halves |= {module.lora_A, module.lora_B}
+        elif isinstance(module, NF4Linear):
+            shape = module.out_features, module.in_features
+            rows.append(nf4.steady_rows(module.packed.device, shape, module.dtype))
+        elif isinstance(module, nn.Linear) and module not in halves:
+            whole = type(module) is Linear and module.in_features % 32 == 0 and module.weight.is_contiguous()
+            rows.append(max(1, kernels.max_rows(module.weight.dtype)) if whole else 1)
+    return min(rows)

@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 
-from minitune import sampling
+from minitune import lora, sampling
 from minitune.checkpoint import load_model
-from minitune.generate import GenerateConfig, decode, generate, lookup
+from minitune.generate import GenerateConfig, decode, generate, steady_rows
+from minitune.lookup import Lookup
 from minitune.models import build
 from minitune.models.cache import Cache
+from minitune.quant import NF4Linear
 from minitune.tokenizer import load_tokenizer
 
 SIZES = {
@@ -295,10 +297,86 @@ def test_lookup_gives_the_greedy_answer_in_fewer_steps(pair, count):
     assert counts.steps + counts.accepted in (plain_counts.steps, plain_counts.steps + 1)
 
 
+def tiny_with_adapter(family, dtype, quantize):
+    """A model whose widths the kernels take, all of its linear layers with LoRA, in 4 bit if wanted."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
+    model = build({"model_type": family, **sizes, **FAMILIES[family][1]})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1 if parameter.ndim == 1 else 0.2)
+    model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    for name, layer in list(model.named_modules()):
+        if quantize != "none" and isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            parent, _, leaf = name.rpartition(".")
+            quantized = NF4Linear.from_weight(layer.weight.detach(), layer.bias, None, quantize == "nf4-dq")
+            setattr(model.get_submodule(parent), leaf, quantized)
+    lora.inject(model, r=4, alpha=8)
+    for layer in lora.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.2)
+    return model.eval()
+
+
+def guesses(ids, at_most, room=99):
+    return Lookup(at_most).guess(ids, room)
+
+
 def test_lookup_finds_what_followed_the_last_ngram():
-    assert lookup([1, 2, 3, 9, 9, 1, 2, 3], 4) == [9, 9, 1, 2]
-    assert lookup([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 2) == [8, 1], "the most recent one"
-    assert lookup([7, 5, 7], 3) == [5, 7] and lookup([1, 2, 3], 3) == [] and lookup([1], 3) == []
+    assert guesses([1, 2, 3, 9, 9, 1, 2, 3], 3) == [9, 9, 1]
+    assert guesses([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 2) == [8, 1], "the most recent one"
+    assert guesses([5, 2, 3, 9, 9, 1, 2, 3], 1) == [9], "two tokens where three were never there"
+    assert guesses([7, 7, 7, 7], 3) == [7], "what follows ends with the history"
+    assert guesses([1, 2, 3, 9, 9, 1, 2, 3], 3, room=0) == guesses([1, 2, 3], 3) == guesses([1], 3) == []
+
+
+def test_lookup_guesses_more_where_it_was_right_and_waits_where_it_was_wrong():
+    lookup, ids = Lookup(8), [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]
+    assert lookup.guess(ids, 99) == [3, 4, 5]
+    lookup.learn(3, 3)
+    assert lookup.guess(ids, 99) == [3, 4, 5, 6, 7]
+    lookup.learn(5, 1)
+    assert lookup.guess(ids, 99) == [3]
+    lengths = []
+    for _ in range(9):
+        guess = lookup.guess(ids, 99)
+        lookup.learn(len(guess), 0)
+        lengths.append(len(guess))
+    assert lengths == [1, 0, 3, 0, 0, 3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype, quantize", [("fp32", "none"), ("bf16", "none"), ("bf16", "nf4"), ("bf16", "nf4-dq")])
+def test_several_tokens_in_one_step_change_no_bit(family, dtype, quantize):
+    """Why guesses are free: with an adapter too, every row of a step is what it would be alone."""
+    model = tiny_with_adapter(family, dtype, quantize)
+    rows = steady_rows(model)
+    if rows == 1:
+        pytest.skip("torch's own products are used here")
+    rows = min(rows, 8)
+    tokens = torch.randint(3, 60, (1, rows), generator=torch.Generator().manual_seed(1))
+
+    def step_logits(parts):
+        cache = Cache(model.config.num_hidden_layers, [5], max_new_tokens=20, window=getattr(model.config, "sliding_window", None), draft=8)
+        cache.read([(0, 0, 5)])
+        with torch.no_grad():
+            model.model(torch.tensor([[3, 4, 5, 6, 7]]), cache=cache)
+            return torch.cat([model.lm_head(model.model(part, cache=cache)) for part in parts], dim=1)
+
+    assert torch.equal(step_logits([tokens]), step_logits(tokens.split(1, dim=1)))
+
+
+def test_guesses_are_made_where_they_are_free_and_the_answer_is_the_same():
+    model = tiny_with_adapter("llama", "bf16", "none")
+    if steady_rows(model) == 1:
+        pytest.skip("torch's own products are used here")
+    for seed in range(4):
+        prompt = torch.randint(3, 60, (12,), generator=torch.Generator().manual_seed(seed)).tolist() * 2
+        plain, _ = decode(model, [prompt], GenerateConfig(max_new_tokens=60, eos_ids=(), lookup=0))
+        found, counts = decode(model, [prompt], GenerateConfig(max_new_tokens=60, eos_ids=()))
+        assert found[0].ids == plain[0].ids and found[0].logprobs == plain[0].logprobs
+        assert counts.accepted and counts.steps == 59 - counts.accepted
+    for options in ({"num_beams": 2}, {"do_sample": True}):
+        assert not decode(model, [prompt], GenerateConfig(max_new_tokens=9, eos_ids=(), **options))[1].guessed
+    assert not decode(model, [prompt, prompt], GenerateConfig(max_new_tokens=9, eos_ids=()))[1].guessed
 
 
 def test_logprobs_are_those_of_the_model(pair):

@@ -22,6 +22,7 @@ FLOORS = [  # a module imports only from floors below its own; a name that ends 
         "minitune.models.layers",
         "minitune.models.config_json",
         "minitune.sampling",
+        "minitune.lookup",
         "minitune.metrics.",
     ],
     ["minitune.models.llama", "minitune.models.mistral", "minitune.models.phi", "minitune.models.cache"],
