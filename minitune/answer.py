@@ -140,6 +140,11 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
         pieces = [BOS, alpaca_prompt(instruction, given)] if is_alpaca else None
         question = instruction + (f"\n\n{given}" if given else "")
         prompts.append(answerer.encode(pieces or conversation([question], answerer.template)))
+    context, longest = answerer.model.config.max_position_embeddings, max(map(len, prompts)) + config.max_new_tokens
+    if longest > context:
+        say(
+            f"warning: prompt and answer may come to {longest} tokens; the model was trained on {context}, and gets worse beyond"
+        )
     streams = len(prompts) == 1 and config.num_beams == 1 and config.num_return_sequences == 1 and not config.stop
     streams = streams and not (config.json or config.out)
     records, counts, started = [], [], time.perf_counter()

@@ -3,13 +3,14 @@
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minitune.answer import Answerer, ModelConfig, Writer
 from minitune.config import arg
 from minitune.files import write_json
 from minitune.generate import decode
+from minitune.models.cache import Memory
 from minitune.prompts import conversation
 
 HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /quit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -36,7 +37,7 @@ def chat(config, ask=input, say=print):
     """Read questions and write answers until the input ends. Returns the turns [question, answer, ...]."""
     answerer = Answerer(config, lambda line: print(line, file=sys.stderr))
     say(f"template {answerer.template}. {HELP}")
-    turns = []
+    turns, memory = [], Memory()
     while True:
         try:
             question = ask("> ").strip()
@@ -60,13 +61,14 @@ def chat(config, ask=input, say=print):
             say(f"there is no {command}. {HELP}")
         elif question:
             try:
-                turns += [question, reply(answerer, [*turns, question], config.system)]
+                turns += [question, reply(answerer, [*turns, question], config.system, memory)]
             except (ValueError, FloatingPointError) as error:  # a conversation beyond the context, for one
                 say(f"error: {error}")
 
 
-def reply(answerer, turns, system):
-    """Write the answer to the last question as it comes, and return it. Ctrl-C keeps what was written."""
+def reply(answerer, turns, system, memory):
+    """Write the answer to the last question as it comes, and return it. Ctrl-C keeps what was written. memory: of the turns before,
+    which are not read again."""
     writer, stopped = Writer(answerer.tokenizer), threading.Event()
 
     def on_token(token):
@@ -75,9 +77,16 @@ def reply(answerer, turns, system):
         writer(token)
 
     ids = answerer.encode(conversation(turns, answerer.template, system))
+    room = max(1, answerer.model.config.max_position_embeddings - len(ids))  # without any, decode() says so
+    decoding = answerer.decoding
+    decoding = replace(
+        decoding,
+        max_new_tokens=min(room, decoding.max_new_tokens),
+        min_new_tokens=min(room, decoding.min_new_tokens),
+    )
     with until_ctrl_c(stopped):
         try:
-            [answer], _ = decode(answerer.model, [ids], answerer.decoding, answerer.tokenizer, on_token)
+            [answer], _ = decode(answerer.model, [ids], decoding, answerer.tokenizer, on_token, memory)
             text = answerer.text(answer)
         except Stopped:
             text = writer.shown

@@ -114,25 +114,26 @@ def generate(model, prompts, config, tokenizer=None):
 
 
 @torch.no_grad()
-def decode(model, prompts, config, tokenizer=None, on_token=None):
+def decode(model, prompts, config, tokenizer=None, on_token=None, memory=None):
     """([Answer of each prompt, num_return_sequences of each side by side], Counts).
 
-    tokenizer: for `stop`. on_token: called with each new id of a single answer as it comes (not with beams).
+    tokenizer: for `stop`. on_token: called with each new id of a single answer as it comes (not with beams). memory: a
+    cache.Memory of the conversation that the only prompt goes on with (not with beams); it then remembers the answer too.
     Raises ValueError on an empty prompt, one that leaves no room in the model's context, ids that the model does not have,
     and options that do not go together; FloatingPointError on NaN in the logits."""
-    check(model, prompts, config, tokenizer, on_token)
+    check(model, prompts, config, tokenizer, on_token, memory)
     if not prompts:
         return [], Counts()
     was_training = model.training
     model.eval()
     try:
         decoder = Decoder(model, config, tokenizer)
-        return decoder.beams(prompts) if config.num_beams > 1 else decoder.rows(prompts, on_token)
+        return decoder.beams(prompts) if config.num_beams > 1 else decoder.rows(prompts, on_token, memory)
     finally:
         model.train(was_training)
 
 
-def check(model, prompts, config, tokenizer, on_token):
+def check(model, prompts, config, tokenizer, on_token, memory):
     context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -148,6 +149,8 @@ def check(model, prompts, config, tokenizer, on_token):
         raise ValueError("stop is given, but no tokenizer, which is needed to find these texts")
     if on_token and (config.num_beams > 1 or len(prompts) * config.num_return_sequences != 1):
         raise ValueError("streaming needs a single answer without beams: a beam may still be replaced by another")
+    if memory is not None and (config.num_beams > 1 or len(prompts) * config.num_return_sequences != 1):
+        raise ValueError("memory is of a single answer without beams")
     if config.lookup and len(prompts) > 1:
         raise ValueError(f"lookup is for one prompt at a time, and there are {len(prompts)}; set it to 0")
 
@@ -164,8 +167,8 @@ class Decoder:
 
     # --- the model ---
 
-    def read(self, prompts, sequences, draft=0):
-        """(cache, logits (B, V) after each prompt). Prompts are packed, and cut where they are long."""
+    def read(self, prompts, sequences, draft=0, memory=None):
+        """(cache, logits (B, V) after each prompt). Prompts are packed, and cut where they are long. memory: of the only prompt."""
         lengths = [len(prompt) for prompt in prompts]
         cache = Cache(
             self.model.config.num_hidden_layers, lengths, sequences, self.config.max_new_tokens, self.window, draft
@@ -184,7 +187,7 @@ class Decoder:
             call, size = [], 0
 
         for i, length in enumerate(lengths):
-            start = 0
+            start = memory.recall(cache, prompts[0]) if memory else 0
             while start < length:
                 stop = min(length, start + PREFILL_TOKENS - size)
                 call.append((i, start, stop))
@@ -261,40 +264,46 @@ class Decoder:
 
     # --- greedy and sampling ---
 
-    def rows(self, prompts, on_token=None):
+    def rows(self, prompts, on_token=None, memory=None):
         """Every answer by itself. Prompts whose answers are all done leave the batch."""
+        if getattr(self.model.config, "rope", None) and self.model.config.rope.kind == "dynamic":
+            memory = None  # its keys turn anew with every length
         config, n = self.config, self.config.num_return_sequences
         answers, length = [Answer() for _ in range(len(prompts) * n)], 0
         generators = self.generators(prompts) if config.samples else None
         lookup = self.lookup(len(prompts))
-        cache, logits = self.read(prompts, n, lookup.at_most if lookup else 0)
+        cache, logits = self.read(prompts, n, lookup.at_most if lookup else 0, memory)
         logits = logits.repeat_interleave(n, dim=0)
         running = list(range(len(prompts)))  # prompts; answer i of prompt p is p * n + i
         histories = [list(prompt) for prompt in prompts for _ in range(n)]
         done = [False] * len(answers)
-        while True:
-            active = [p * n + i for p in running for i in range(n)]
-            drawn_from = generators and [generators[a] for a in active]
-            tokens, logprobs = self.choose(logits, [histories[a] for a in active], length, drawn_from)
-            length += 1
-            for a, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
-                if not done[a]:
-                    histories[a].append(token)
-                    done[a] = self.append(answers[a], token, logprob, on_token)
-            still = [k for k, p in enumerate(running) if not all(done[p * n : p * n + n])]
-            if not still:
-                return answers, self.counts
-            if len(still) < len(running):
-                kept = [k * n + i for k in still for i in range(n)]
-                cache.keep(still)
-                running, tokens = [running[k] for k in still], tokens[kept]
-            if lookup:
-                logits = self.guess(lookup, cache, histories[0], answers[0], on_token)
-                if logits is None:
+        try:
+            while True:
+                active = [p * n + i for p in running for i in range(n)]
+                drawn_from = generators and [generators[a] for a in active]
+                tokens, logprobs = self.choose(logits, [histories[a] for a in active], length, drawn_from)
+                length += 1
+                for a, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+                    if not done[a]:
+                        histories[a].append(token)
+                        done[a] = self.append(answers[a], token, logprob, on_token)
+                still = [k for k, p in enumerate(running) if not all(done[p * n : p * n + n])]
+                if not still:
                     return answers, self.counts
-                length = len(answers[0].ids)
-            else:
-                logits = self.step(cache, tokens[:, None])[:, -1]
+                if len(still) < len(running):
+                    kept = [k * n + i for k in still for i in range(n)]
+                    cache.keep(still)
+                    running, tokens = [running[k] for k in still], tokens[kept]
+                if lookup:
+                    logits = self.guess(lookup, cache, histories[0], answers[0], on_token)
+                    if logits is None:
+                        return answers, self.counts
+                    length = len(answers[0].ids)
+                else:
+                    logits = self.step(cache, tokens[:, None])[:, -1]
+        finally:  # also where the caller stops an answer
+            if memory is not None:
+                memory.keep(cache, histories[0])
 
     def choose(self, logits, histories, new_length, generators):
         """The next token (R,) of each row, and its log-probability (R,) under the model."""

@@ -11,7 +11,7 @@ from minitune.checkpoint import load_model
 from minitune.generate import GenerateConfig, decode, generate, steady_rows
 from minitune.lookup import Lookup
 from minitune.models import build
-from minitune.models.cache import Cache
+from minitune.models.cache import Cache, Memory
 from minitune.quant import NF4Linear
 from minitune.tokenizer import load_tokenizer
 
@@ -355,7 +355,13 @@ def test_several_tokens_in_one_step_change_no_bit(family, dtype, quantize):
     tokens = torch.randint(3, 60, (1, rows), generator=torch.Generator().manual_seed(1))
 
     def step_logits(parts):
-        cache = Cache(model.config.num_hidden_layers, [5], max_new_tokens=20, window=getattr(model.config, "sliding_window", None), draft=8)
+        cache = Cache(
+            model.config.num_hidden_layers,
+            [5],
+            max_new_tokens=20,
+            window=getattr(model.config, "sliding_window", None),
+            draft=8,
+        )
         cache.read([(0, 0, 5)])
         with torch.no_grad():
             model.model(torch.tensor([[3, 4, 5, 6, 7]]), cache=cache)
@@ -473,3 +479,39 @@ def test_a_model_in_training_stays_in_training():
     model = build({"model_type": "phi", **SIZES, "resid_pdrop": 0.5}).train()
     config = GenerateConfig(max_new_tokens=5, eos_ids=())
     assert generate(model, PROMPTS, config) == generate(model, PROMPTS, config) and model.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_remembered_conversation_is_not_read_again_and_changes_nothing(family, monkeypatch):
+    model = tiny_with_adapter(family, "fp32", "none")
+    options = GenerateConfig(max_new_tokens=5, eos_ids=())
+    memory, ids, read = Memory(), [4, 9, 3], []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda ids, **more: read.append(ids.shape[1]) or forward(ids, **more))
+    window = getattr(model.config, "sliding_window", None)
+    for turn in range(3):
+        alone = decode(model, [ids], options)[0][0]
+        read.clear()
+        answer = decode(model, [ids], options, memory=memory)[0][0]
+        assert answer.ids == alone.ids
+        assert answer.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+        assert read[0] == (len(ids) if turn == 0 or window else 4)  # the last token of the answer was never read
+        ids = [*ids, *answer.ids, 7, 8 + turn, 9]
+    decode(model, [[4, 9, 5, 6]], options, memory=memory)  # another conversation with the same beginning
+    assert memory.ids[:4] == [4, 9, 5, 6] or window
+    with pytest.raises(ValueError, match="memory is of a single answer"):
+        decode(model, [[4], [5]], options, memory=memory)
+
+
+def test_what_was_read_before_an_answer_was_stopped_is_remembered():
+    model, memory = tiny_with_adapter("llama", "fp32", "none"), Memory()
+
+    def stop(token):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(token)
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        decode(model, [[4, 9, 3]], GenerateConfig(max_new_tokens=9, eos_ids=()), on_token=stop, memory=memory)
+    assert memory.ids == [4, 9, 3, *seen] and memory.layers[0][0].shape[1] == 6

@@ -120,6 +120,36 @@ class Cache:
         return self.shape
 
 
+class Memory:
+    """What was read and written of one conversation: ids, and each layer's keys and values (H_kv, len(ids), D). The next prompt
+    reads only what it does not begin with. Nothing is kept of a cache that a window has cut, or beyond it."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self):
+        self.ids, self.layers = [], []
+
+    def recall(self, cache, prompt):
+        """Give `cache`, of this prompt alone and still empty, what is known of it. Returns how many tokens that are; one at least
+        is left to read."""
+        known = 0
+        while known < min(len(self.ids), len(prompt) - 1) and self.ids[known] == prompt[known]:
+            known += 1
+        if known:
+            for layer, (k, v) in zip(cache.layers, self.layers, strict=True):
+                layer.parts[0] = k[:, :known], v[:, :known]
+        return known
+
+    def keep(self, cache, ids):
+        """ids: the prompt and the new tokens; those that the cache holds are kept."""
+        ids = ids[: cache.lengths[0] + cache.new]
+        if cache.window and len(ids) >= cache.window:
+            self.forget()
+        elif cache.layers[0].prompt_k is not None or cache.layers[0].parts:
+            self.ids, self.layers = ids, [layer.first(len(ids)) for layer in cache.layers]
+
+
 class LayerCache:
     """Keys and values of one layer: of the prompts (B, H_kv, P, D), and of the new tokens (R, H_kv, capacity, D)."""
 
@@ -171,7 +201,8 @@ class LayerCache:
         self.stored = [k.shape[1] for k, _ in parts]
         H_kv, _, D = parts[0][0].shape
         shape = len(parts), H_kv, max(self.stored), D
-        in_c = self.cache.in_c = decode.takes(parts[0][0])
+        in_c, self.dtype = decode.takes(parts[0][0]), parts[0][0].dtype
+        self.cache.in_c = in_c
         # torch multiplies in fp32 here, and on a CPU would convert all keys at every step.
         dtype = torch.float32 if parts[0][0].device.type == "cpu" and not in_c else parts[0][0].dtype
         self.prompt_k, self.prompt_v = (parts[0][0].new_zeros(shape, dtype=dtype) for _ in range(2))
@@ -212,6 +243,14 @@ class LayerCache:
         from_new = scores[..., P:].reshape(R, H_kv, G * T, S) @ new_v
         out = (from_prompt.reshape(R, H_kv, G, T, D) + from_new.view(R, H_kv, G, T, D)).to(v.dtype)
         return out.permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
+
+    def first(self, count):
+        """Keys and values (H_kv, count, D) of the only sequence's first tokens, in the dtype in which they were read."""
+        if self.prompt_k is None:
+            return tuple(t[:, :count] for t in self.parts[0])
+        new = count - self.stored[0]
+        pairs = (self.prompt_k, self.k), (self.prompt_v, self.v)
+        return tuple(torch.cat([before[0], after[0, :, :new]], dim=1).to(self.dtype) for before, after in pairs)
 
     def keep(self, prompts, n):
         if self.prompt_k is None:
