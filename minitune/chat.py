@@ -67,8 +67,8 @@ def chat(config, ask=input, say=print):
 
 
 def reply(answerer, turns, system, memory):
-    """Write the answer to the last question as it comes, and return it. Ctrl-C keeps what was written. memory: of the turns before,
-    which are not read again."""
+    """Write the answer to the last question as it comes, and return it. Ctrl-C keeps what was written. memory: of the turns
+    before, which are not read again."""
     writer, stopped = Writer(answerer.tokenizer), threading.Event()
 
     def on_token(token):

@@ -168,7 +168,7 @@ class Decoder:
     # --- the model ---
 
     def read(self, prompts, sequences, draft=0, memory=None):
-        """(cache, logits (B, V) after each prompt). Prompts are packed, and cut where they are long. memory: of the only prompt."""
+        """(cache, logits (B, V) after each prompt). Prompts are packed, and cut where they are long."""
         lengths = [len(prompt) for prompt in prompts]
         cache = Cache(
             self.model.config.num_hidden_layers, lengths, sequences, self.config.max_new_tokens, self.window, draft

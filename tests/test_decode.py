@@ -1,4 +1,4 @@
-"""The C kernels of decoding: on every instruction set what torch computes, up to one rounding, and taken only where they may be."""
+"""The C kernels of decoding: what torch computes, on every instruction set, and taken only where they may be."""
 
 import pytest
 import torch
