@@ -254,8 +254,10 @@ def test_a_layer_takes_its_kernel_for_few_rows_of_bf16(monkeypatch):
     assert len(taken) == 1
     for x in (random(65, 64), random(0, 64)):
         layer(x)
-    layer.float()(random(2, 64, dtype=torch.float32))
+    layer.half()(random(2, 64, dtype=torch.float16))
     assert len(taken) == 1
+    layer.float()(random(2, 64, dtype=torch.float32))
+    assert len(taken) == (2 if decode.max_rows(torch.float32) else 1)
 
 
 def test_layers_with_and_without_a_gradient_agree():
