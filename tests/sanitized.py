@@ -41,15 +41,26 @@ def run(level, dtype):
             libc.free(address)
 
 
-def run_linears(level):
+def run_linears(level, dtype):
+    size = BYTES[dtype]
     for N, K in ((1, 32), (7, 96), (17, 1056)):
-        weight, bias = buffer(N * K * 2), buffer(N * 2)
+        weight, bias = buffer(N * K * size), buffer(N * size)
         for M in range(1, 20):
-            x, first, second = buffer(M * K * 2), buffer(M * N * 2), buffer(M * N * 2)
+            x, first, second = buffer(M * K * size), buffer(M * N * size), buffer(M * N * size)
             layers = weight, bias, first, N, weight, None, second, N, *decode.NO_LAYER
-            assert steps.decode_linears(level, 2, x, M, K, *layers) == 0
-            libc.free(x), libc.free(first), libc.free(second)
+            assert steps.decode_linears(level, 2, dtype, x, M, K, *layers) == 0
+            for address in (x, first, second):
+                libc.free(address)
         libc.free(weight), libc.free(bias)
+
+
+def run_lora(level, dtype):
+    size = BYTES[dtype]
+    for M, N, K, r in ((1, 1, 1, 1), (3, 70, 50, 17), (2, 700, 512, 16)):
+        x, A, B, out = buffer(M * K * size), buffer(r * K * 4), buffer(N * r * 4), buffer(M * N * size)
+        assert steps.decode_lora(level, 2, dtype, x, A, B, 0.5, out, M, N, K, r) == 0
+        for address in (x, A, B, out):
+            libc.free(address)
 
 
 def run_steps(level, dtype):
@@ -100,6 +111,7 @@ for level in range(5 if highest >= 3 else highest + 1):  # 4 is emulated
         run(level, dtype)
         if dtype != 1:
             run_steps(level, dtype)
-if highest >= 3:
-    run_linears(highest)
+            run_lora(level, dtype)
+        if dtype == 0 or dtype == 2 and level >= 3:
+            run_linears(level, dtype)
 print("clean")

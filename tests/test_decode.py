@@ -5,6 +5,7 @@ import torch
 from minitune_kernels import c_library, decode
 from torch.nn import functional as F
 
+from minitune.lora import LoRALinear
 from minitune.models import layers
 from minitune.models.cache import Cache
 from minitune.models.layers import Linear, RMSNorm, apply_rope, project, swiglu
@@ -270,3 +271,26 @@ def test_layers_with_and_without_a_gradient_agree():
         with torch.enable_grad():
             recorded = operation(x).detach()
         close(operation(x), recorded, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows, features, out, r", [(1, 64, 96, 16), (5, 50, 7, 3), (40, 64, 33, 20)])
+def test_lora_is_what_the_layer_computes_with_torch(level, dtype, rows, features, out, r, monkeypatch):
+    layer = LoRALinear(Linear(features, out, dtype=dtype), r, alpha=2 * r).eval()
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x = random(rows, 1, features, dtype=dtype)
+    found = layer(x)
+    monkeypatch.setenv("MINITUNE_KERNELS", "torch")
+    close(found, layer(x), dtype, size=8.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (7, 64), (33, 96), (64, 1056)])
+def test_fp32_rows_are_multiplied_to_the_last_places_and_do_not_depend_on_each_other(level, shape):
+    weight, bias, x = (
+        random(*s, seed=i, dtype=torch.float32) for i, s in enumerate((shape, shape[:1], (40, shape[1])))
+    )
+    whole = decode.linear(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert ((whole - exact).abs() <= 2**-20 * (x.double().abs() @ weight.double().abs().T + 1)).all()
+    for rows in (1, 2, 3, 4, 7):
+        assert torch.equal(decode.linear(x[:rows], weight, bias), whole[:rows])
