@@ -142,6 +142,22 @@ void decode_gate(int level, int threads, int dtype, const void *x, const void *y
   parallel(gate_for(level), &job, count, count < SERIAL ? 1 : threads);
 }
 
+// --- GELU with tanh: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), elements begin .. end ------------------------
+
+INLINE void gelu(const Job *j, int64_t begin, int64_t end, int dtype) {
+#pragma omp simd
+  for (int64_t i = begin; i < end; i++) {
+    const float x = load(j->x, dtype, i), inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    store(j->out, dtype, i, x - x / (1 + exp_of(2 * inner)));  // (1 + tanh(y)) / 2 is 1 - 1 / (1 + exp(2 y))
+  }
+}
+EACH_LEVEL(gelu)
+
+void decode_gelu(int level, int threads, int dtype, const void *x, void *out, int64_t count) {
+  Job job = {.dtype = dtype, .x = x, .out = out};
+  parallel(gelu_for(level), &job, count, count < SERIAL ? 1 : threads);
+}
+
 // --- attention: pairs of a prompt and a key-value head -------------------------------------------------------------
 
 /* Sixteen numbers, in whatever registers the instruction set has. */
@@ -481,7 +497,8 @@ INLINE Float16 load_rounded(const float *x, int dtype, int64_t i, float factor) 
   if (dtype == BF16) {
     Bits16 bits;
     memcpy(&bits, &v, sizeof bits);
-    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+    const Bits16 is_nan = (Bits16)(v != v);  // all ones where it is: must not wrap around
+    bits = (is_nan & 0x7FC00000) | (~is_nan & ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000));
     memcpy(&v, &bits, sizeof v);
   }
   return v;

@@ -33,6 +33,7 @@ def typed(lib):
     lib.decode_norm.argtypes, lib.decode_norm.restype = (i, i, i, p, p, p, n, n, f), None
     lib.decode_turn.argtypes, lib.decode_turn.restype = (i, i, i, p, p, p, p, *[n] * 8), None
     lib.decode_gate.argtypes, lib.decode_gate.restype = (i, i, i, p, p, p, n), None
+    lib.decode_gelu.argtypes, lib.decode_gelu.restype = (i, i, i, p, p, n), None
     lib.decode_attend.argtypes = (i, i, i, *[p] * 9)
     lib.decode_rank.argtypes, lib.decode_rank.restype = (i, i, i, p, p, p, n, n, n), None
     lib.decode_lora.argtypes = (i, i, i, p, p, p, f, p, n, n, n, n)
@@ -57,12 +58,14 @@ def runs_here(wanted):
 
 
 def takes(x):
-    """Whether these operations take x now: fp32 or bf16 on a CPU, no gradient to record, no compiler or tracer in between."""
+    """Whether these operations take x now: fp32 or bf16 on a CPU, no gradient to record, no compiler, tracer or autocast in
+    between."""
     return (
         x.is_cpu
         and x.dtype in DTYPES
         and not torch.is_grad_enabled()
         and is_direct(x)
+        and not torch.is_autocast_enabled("cpu")
         and runs_here(os.environ.get("MINITUNE_KERNELS"))
     )
 
@@ -75,16 +78,20 @@ def max_rows(dtype):
     return MAX_ROWS if level >= 2 else 4
 
 
-def fits(x, weight):
+def is_beside(parameter, x):
+    """Whether a parameter may be read beside x: of its dtype, on the CPU, contiguous."""
+    return parameter.dtype is x.dtype and parameter.is_cpu and parameter.is_contiguous()
+
+
+def fits(x, weight, bias=None):
     """Whether linear() takes these: one dtype, few rows, whole vectors."""
     K = weight.shape[1]
     return (
-        x.dtype is weight.dtype
-        and 0 < x.numel() <= MAX_ROWS * K
+        0 < x.numel() <= MAX_ROWS * K
         and K % 32 == 0
         and x.shape[-1] == K  # else torch says what is wrong
-        and weight.is_cpu
-        and weight.is_contiguous()
+        and is_beside(weight, x)
+        and (bias is None or is_beside(bias, x))
         and takes(x)
         and x.numel() <= max_rows(x.dtype) * K
     )
@@ -157,10 +164,23 @@ def swiglu(gate, up):
     return out
 
 
+def gelu_tanh(x):
+    """GELU with tanh for the error function."""
+    lib, level = library()
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    lib.decode_gelu(level, torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), x.numel())
+    return out
+
+
 def attend(q, k, v, shape, caches):
     """Store k, v (R, H_kv, T, D) in the cache, and attend with q (R, H, T, D), scores over sqrt(D). Returns (R, T, H * D).
 
     shape: a Shape that fits; caches: of the prompts, k and v (B, H_kv, P, D), and of the new tokens (R, H_kv, capacity, D)."""
+    if {k.dtype, v.dtype, *(t.dtype for t in caches)} != {q.dtype}:
+        raise ValueError(
+            f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, and the cache {caches[0].dtype}; expected one dtype"
+        )
     R, H, T, D = q.shape
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))  # (R, T, heads, D), where they mostly lie
     out = q.new_empty(R, T, H * D)

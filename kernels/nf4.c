@@ -307,7 +307,7 @@ enum { STREAMS = 4, FEW = 7 };
 BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride, int M) {
   const int64_t padded = (j->K + 127) / 128 * 128;
   __m512 sums[STREAMS][FEW];
-  for (int r = 0; r < rows; r++)
+  for (int r = 0; r < STREAMS; r++)
     for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
   for (int64_t k = 0; k < padded; k += 128)
     for (int r = 0; r < rows; r++) {
@@ -321,8 +321,11 @@ BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride,
           sums[r][m] = _mm512_dpbf16_ps(sums[r][m], w[i], (__m512bh)_mm512_load_si512(x));
         }
     }
-  for (int r = 0; r < rows; r++)
-    for (int m = 0; m < M; m++) store(j->out, BF16, m * j->N + n + r * stride, _mm512_reduce_add_ps(sums[r][m]));
+  for (int m = 0; m < M; m++) {  // each sum in the order of multiply_many_bf16: it must not depend on M
+    float four[4];
+    _mm_storeu_ps(four, sum_of_four(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
+    for (int r = 0; r < rows; r++) store(j->out, BF16, m * j->N + n + r * stride, four[r]);
+  }
 }
 
 /* Numbers of rows as constants keep the sums in registers. */

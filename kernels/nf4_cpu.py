@@ -82,10 +82,9 @@ def max_rows(shape, dtype):
 
 
 def steady_rows(shape, dtype):
-    """Rows of x up to which `matmul` sums every row in one order (nf4.c: FEW, and 4 where AMX takes over); else 1."""
-    if dtype == torch.bfloat16 and library()[1] >= 3:
-        return min({3: 7, 4: 4}[library()[1]], max_rows(shape, dtype)) or 1
-    return max_rows(shape, dtype) or 1
+    """Rows of x up to which `matmul` sums every row in one order: up to max_rows, but 4 where AMX takes over; else 1."""
+    rows = max_rows(shape, dtype) or 1
+    return min(rows, 4) if dtype == torch.bfloat16 and library()[1] == 4 else rows
 
 
 def matmul(x, packed, scales, shape, out):

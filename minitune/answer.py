@@ -1,6 +1,7 @@
 """Prompts to answers, the job of scripts/generate.py: load model and adapter, wrap prompts as it was trained, decode, write."""
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from minitune import checkpoint, data, hub
 from minitune.config import arg, positive
 from minitune.device import choose_device, choose_dtype
-from minitune.files import read_json, write_json
+from minitune.files import prove_writable, read_json, write_json
 from minitune.generate import GenerateConfig, decode
 from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, EOS, alpaca_prompt, conversation
 from minitune.tokenizer import load_tokenizer
@@ -113,6 +114,8 @@ def choose_template(config, say):
 def read_questions(config):
     """The questions as Alpaca's (instruction, input) pairs. Raises ValueError with the file and the place."""
     if config.prompt is not None:
+        if not config.prompt.strip():
+            raise ValueError("--prompt is empty; give a question")
         return [(config.prompt, "")]
     path = Path(config.prompts)
     if path.suffix == ".txt":
@@ -124,6 +127,8 @@ def read_questions(config):
             given = "" if isinstance(row, str) else row.get("input") or ""
             if not isinstance(instruction, str) or not isinstance(given, str):
                 raise ValueError(f"{path}, row {number} has no text under instruction or prompt: {data.show(row)}")
+            if not (instruction + given).strip():
+                raise ValueError(f"{path}, row {number} is empty; expected a question")
             questions.append((instruction, given))
     if not questions:
         raise ValueError(f"{path} has no questions")
@@ -133,6 +138,8 @@ def read_questions(config):
 def answer(config, say=lambda line: print(line, file=sys.stderr)):
     """Answer the questions of `config`. Returns the records, which are printed, or written to config.out."""
     questions = read_questions(config)
+    if config.out:
+        prove_writable(config.out)
     answerer = Answerer(config, say)
     prompts = []
     for instruction, given in questions:
@@ -180,7 +187,9 @@ def record(found, answerer, question, prompt_tokens, with_logprobs):
     instruction, given = question
     entry = {"prompt": instruction} | ({"input": given} if given else {})
     entry |= {"answer": answerer.text(found), "prompt_tokens": prompt_tokens, "tokens": len(found.ids)}
-    entry |= {"ended_by": found.ended_by} | ({} if found.score is None else {"score": found.score})
+    entry |= {"ended_by": found.ended_by}
+    if found.score is not None:
+        entry["score"] = found.score if math.isfinite(found.score) else None  # JSON has no infinity
     if with_logprobs:
         tok = answerer.tokenizer
         entry["logprobs"] = [
@@ -191,24 +200,36 @@ def record(found, answerer, question, prompt_tokens, with_logprobs):
 
 
 class Writer:
-    """Called with each token of an answer: writes the text that has become certain. A token may hold half a character."""
+    """Called with each token of an answer: writes the text that has become certain. A token may hold half a character, and text
+    that may begin one of the `stop` texts waits."""
 
-    def __init__(self, tokenizer, stream=None):
-        self.tokenizer, self.stream = tokenizer, stream or sys.stdout
+    def __init__(self, tokenizer, stream=None, stop=()):
+        self.tokenizer, self.stream, self.stop = tokenizer, stream or sys.stdout, stop
         self.ids, self.shown = [], ""
 
     def __call__(self, token):
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
         if not text.endswith("\ufffd"):
-            self.write(text)
+            self.write(text[: certain(text, self.stop)])
 
     def write(self, text):
         self.stream.write(text[len(self.shown) :])
         self.stream.flush()
-        self.shown = text
+        self.shown = max(self.shown, text, key=len)
 
-    def end(self):
-        self.write(self.tokenizer.decode(self.ids))
+    def end(self, text=None):
+        """Write the rest: of `text`, the whole answer, or of all tokens."""
+        self.write(self.tokenizer.decode(self.ids) if text is None else text)
         self.stream.write("\n")
         self.stream.flush()
+
+
+def certain(text, stop):
+    """How much of `text` is before any stop text, whole or begun at its end."""
+    ends = [len(text)]
+    for wanted in stop:
+        found = text.find(wanted)
+        begun = [len(text) - n for n in range(1, len(wanted)) if text.endswith(wanted[:n])]
+        ends += [found] if found >= 0 else begun
+    return min(ends)

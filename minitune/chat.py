@@ -63,13 +63,13 @@ def chat(config, ask=input, say=print):
             try:
                 turns += [question, reply(answerer, [*turns, question], config.system, memory)]
             except (ValueError, FloatingPointError) as error:  # a conversation beyond the context, for one
-                say(f"error: {error}")
+                say(f"error: {error} (/reset forgets the conversation)")
 
 
 def reply(answerer, turns, system, memory):
     """Write the answer to the last question as it comes, and return it. Ctrl-C keeps what was written. memory: of the turns
     before, which are not read again."""
-    writer, stopped = Writer(answerer.tokenizer), threading.Event()
+    writer, stopped = Writer(answerer.tokenizer, stop=answerer.decoding.stop), threading.Event()
 
     def on_token(token):
         if stopped.is_set():
@@ -90,7 +90,7 @@ def reply(answerer, turns, system, memory):
             text = answerer.text(answer)
         except Stopped:
             text = writer.shown
-    writer.end()
+    writer.end(text)
     return text.strip()
 
 

@@ -28,6 +28,18 @@ def write_whole(path, content):
         raise
 
 
+def prove_writable(path):
+    """Raises ValueError where write_whole(path) could not work: before the work whose result it is to keep."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, expected a file to write")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+
+
 def current_umask():
     umask = os.umask(0)
     os.umask(umask)

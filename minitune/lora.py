@@ -29,14 +29,17 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        if not self.training and x.numel() <= decode.MAX_ROWS * x.shape[-1] and decode.takes(x):
+        A, B = self.lora_A.weight, self.lora_B.weight
+        is_fp32 = A.dtype is B.dtype is torch.float32 and A.is_cpu and B.is_cpu  # .to(dtype) may have changed them
+        few = x.numel() <= decode.MAX_ROWS * x.shape[-1]
+        if is_fp32 and few and not self.training and decode.takes(x):
             y = self.base_layer(x).to(x.dtype).contiguous()
-            return decode.add_lora(y, x, self.lora_A.weight, self.lora_B.weight, self.scaling)
+            return decode.add_lora(y, x, A, B, self.scaling)
         rows = x.flatten(0, -2)  # (B * T, in)
-        A = self.lora_A.weight.to(x.dtype)
-        B = (self.lora_B.weight * self.scaling).to(x.dtype)
+        A, B = A.to(x.dtype), (B * self.scaling).to(x.dtype)
         low = F.linear(self.lora_dropout(rows), A)  # (B * T, r)
-        y = self.base_layer(rows).addmm_(low, B.T)  # added where it lies: no second (B * T, out)
+        y = self.base_layer(rows)
+        y.addmm_(low.to(y.dtype), B.T.to(y.dtype))  # added where it lies: no second (B * T, out)
         return y.view(*x.shape[:-1], -1)
 
 

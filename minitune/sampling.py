@@ -64,4 +64,6 @@ def draw(scores, numbers):
     In fp64 and on the CPU's numbers, so that a seed means the same on every device."""
     cumulated = scores.double().softmax(-1).cumsum(-1)
     reached = cumulated > numbers.to(cumulated)[:, None] * cumulated[:, -1:]
+    if not reached[:, -1].all():
+        raise FloatingPointError("the probabilities of the next token are NaN: scores or temperature are out of range")
     return reached.int().argmax(-1)  # the first that passes the number

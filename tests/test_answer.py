@@ -196,6 +196,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(adapter, tmp_path):
 
 
 BAD = {
+    "empty prompt": (["--prompt", "  "], "--prompt is empty"),
+    "tiny temperature": (["--prompt", "x", "--temperature", "1e-40"], "temperature is 1e-40"),
     "no question": ([], "give one of --prompt TEXT and --prompts FILE"),
     "both": (["--prompt", "x", "--prompts", "y"], "give one of --prompt TEXT and --prompts FILE"),
     "no such file": (["--prompts", "none.txt"], "none.txt"),
@@ -217,3 +219,26 @@ def test_rows_without_a_question_are_named(tmp_path):
     write_json(tmp_path / "q.json", [{"prompt": "a"}, {"output": "b"}])
     with pytest.raises(ValueError, match=r"q.json, row 1 has no text under instruction or prompt"):
         read_questions(AnswerConfig(prompts=str(tmp_path / "q.json")))
+
+
+def test_a_stop_text_is_not_written_and_what_may_begin_one_waits():
+    class Letters:
+        decode = staticmethod("".join)
+
+    for text, stop, expected in (("one END two", ("END",), "one "), ("one EN two", ("END",), "one EN two")):
+        stream = io.StringIO()
+        writer, seen = Writer(Letters, stream, stop), []
+        for letter in text:
+            writer(letter)
+            seen.append(stream.getvalue())
+        assert all("E" not in shown or "EN " in shown for shown in seen)
+        writer.end(expected)
+        assert stream.getvalue() == expected + "\n"
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file" / "answers.json"):
+        done = script("generate.py", "--prompt", "x", "--model", "no-such-model", "--out", str(out))
+        assert done.returncode == 2 and str(out) in done.stderr and "no-such-model" not in done.stderr
+        assert done.stderr.count("\n") == 1

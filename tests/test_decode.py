@@ -294,3 +294,33 @@ def test_fp32_rows_are_multiplied_to_the_last_places_and_do_not_depend_on_each_o
     assert ((whole - exact).abs() <= 2**-20 * (x.double().abs() @ weight.double().abs().T + 1)).all()
     for rows in (1, 2, 3, 4, 7):
         assert torch.equal(decode.linear(x[:rows], weight, bias), whole[:rows])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gelu_is_torchs(level, dtype):
+    x = random(3, 333, dtype=dtype) * 4
+    close(decode.gelu_tanh(x), F.gelu(x, approximate="tanh"), dtype)
+    odd = decode.gelu_tanh(torch.tensor([torch.nan, 1e30, -1e30, 0.0]))
+    assert odd[0].isnan() and odd[1] == 1e30 and odd[2] == 0 and odd[3] == 0
+
+
+def test_parameters_that_lie_or_are_otherwise_than_x_go_through_torch():
+    x, wide = random(2, 64, dtype=torch.float32), random(128, dtype=torch.float32)
+    layer, norm = Linear(64, 64), RMSNorm(64, 1e-5)
+    layer.bias.data, norm.weight.data = wide[::2], wide[1::2]
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, wide[::2]))
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (64,), wide[1::2], 1e-5), rtol=1e-5, atol=1e-5)
+    assert decode.takes(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not decode.takes(x)
+    cache = cached(torch.bfloat16, [4], 1, 4, 2, 16)
+    with pytest.raises(ValueError, match="expected one dtype"):
+        q, k = random(1, 4, 1, 16, dtype=torch.float32), random(1, 2, 1, 16)
+        cache.layers[0].attend(q, k, k, None)
+
+
+def test_nan_in_a_lora_matrix_is_not_rounded_away(level):
+    layer = LoRALinear(Linear(64, 8, dtype=torch.bfloat16), 4, alpha=4).eval()
+    layer.lora_A.weight.data.view(torch.int32).fill_(-1)  # 0xFFFFFFFF
+    torch.nn.init.ones_(layer.lora_B.weight)
+    assert layer(random(1, 64)).isnan().all()

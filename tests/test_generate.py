@@ -515,3 +515,75 @@ def test_what_was_read_before_an_answer_was_stopped_is_remembered():
     with pytest.raises(KeyboardInterrupt):
         decode(model, [[4, 9, 3]], GenerateConfig(max_new_tokens=9, eos_ids=()), on_token=stop, memory=memory)
     assert memory.ids == [4, 9, 3, *seen] and memory.layers[0][0].shape[1] == 6
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "seed": 3}, {"num_beams": 3}], ids=["greedy", "drawn", "beams"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype, quantize", [("fp32", "none"), ("bf16", "none"), ("bf16", "nf4")])
+def test_an_answer_is_the_same_alone_and_in_a_batch_whose_longest_prompt_leaves_first(family, dtype, quantize, options):
+    model = tiny_with_adapter(family, dtype, quantize)
+    lengths = (90, 40, 3, 17, 1, 66, 8)
+    prompts = [torch.randint(3, 60, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    first = decode(model, prompts[:1], GenerateConfig(max_new_tokens=2, eos_ids=(), **options))[0][0].ids[0]
+    config = GenerateConfig(max_new_tokens=12, eos_ids=(first,), **options)
+    together = decode(model, prompts, config)[0]
+    exact = steady_rows(model) >= len(prompts) * config.num_beams
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = decode(model, [prompt], config)[0][0]
+        if exact or dtype == "fp32":
+            assert answer.ids == alone.ids
+        if exact:
+            assert answer.logprobs == alone.logprobs and answer.score == alone.score
+
+
+def test_rows_of_a_dynamic_rope_beyond_its_context_stretch_by_themselves():
+    torch.manual_seed(0)
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    model = build({"model_type": "llama", **SIZES, "max_position_embeddings": 64, "rope_scaling": scaling}).eval()
+    assert steady_rows(model) == 1, "a guess would stretch the tokens before it"
+    config = GenerateConfig(max_new_tokens=20, eos_ids=())
+    prompts = [[5, 7, 9] * 20, [4, 8]]
+    together = decode(model, prompts, config)[0]
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = decode(model, [prompt], config)[0][0]
+        assert answer.ids == alone.ids and answer.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+
+
+def test_an_answer_may_be_longer_than_the_room_that_is_made_at_first():
+    model = build({"model_type": "llama", **SIZES, "max_position_embeddings": 4096}).eval()
+    for options in ({}, {"num_beams": 3}, {"lookup": 0}):
+        long = decode(model, [[4, 9, 3]], GenerateConfig(max_new_tokens=600, eos_ids=(), **options))[0][0]
+        assert len(long.ids) == 600
+    whole = torch.tensor([[4, 9, 3, *long.ids[:-1]]])
+    with torch.no_grad():
+        logprobs = model(whole)[0, 2:].log_softmax(-1).gather(1, torch.tensor(long.ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(long.logprobs), logprobs, rtol=0, atol=1e-4)
+    GenerateConfig(max_new_tokens=10**12)
+    decode(model, [[4]], GenerateConfig(max_new_tokens=10**12, eos_ids=tuple(range(61))))
+
+
+def test_autocast_and_cast_adapters_go_through_torch_and_give_numbers():
+    model = tiny_with_adapter("llama", "fp32", "none")
+    prompt = [torch.randint(3, 60, (100,), generator=torch.Generator().manual_seed(0)).tolist()]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(decode(model, prompt, GenerateConfig(max_new_tokens=8, eos_ids=()))[0][0].ids) == 8
+    for dtype in (torch.bfloat16, torch.float64):
+        found = decode(tiny_with_adapter("llama", "fp32", "none").to(dtype), prompt, GenerateConfig(max_new_tokens=4))
+        assert torch.tensor(found[0][0].logprobs).isfinite().all()
+
+
+def test_modules_are_left_in_the_mode_in_which_they_were():
+    model = build({"model_type": "llama", **SIZES}).train()
+    model.model.layers[0].eval()
+    generate(model, [[4]], GenerateConfig(max_new_tokens=2))
+    assert model.training and model.model.layers[1].training and not model.model.layers[0].mlp.training
+
+
+def test_scores_beyond_every_number_do_not_stop_the_search():
+    for penalty in (10000.0, -10000.0):
+        options = GenerateConfig(max_new_tokens=4, num_beams=2, eos_ids=(), length_penalty=penalty)
+        assert len(decode(MODEL(), [[4]], options)[0][0].ids) == 4
+    few = build({"model_type": "llama", **SIZES, "vocab_size": 3}).eval()
+    assert decode(few, [[1]], GenerateConfig(max_new_tokens=3, num_beams=4, eos_ids=(0, 1, 2)))[0]

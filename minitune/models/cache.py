@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from minitune.models.layers import causal_mask
 
+FIRST_CAPACITY = 256  # new tokens that there is room for at first; doubled when they come
+
 
 class Cache:
     """What all layers share: how far the prompts and the new tokens have come.
@@ -22,7 +24,8 @@ class Cache:
         self.lengths, self.sequences, self.window = list(lengths), sequences, window
         self.new = 0  # tokens of every sequence that are stored
         self.pieces = []
-        self.capacity = max_new_tokens + draft if window is None else min(max_new_tokens, window) + draft
+        most = max_new_tokens if window is None else min(max_new_tokens, window)
+        self.capacity = min(most, FIRST_CAPACITY if window is None else window) + draft  # a ring has its size at once
         self.layers = [LayerCache(self) for _ in range(num_layers)]
         self.writers = None  # (R, capacity) int32: the sequence whose token stands in a slot; None: each its own
         self.in_c = False  # whether decode.attend does the work; known when the prompts have been read
@@ -33,7 +36,13 @@ class Cache:
         self.pieces = list(pieces)
 
     def positions(self, T, device):
-        """(1, N) int64 of the pieces, or (R, T) of the next new tokens."""
+        """(1, N) int64 of the pieces, or (R, T) of the next new tokens, for which there is room then."""
+        if self.window is None and not self.pieces and self.new + T > self.capacity:
+            more = max(self.capacity, T)
+            self.capacity += more
+            if self.writers is not None:
+                own = torch.arange(len(self.writers), dtype=torch.int32)[:, None].expand(-1, more)
+                self.writers = torch.cat([self.writers, own], dim=1)
         if self.pieces:
             return torch.cat([torch.arange(start, stop, device=device) for _, start, stop in self.pieces])[None]
         lengths = torch.tensor(self.lengths, device=device).repeat_interleave(self.sequences)
@@ -166,6 +175,9 @@ class LayerCache:
             return self.read(q, k, v)
         if self.prompt_k is None:
             self.lay_out()
+        if self.k.shape[2] < self.cache.capacity:
+            room = self.k.new_zeros(*self.k.shape[:2], self.cache.capacity - self.k.shape[2], self.k.shape[3])
+            self.k, self.v = torch.cat([self.k, room], dim=2), torch.cat([self.v, room], dim=2)
         if self.cache.in_c:
             return decode.attend(
                 q, k, v, self.cache.next_shape(self, q), (self.prompt_k, self.prompt_v, self.k, self.v)
@@ -258,5 +270,5 @@ class LayerCache:
         rows = [prompt * n + i for prompt in prompts for i in range(n)]
         self.stored = [self.stored[i] for i in prompts]
         longest = max(self.stored)
-        self.prompt_k, self.prompt_v = self.prompt_k[prompts][:, :, :longest], self.prompt_v[prompts][:, :, :longest]
+        self.prompt_k, self.prompt_v = (t[prompts][:, :, :longest].contiguous() for t in (self.prompt_k, self.prompt_v))
         self.k, self.v = self.k[rows], self.v[rows]

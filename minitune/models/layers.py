@@ -12,12 +12,18 @@ from minitune_kernels import decode
 from torch import nn
 from torch.nn import functional as F
 
+
+def gelu_tanh(x):
+    """GELU with tanh for the error function (arXiv 1606.08415)."""
+    return decode.gelu_tanh(x) if decode.takes(x) else F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
 }
 
 
@@ -26,7 +32,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         weight, bias = self.weight, self.bias
-        if decode.fits(x, weight):
+        if decode.fits(x, weight, bias):
             return decode.linear(x, weight, bias)
         return F.linear(x, weight, bias)
 
@@ -35,7 +41,7 @@ def project(x, *layers):
     """[layer(x) for layer in layers], at most three: in one call where a decoding step on a CPU allows it."""
     if all(type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers):
         parts = [(layer.weight, layer.bias) for layer in layers]
-        if all(decode.fits(x, weight) for weight, _ in parts):
+        if all(decode.fits(x, *part) for part in parts):
             return decode.linears(x, *parts)
     return [layer(x) for layer in layers]
 
@@ -50,7 +56,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         weight = self.weight
-        if decode.takes(x) and weight.dtype is x.dtype:
+        if decode.takes(x) and decode.is_beside(weight, x):
             return decode.rms_norm(x, weight, self.eps)
         return RMSNormFunction.apply(x, weight, self.eps)
 
@@ -81,7 +87,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 def swiglu(gate, up):
     """silu(gate) * up (arXiv 2002.05202), all of one shape."""
-    if decode.takes(gate):
+    if decode.takes(gate) and up.dtype is gate.dtype:
         return decode.swiglu(gate, up)
     return SwiGLUFunction.apply(gate, up)
 
@@ -141,6 +147,9 @@ class Rope:
         if self.kind == "dynamic" and documents:
             parts = [self.tables(part, dtype) for part in positions.split(documents, dim=1)]
             return tuple(torch.cat(table, dim=2) for table in zip(*parts, strict=True))
+        if self.kind == "dynamic" and len(positions) > 1:  # a row's stretch is its own, too
+            parts = [self.tables(row[None], dtype) for row in positions]
+            return tuple(torch.cat(table) for table in zip(*parts, strict=True))
         length = int(positions.max()) + 1 if self.kind == "dynamic" else 0
         angles = positions[:, None, :, None].float() * self.inverse_frequencies(length, positions.device)
         return angles.cos().to(dtype), angles.sin().to(dtype)
