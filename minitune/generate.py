@@ -16,9 +16,10 @@ from minitune.config import arg, check_types, positive
 from minitune.lookup import Lookup
 from minitune.lora import LoRALinear
 from minitune.models.cache import Cache
-from minitune.models.layers import Linear
+from minitune.models.layers import Linear, RMSNorm
 from minitune.quant import NF4Linear
 
+BY_TOKEN = (nn.Embedding, RMSNorm, nn.LayerNorm)  # modules that work token by token
 FREE_LOOKUP = 7  # tokens of a guess that nobody asked for: with the token before it, eight rows read the weights once
 PREFILL_TOKENS = 2048  # of prompts that go through the model at once
 NEVER = -1e9  # the score of a beam that is none, as in transformers
@@ -527,7 +528,8 @@ def steady_rows(model):
         elif isinstance(module, NF4Linear):
             shape = module.out_features, module.in_features
             rows.append(nf4.steady_rows(module.packed.device, shape, module.dtype))
-        elif isinstance(module, nn.Linear) and module not in halves:
-            whole = type(module) is Linear and module.in_features % 32 == 0 and module.weight.is_contiguous()
-            rows.append(max(1, kernels.max_rows(module.weight.dtype)) if whole else 1)
+        elif type(module) is Linear and module.in_features % 32 == 0 and module.weight.is_contiguous():
+            rows.append(max(1, kernels.max_rows(module.weight.dtype)))
+        elif module._parameters and module not in halves and type(module) not in BY_TOKEN:
+            rows.append(1)
     return min(rows)
