@@ -19,6 +19,7 @@ setup(
         "huggingface-hub",  # downloads
         "numpy",  # the study's split, random bits
         "nltk",  # Porter stemmer of ROUGE-L
+        "regex",  # Unicode classes of a BLEU tokeniser; nltk needs it anyway
         "scipy",  # bootstrap intervals
         "tqdm",  # progress bars
         "matplotlib",  # curves.png

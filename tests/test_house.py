@@ -40,10 +40,15 @@ FLOORS = [  # a module imports only from floors below its own; a name that ends 
     ["minitune.chat"],
     ["scripts."],
 ]
-GROUND = ["minitune.files", "minitune.config"]  # plain facts that other modules of floor 1 may use
+GROUND = [  # plain facts that other modules of floor 1 may use
+    "minitune.files",
+    "minitune.config",
+    "minitune.metrics.pairs",
+    "minitune.metrics.ngrams",
+]
 PEERS = {"transformers", "peft", "bitsandbytes", "sacrebleu", "rouge_score", "bert_score", "hypothesis", "datasets"}
-RUNTIME = {"torch", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "numpy", "nltk", "scipy", "tqdm",
-           "matplotlib", "minitune", "minitune_kernels", "pyarrow", "triton"}  # fmt: skip
+RUNTIME = {"torch", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "numpy", "nltk", "regex", "scipy",
+           "tqdm", "matplotlib", "minitune", "minitune_kernels", "pyarrow", "triton"}  # fmt: skip
 
 
 def floor(name):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitune.metrics.ngrams import ngrams, overlap, overlaps
+from minitune.metrics.pairs import as_list, check_pairs, number_of_references
 
 MAX_ORDER = 4
 SACREBLEU = "2.6.0+minitune"  # the release whose numbers these are, and who computed them
@@ -214,32 +215,7 @@ TOKENIZERS = {
 }
 
 
-# one reference or several
-
-
-def as_list(reference):
-    return [reference] if isinstance(reference, str) else reference
-
-
-def check_pairs(references, candidates):
-    """Raises ValueError unless there is a reference for each candidate, and at least one pair."""
-    if isinstance(references, str) or isinstance(candidates, str):
-        raise ValueError("references and candidates must be lists of texts, got one text; wrap it in a list")
-    if len(references) != len(candidates) or not candidates:
-        raise ValueError(
-            f"got {len(references)} references and {len(candidates)} candidates, expected as many, at least one"
-        )
-    for row, (reference, candidate) in enumerate(zip(references, candidates, strict=True)):
-        texts = as_list(reference)
-        if not isinstance(candidate, str) or not isinstance(texts, (list, tuple)):
-            raise ValueError(f"row {row}: got {candidate!r} and {reference!r}, expected texts")
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"row {row}: the reference is {reference!r}, expected a text or a list of texts")
-
-
-def number_of_references(references):
-    numbers = {len(as_list(r)) for r in references}
-    return numbers.pop() if len(numbers) == 1 else "var"
+# several references
 
 
 def closest_length(length, lengths):

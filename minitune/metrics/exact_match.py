@@ -1,11 +1,16 @@
 """Exact match: the share of answers that are the reference, but for space at both ends."""
 
+from minitune.metrics.pairs import as_list, check_pairs
+
 
 def exact_match(references, candidates):
-    """references, candidates: lists of str of equal length. Returns a share from 0 to 1. Raises ValueError otherwise."""
-    if len(references) != len(candidates) or not references:
-        raise ValueError(
-            f"got {len(references)} references and {len(candidates)} candidates, expected as many, at least one"
-        )
-    hits = sum(r.strip() == c.strip() for r, c in zip(references, candidates, strict=True))
-    return hits / len(references)
+    """references: for each candidate a str, or a list of str of which any counts. Returns a share from 0 to 1. Raises ValueError
+    where the lists do not fit together."""
+    check_pairs(references, candidates)
+    hits = sum(is_exact(r, c) for r, c in zip(references, candidates, strict=True))
+    return hits / len(candidates)
+
+
+def is_exact(reference, candidate):
+    """Whether one answer is its reference, or one of them, but for space at both ends."""
+    return candidate.strip() in [text.strip() for text in as_list(reference)]

@@ -1,0 +1,114 @@
+"""ROUGE-N, ROUGE-L and ROUGE-Lsum (Lin 2004), rouge_score's numbers: (precision, recall, fmeasure), each from 0 to 1.
+
+Words are runs of a-z and 0-9 after lowercasing, so that text in another script has none and scores zero. The longest common
+subsequence comes from bit vectors (Hyyro 2004): a row of the table is one integer, updated by one addition."""
+
+import functools
+import itertools
+import re
+from collections import Counter
+
+from minitune.metrics.ngrams import ngrams
+
+
+def rouge_n(reference, candidate, n, use_stemmer=True):
+    """ROUGE-N of two texts: shared n-grams of words, n from 1 up. Returns (precision, recall, fmeasure)."""
+    if n < 1:
+        raise ValueError(f"n is {n}, expected 1 or more")
+    ours, theirs = ngrams(words(candidate, use_stemmer), n), ngrams(words(reference, use_stemmer), n)
+    shared = sum(min(ours[gram], theirs[gram]) for gram in ours.keys() & theirs.keys())
+    return scores(shared, sum(ours.values()), sum(theirs.values()))
+
+
+def rouge_l(reference, candidate, use_stemmer=True):
+    """ROUGE-L of two texts: the longest common subsequence of words. Returns (precision, recall, fmeasure)."""
+    ours, theirs = words(candidate, use_stemmer), words(reference, use_stemmer)
+    return scores(lcs_length(theirs, ours), len(ours), len(theirs))
+
+
+def rouge_lsum(reference, candidate, use_stemmer=True):
+    """ROUGE-L of whole summaries, one sentence a line: each line of the reference against all lines of the candidate.
+
+    Returns (precision, recall, fmeasure). A word counts no more often than either text has it."""
+    ours = [words(line, use_stemmer) for line in candidate.split("\n") if line]
+    theirs = [words(line, use_stemmer) for line in reference.split("\n") if line]
+    left_ours, left_theirs = (Counter(itertools.chain.from_iterable(lines)) for lines in (ours, theirs))
+    hits = 0
+    for line in theirs:
+        union = set().union(*(lcs_places(line, other) for other in ours))
+        for place in sorted(union):
+            word = line[place]
+            if left_ours[word] > 0 and left_theirs[word] > 0:
+                hits += 1
+                left_ours[word] -= 1
+                left_theirs[word] -= 1
+    return scores(hits, sum(map(len, ours)), sum(map(len, theirs)))
+
+
+def scores(shared, ours, theirs):
+    precision, recall = shared / max(ours, 1), shared / max(theirs, 1)
+    return precision, recall, 2 * precision * recall / (precision + recall) if shared else 0.0
+
+
+# words
+
+
+def words(text, use_stemmer=True):
+    """The words of a text as ROUGE counts them; use_stemmer: by Porter's stem where longer than three letters."""
+    return list(itertools.chain.from_iterable(map(words_of_piece, text.lower().split(), itertools.repeat(use_stemmer))))
+
+
+@functools.lru_cache(maxsize=2**18)
+def words_of_piece(piece, use_stemmer):
+    found = re.findall(r"[a-z0-9]+", piece)
+    if use_stemmer:
+        found = [stemmer().stem(word) if len(word) > 3 else word for word in found]
+    return tuple(filter(None, found))
+
+
+@functools.cache
+def stemmer():
+    from nltk.stem.porter import PorterStemmer  # importing nltk takes about a second
+
+    return PorterStemmer()
+
+
+# longest common subsequences
+
+
+def lcs_rows(reference, candidate):
+    """One integer for each word of the reference: row i of the table of lengths, where bit j is 0 if the length grows from
+    column j to j + 1. Bits above len(candidate) are to be ignored."""
+    places = {}
+    for j, word in enumerate(candidate):
+        places[word] = places.get(word, 0) | 1 << j
+    full = (1 << len(candidate)) - 1
+    row = full
+    for word in reference:
+        if here := places.get(word):
+            shared = row & here
+            row = (row + shared | row - shared) & full
+        yield row
+
+
+def lcs_length(reference, candidate):
+    row = (1 << len(candidate)) - 1
+    for row in lcs_rows(reference, candidate):  # noqa: B007  the last one
+        pass
+    return len(candidate) - row.bit_count()
+
+
+def lcs_places(reference, candidate):
+    """Which words of the reference are in one longest common subsequence: that of rouge_score, walked back from the end."""
+    length = lambda i, j: j - (rows[i] & (1 << j) - 1).bit_count()  # of the first i and the first j words
+    rows = [(1 << len(candidate)) - 1, *lcs_rows(reference, candidate)]
+    i, j, found = len(reference), len(candidate), []
+    while i and j:
+        if reference[i - 1] == candidate[j - 1]:
+            i, j = i - 1, j - 1
+            found.append(i)
+        elif length(i, j - 1) > length(i - 1, j):
+            j -= 1
+        else:
+            i -= 1
+    return found
