@@ -158,7 +158,8 @@ def bleu_signature(references, tokenize="13a", smoothing="exp", smoothing_value=
     value = SMOOTHING_VALUES[smoothing] if smoothing_value is None else smoothing_value
     shown = smoothing + (f"[{value:.2f}]" if SMOOTHING_VALUES[smoothing] is not None else "")
     case, effective = "lc" if lowercase else "mixed", "yes" if effective_order else "no"
-    return f"nrefs:{number_of_references(references)}|case:{case}|eff:{effective}|tok:{tokenize}|smooth:{shown}|version:{SACREBLEU}"
+    number = number_of_references(references)
+    return f"nrefs:{number}|case:{case}|eff:{effective}|tok:{tokenize}|smooth:{shown}|version:{SACREBLEU}"
 
 
 # tokenisers

@@ -98,4 +98,7 @@ def chrf_signature(references, char_order=6, word_order=0, lowercase=False, whit
     """How a score was made, in sacrebleu's words: nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0+minitune."""
     case, effective = "lc" if lowercase else "mixed", "no" if eps_smoothing else "yes"
     space = "yes" if whitespace else "no"
-    return f"nrefs:{number_of_references(references)}|case:{case}|eff:{effective}|nc:{char_order}|nw:{word_order}|space:{space}|version:{SACREBLEU}"
+    number = number_of_references(references)
+    return (
+        f"nrefs:{number}|case:{case}|eff:{effective}|nc:{char_order}|nw:{word_order}|space:{space}|version:{SACREBLEU}"
+    )

@@ -1,0 +1,169 @@
+"""How much of a score, or of the difference of two systems, is the chance of which examples were drawn.
+
+Everything works on rows: one value an example (the score is their mean), or what a corpus metric sums, such as a row of
+`bleu_statistics` (the score is a function of the sum). Drawing a corpus again is then one product of matrices and no text is
+read twice. The examples are what is drawn; nothing here knows of the chance in decoding or in training."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+from scipy.stats import t as student
+
+FEW = 10  # examples below which an interval is given with a warning
+BLOCK = 2**21  # drawn examples held at once
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float | None  # None where the examples show no spread, or there is one only; `note` says which
+    high: float | None
+    n: int
+    note: str
+
+
+class Comparison(NamedTuple):
+    difference: float  # score of a minus score of b
+    low: float | None
+    high: float | None
+    p_value: float  # two-sided, of no difference
+    n: int
+    note: str
+
+
+def bootstrap_interval(rows, score=None, of_rows=False, level=0.95, resamples=5000, seed=0, method="bca", widen=True):
+    """The interval of a score over examples. rows: (n,), or (n, k) with `score`. Returns an Interval.
+
+    score: a function of the sum of the rows, a float or (k,), to a float; None: the mean. With of_rows it gets the drawn rows
+    (n,) or (n, k) themselves, so any function will do. method: bca (bias-corrected and accelerated, Efron 1987) or percentile.
+    widen: the quantiles move outward as from the normal to Student's distribution with n - 1 degrees, times sqrt(n / (n - 1))
+    (Hesterberg 2015, section 4.1): without it (as scipy does) a 95 % interval of 27 examples holds the truth 92-94 % of the time.
+    Raises ValueError on an empty list and on a value that is not finite, with its row."""
+    rows = checked(rows, "rows")
+    value, replicates, left_out = resample(rows, score, of_rows, resamples, seed)
+    return Interval(value, *limits(value, replicates, left_out, len(rows), level, method, widen))
+
+
+def paired_bootstrap(rows_a, rows_b, score=None, level=0.95, resamples=5000, seed=0, method="bca", widen=True):
+    """Two systems on the same examples: the interval of score(a) - score(b), and how often a drawn difference is as far from
+    the measured one as that is from zero (Koehn 2004, but two-sided, where sacrebleu counts one side: its p is about half).
+
+    rows and score: as for `bootstrap_interval`. Returns a Comparison."""
+    both, difference_of = side_by_side(rows_a, rows_b, score)
+    difference, replicates, left_out = resample(both, difference_of, False, resamples, seed)
+    extreme = np.abs(replicates - difference) >= abs(difference) - rounding(replicates, difference)
+    low, high, n, note = limits(difference, replicates, left_out, len(both), level, method, widen)
+    p_value = (int(extreme.sum()) + 1) / (len(replicates) + 1) if n > 1 else 1.0
+    return Comparison(difference, low, high, p_value, n, note)
+
+
+def paired_permutation(rows_a, rows_b, score=None, resamples=9999, seed=0):
+    """Two systems on the same examples: how often the difference is as large when each example's two answers change sides at
+    random. Exact, over all 2**n ways, where there are no more of them than `resamples`. Returns a Comparison without limits."""
+    both, difference_of = side_by_side(rows_a, rows_b, score)
+    n, width = both.shape
+    turned = np.roll(both, width // 2, axis=1) - both  # what changing sides adds to the sums
+    total, difference = both.sum(0), float(difference_of(both.sum(0)))
+    exact = 2**n <= resamples
+    draws = 2**n if exact else resamples
+    rng = np.random.default_rng(seed)
+    found = []
+    for start in range(0, draws, step := max(1, BLOCK // n)):
+        size = min(step, draws - start)
+        if exact:
+            sides = np.arange(start, start + size)[:, None] >> np.arange(n) & 1
+        else:
+            sides = rng.integers(0, 2, (size, n))
+        found += [difference_of(sums) for sums in total + sides @ turned]
+    extreme = int((np.abs(found) >= abs(difference) - rounding(found, difference)).sum())
+    p_value = extreme / draws if exact else (extreme + 1) / (draws + 1)
+    note = "one example cannot show a difference" if n == 1 else ""
+    if not turned.any():
+        note = f"the two are the same in each of {n} examples"
+    return Comparison(difference, None, None, p_value, n, note)
+
+
+def checked(rows, name):
+    """rows as float64 (n,) or (n, k). Raises ValueError where there is none, or one is not finite."""
+    rows = np.asarray(rows, np.float64)
+    if rows.ndim not in (1, 2) or not rows.size:
+        raise ValueError(
+            f"{name} has the shape {rows.shape}, expected (examples,) or (examples, numbers), and one at least"
+        )
+    if not np.isfinite(rows).all():
+        row = int(np.argwhere(~np.isfinite(rows))[0][0])
+        raise ValueError(f"{name}: row {row} is {rows[row]}, expected finite numbers")
+    return rows
+
+
+def side_by_side(rows_a, rows_b, score):
+    """Both systems as one (n, 2k), and the difference of their scores as a function of its sum."""
+    a, b = checked(rows_a, "rows_a"), checked(rows_b, "rows_b")
+    if a.shape != b.shape:
+        raise ValueError(f"rows_a has the shape {a.shape} and rows_b {b.shape}, expected the same examples in both")
+    n, width = len(a), a[0].size
+    both = np.concatenate([a.reshape(n, width), b.reshape(n, width)], axis=1)
+    if score is None:
+        return both, lambda sums: (sums[0] - sums[1]) / n
+    part = lambda sums: sums[0] if a.ndim == 1 else sums
+    return both, lambda sums: score(part(sums[:width])) - score(part(sums[width:]))
+
+
+def rounding(found, value):
+    """Differences this close are equal: sums of floats depend on their order."""
+    return 1e-12 * max(np.abs(found).max(initial=0), abs(value))
+
+
+def resample(rows, score, of_rows, resamples, seed):
+    """Returns (score of all rows, scores of as many drawn with replacement (resamples,), scores without one of them (n,))."""
+    n = len(rows)
+    if score is None:
+        if rows.ndim != 1:
+            raise ValueError(f"rows has the shape {rows.shape}; give `score`, or one value an example")
+        score = (lambda drawn: drawn.sum() / n) if of_rows else lambda total: total / n
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}, expected 1 or more")
+    rng, replicates = np.random.default_rng(seed), []
+    for start in range(0, resamples, step := max(1, BLOCK // n)):
+        size = min(step, resamples - start)
+        draws = rng.integers(0, n, (size, n))
+        if of_rows:
+            replicates += [score(rows[draw]) for draw in draws]
+        else:
+            places = (draws + n * np.arange(size)[:, None]).ravel()
+            times = np.bincount(places, minlength=size * n).reshape(size, n).astype(np.float64)
+            replicates += [score(sums) for sums in times @ rows]
+    total = rows.sum(0)
+    left_out = [score(np.delete(rows, i, 0) if of_rows else total - rows[i]) for i in range(n)] if n > 1 else []
+    value = score(rows if of_rows else total)
+    return float(value), np.array(replicates, np.float64), np.array(left_out, np.float64)
+
+
+def limits(value, replicates, left_out, n, level, method, widen):
+    """Returns (low, high, n, note) from what `resample` gave."""
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected a share between 0 and 1, such as 0.95")
+    if method not in ("bca", "percentile"):
+        raise ValueError(f"method is {method!r}, expected bca or percentile")
+    if n == 1:
+        return None, None, n, "one example has no interval"
+    if np.ptp(replicates) <= rounding(replicates, value):
+        return None, None, n, f"all {n} examples agree: drawing them again shows no spread"
+    notes = [f"only {n} examples: such intervals hold the truth less often than they say"] if n < FEW else []
+    tails = np.array([(1 - level) / 2, (1 + level) / 2])
+    if widen:
+        tails = ndtr(np.sqrt(n / (n - 1)) * student.ppf(tails, n - 1))
+    if method == "bca":
+        below = ((replicates < value).mean() + (replicates <= value).mean()) / 2
+        if 0 < below < 1:
+            pull = left_out.mean() - left_out
+            spread = (pull**2).sum()
+            acceleration = (pull**3).sum() / (6 * spread**1.5) if spread else 0.0
+            bias = ndtri(below)
+            moved = bias + ndtri(tails).clip(-8, 8)
+            room = 1 - acceleration * moved  # none: the limit is the last of all drawn scores
+            tails = ndtr(np.where(room > 0, bias + moved / np.where(room > 0, room, 1), np.sign(moved) * np.inf))
+        else:
+            notes.append("the score lies outside all drawn ones: percentile limits")
+    low, high = np.quantile(replicates, tails)
+    return float(low), float(high), n, "; ".join(notes)
