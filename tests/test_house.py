@@ -35,6 +35,7 @@ FLOORS = [  # a module imports only from floors below its own; a name that ends 
         "minitune.inspect_data",
         "minitune.benchmark",
         "minitune.kernel_benchmark",
+        "minitune.metric_benchmark",
         "minitune.answer",
     ],
     ["minitune.chat"],
