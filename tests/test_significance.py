@@ -106,6 +106,7 @@ def test_few_or_equal_examples_are_not_given_more_certainty_than_they_have():
         ([0.1, float("nan")], {}, "row 1 is nan"),
         ([[1, 2], [3, float("inf")]], {"score": sum}, "row 1 is"),
         ([[1, 2], [3, 4]], {}, "give `score`"),
+        ([0.1, 0.2], {"score": lambda total: float("nan")}, "not finite for 5003 choices of examples"),
         ([0.1, 0.2], {"level": 95}, "level is 95"),
         ([0.1, 0.2], {"method": "basic"}, "bca or percentile"),
         ([0.1, 0.2], {"resamples": 0}, "resamples is 0"),
@@ -196,6 +197,8 @@ def test_one_example_or_equal_answers_show_no_difference():
         assert (same.difference, same.p_value) == (0.0, 1.0) and same.note
     with pytest.raises(ValueError, match="the same examples"):
         paired_bootstrap([0.1, 0.2], [0.1])
+    with pytest.raises(ValueError, match="give `score`"):
+        paired_permutation([[0.1, 0.2]], [[0.1, 0.3]])
 
 
 # correlation with people

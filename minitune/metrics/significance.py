@@ -104,6 +104,8 @@ def side_by_side(rows_a, rows_b, score):
     n, width = len(a), a[0].size
     both = np.concatenate([a.reshape(n, width), b.reshape(n, width)], axis=1)
     if score is None:
+        if a.ndim != 1:
+            raise ValueError(f"rows_a has the shape {a.shape}; give `score`, or one value an example")
         return both, lambda sums: (sums[0] - sums[1]) / n
     part = lambda sums: sums[0] if a.ndim == 1 else sums
     return both, lambda sums: score(part(sums[:width])) - score(part(sums[width:]))
@@ -136,7 +138,13 @@ def resample(rows, score, of_rows, resamples, seed):
     total = rows.sum(0)
     left_out = [score(np.delete(rows, i, 0) if of_rows else total - rows[i]) for i in range(n)] if n > 1 else []
     value = score(rows if of_rows else total)
-    return float(value), np.array(replicates, np.float64), np.array(left_out, np.float64)
+    replicates, left_out = np.array(replicates, np.float64), np.array(left_out, np.float64)
+    if undefined := int((~np.isfinite([value, *replicates, *left_out])).sum()):
+        raise ValueError(
+            f"the score is not finite for {undefined} choices of examples out of {1 + len(replicates) + len(left_out)}; "
+            "give a `score` that is defined for every choice"
+        )
+    return float(value), replicates, left_out
 
 
 def limits(value, replicates, left_out, n, level, method, widen):
