@@ -17,7 +17,7 @@ from torch import nn
 from minitune import hub, lora, quant
 from minitune.device import peak_bytes, reset_peak, resident_bytes
 from minitune.files import read_json, write_json, write_whole
-from minitune.models import architecture, build
+from minitune.models import architecture, build, build_encoder
 
 GB = 1e9
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # dtypes that weights are read in, by safetensors' names: bytes of a value
@@ -38,11 +38,13 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     folder = hub.resolve(str(model), revision)
     device = torch.device(device)
     net, stored_4bit = build_empty(folder)
+    if quantize != "none" and not architecture(read_json(folder / "config.json"))[2]:
+        raise ValueError(f"{folder} holds a judge, whose layers are not quantised; use quantize=none")
     if stored_4bit and quantize != "none":
         raise ValueError(f"{folder} holds 4-bit weights already; use quantize=none, which keeps them in 4 bit")
     start = time.perf_counter()
-    tensors = Tensors(folder)
-    tied = net.config.tie_word_embeddings
+    tensors = Tensors(folder, getattr(net, "parameter_of", None))
+    tied = tied_embedding(net)
     groups = group_by_parameter(tensors, net, tied, stored_4bit)
     reset_peak(torch.device("cpu"))
     before = resident_bytes()
@@ -61,18 +63,11 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
                 raise ValueError(f"{folder}: {name}: {error}") from None
             replace(net, owner, layer)
         else:
-            weight = tensors.read(name).to(device=device, dtype=dtype, copy=True)
-            if not all(bound.isfinite() for bound in weight.aminmax()):  # one pass, 10 GB/s on one core
-                raise ValueError(
-                    f"{folder}: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}; the checkpoint is "
-                    "damaged, or its values are too large for this dtype"
-                )
-            module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+            module._parameters[leaf] = read_parameter(tensors, name, dtype, device)
     if tied:
-        net.lm_head.weight = net.model.embed_tokens.weight
+        net.lm_head.weight = net.get_parameter(tied)
     net.eos_ids = end_ids(folder)
-    left = [name for name, p in (*net.named_parameters(), *net.named_buffers()) if p.is_meta]
-    assert not left, f"not loaded: {left[:5]}"
+    check_filled(net)
     if say:
         # On a GPU resident_bytes() holds what CUDA loaded meanwhile; on a CPU it would hide what malloc keeps.
         loaded = before + model_bytes(net) if device.type == "cpu" else resident_bytes()
@@ -89,10 +84,52 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     return net.eval()
 
 
-def build_empty(folder):
+def load_encoder(model, dtype=torch.float32, device="cpu", revision=None):
+    """The encoder of a checkpoint (RoBERTa or BERT), in eval mode, every parameter frozen; the heads stored with it are left.
+
+    Arguments and errors as load_model's, with the same strict check. Keeps the name `model` as .name, by which
+    metrics.bertscore finds the layer to use."""
+    folder = hub.resolve(str(model), revision)
+    device = torch.device(device)
+    net, stored_4bit = build_empty(folder, build_encoder)
+    if stored_4bit:
+        raise ValueError(f"{folder} holds 4-bit weights, expected an encoder in {', '.join(FLOATS)}")
+    tensors = Tensors(folder, net.parameter_of)
+    for name in group_by_parameter(tensors, net, None, False):
+        owner, _, leaf = name.rpartition(".")
+        net.get_submodule(owner)._parameters[leaf] = read_parameter(tensors, name, dtype, device)
+    check_filled(net)
+    net.name = str(model)
+    return net.eval()
+
+
+def read_parameter(tensors, name, dtype, device):
+    """One tensor as a frozen parameter. Raises ValueError where it is not finite."""
+    weight = tensors.read(name).to(device=device, dtype=dtype, copy=True)
+    if not all(bound.isfinite() for bound in weight.aminmax()):  # one pass, 10 GB/s on one core
+        raise ValueError(
+            f"{tensors.folder}: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}; the checkpoint is "
+            "damaged, or its values are too large for this dtype"
+        )
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def check_filled(net):
+    left = [name for name, p in (*net.named_parameters(), *net.named_buffers()) if p.is_meta]
+    assert not left, f"not loaded: {left[:5]}"
+
+
+def tied_embedding(net):
+    """The name of the embedding whose weight the head shares, None where the head has its own."""
+    head = net.lm_head.weight
+    return next((name for name, p in net.named_parameters() if p is head and name != "lm_head.weight"), None)
+
+
+def build_empty(folder, build=build):
     """(the model of a checkpoint folder on meta, without weights; whether its weights are stored in 4 bit).
 
-    Raises ValueError on a config.json that is not supported."""
+    build: of minitune.models, for a language model or for an encoder. Raises ValueError on a config.json that is not
+    supported."""
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
         raise ValueError(f"{folder / 'config.json'} holds a {type(raw).__name__}, expected an object")
@@ -137,10 +174,13 @@ def replace(net, name, layer):
 
 
 class Tensors:
-    """The tensors of a checkpoint folder, one file or sharded: shapes known at once, contents read one at a time."""
+    """The tensors of a checkpoint folder, one file or sharded: shapes known at once, contents read one at a time.
 
-    def __init__(self, folder):
+    parameter_of: the name that the model has for a stored tensor, None for one to leave out; not given: the same name."""
+
+    def __init__(self, folder, parameter_of=None):
         self.folder = folder
+        self.stored = {}  # the model's name -> the file's name
         self.files = {}  # tensor name -> file
         self.shapes = {}
         self.dtypes = {}  # safetensors' names: BF16, F8_E4M3 ...
@@ -158,6 +198,13 @@ class Tensors:
                     if placed.get(name, file) != file:  # a second copy: the index says which one counts
                         continue
                     view = f.get_slice(name)
+                    if parameter_of is not None:
+                        stored, name = name, parameter_of(name)
+                        if name is None:
+                            continue
+                        if name in self.stored:
+                            raise ValueError(f"{folder} holds {name} twice: as {self.stored[name]} and as {stored}")
+                        self.stored[name] = stored
                     self.files[name], self.shapes[name] = file, tuple(view.get_shape())
                     self.dtypes[name] = view.get_dtype()
                     size = FLOATS.get(self.dtypes[name], 1) * math.prod(self.shapes[name])
@@ -197,7 +244,7 @@ class Tensors:
     def read(self, name):
         """One tensor. The file is opened anew, so that the pages of earlier tensors do not stay in memory."""
         with open_safetensors(self.files[name]) as f:
-            return f.get_tensor(name)
+            return f.get_tensor(self.stored.get(name, name))
 
 
 def open_safetensors(file):
@@ -218,8 +265,6 @@ def group_by_parameter(tensors, net, tied, stored_4bit):
     wrong, the first five of each."""
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
     linear = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Linear)}
-    if tied:
-        shapes.pop("lm_head.weight", None)
     groups, unexpected = {}, []
     for name in tensors.shapes:
         base, mark, part = name.partition(".weight.")
@@ -252,19 +297,20 @@ def group_by_parameter(tensors, net, tied, stored_4bit):
     if any(problems.values()):
         found = "; ".join(f"{len(names)} {what}: {first_five(names)}" for what, names in problems.items() if names)
         hint = ""
-        if any(name.startswith(("layers.", "transformer.")) for name in unexpected):
+        outdated = any(name.startswith(("layers.", "transformer.")) for name in unexpected)
+        if outdated and not hasattr(net, "parameter_of"):
             hint = (
                 ". The names are those of an outdated Phi file: convert it, or use the newer revision of the checkpoint"
             )
         raise ValueError(f"{tensors.folder}: the tensors are not those of its config.json; {found}{hint}")
     if tied and "lm_head.weight" in tensors.shapes:
-        check_tied(tensors)
+        check_tied(tensors, tied)
     return groups
 
 
-def check_tied(tensors):
+def check_tied(tensors, embedding):
     """Raises ValueError where a stored head is not the copy of the embedding that config.json promises."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    head = "lm_head.weight"
     is_equal = tensors.shapes[head] == tensors.shapes[embedding]
     for start in range(0, tensors.shapes[head][0] if is_equal else 0, 4096):  # in parts, so that no copy is large
         rows = [tensors.read(name)[start : start + 4096].float() for name in (head, embedding)]
@@ -501,5 +547,8 @@ def warn(text):
 
 
 def default_targets(folder):
-    """PEFT's LoRA targets for the architecture of a checkpoint folder."""
-    return architecture(read_json(Path(folder) / "config.json"))[2]
+    """PEFT's LoRA targets for the architecture of a checkpoint folder. Raises ValueError on a judge, which has none."""
+    targets = architecture(read_json(Path(folder) / "config.json"))[2]
+    if not targets:
+        raise ValueError(f"{folder} holds a judge: minitune scores text with it and does not train it")
+    return targets

@@ -76,6 +76,10 @@ class Reader:
             )
         return value
 
+    def ignore(self, *keys):
+        """Keys that this architecture has, and that change nothing here."""
+        self.seen |= set(keys)
+
     def rope(self, read):
         """What `read` makes of the rope keys, old spelling or new."""
         self.seen |= {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
