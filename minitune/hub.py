@@ -33,7 +33,7 @@ OTHER_DISK = "Free some space, or set HF_HOME to a folder on another disk."
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = (
     "generation_config.json tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json vocab.json merges.txt chat_template.jinja"
+    "added_tokens.json vocab.json merges.txt vocab.txt chat_template.jinja"
 ).split()
 
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"

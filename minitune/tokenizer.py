@@ -1,4 +1,4 @@
-"""Text to token ids and back: sentencepiece (tokenizer.model) or tokenizers (tokenizer.json, vocab.json) in one class.
+"""Text to token ids and back: sentencepiece (tokenizer.model) or tokenizers (tokenizer.json, vocab.*) in one class.
 
 Not here: chat templates and padding. Ids equal those of the libraries to the last one; see tests/test_tokenizer.py."""
 
@@ -7,16 +7,19 @@ from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from minitune.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"  # what GPT-2 and Phi end with where no file says so
+ROBERTA_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+BERT_SPECIAL = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a model folder: its tokenizer.model, else tokenizer.json, else vocab.json with merges.txt.
+    """The tokenizer of a model folder: its tokenizer.model, else tokenizer.json, else vocab.json with merges.txt (GPT-2,
+    RoBERTa), else vocab.txt (BERT).
 
     tokenizer.model wins over a tokenizer.json beside it: both are of Llama or Mistral then, sentencepiece is what these
     were trained with, and the converted JSON differs from it in leading and doubled spaces.
@@ -28,9 +31,12 @@ def load_tokenizer(folder):
     folder = Path(folder)
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(folder)
-    if (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-        return JsonTokenizer(folder)
-    raise ValueError(f"{folder} has no tokenizer: expected tokenizer.model, tokenizer.json, or vocab.json + merges.txt")
+    for names in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",)):
+        if all((folder / name).is_file() for name in names):
+            return JsonTokenizer(folder)
+    raise ValueError(
+        f"{folder} has no tokenizer: expected tokenizer.model, tokenizer.json, vocab.json + merges.txt, or vocab.txt"
+    )
 
 
 class Tokenizer:
@@ -165,14 +171,17 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """tokenizer.json, or GPT-2's vocab.json and merges.txt, by tokenizers."""
+    """tokenizer.json, or vocab.json and merges.txt (GPT-2, RoBERTa), or vocab.txt (BERT), by tokenizers.
+
+    frame: ([ids before], [ids after]) that its post-processor puts around a text: <s> and </s>, [CLS] and [SEP], or
+    BOS alone, or none. is_byte_level: whether it is a BPE over bytes, where a word has its space in front."""
 
     def __init__(self, folder):
         super().__init__(folder)
-        path = folder / "tokenizer.json"
-        path = path if path.is_file() else folder / "vocab.json"
+        read = {"tokenizer.json": read_json_file, "vocab.json": read_bpe, "vocab.txt": read_wordpiece}
+        path = next(folder / name for name in read if (folder / name).is_file())
         try:
-            self.model = FastTokenizer.from_file(str(path)) if path.name == "tokenizer.json" else build_gpt2(folder)
+            self.model = read[path.name](folder, self.config)
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{path} cannot be read as a tokenizer: {str(error).splitlines()[0]}") from None
         self.model.no_truncation()  # a saved file may hold the settings of somebody's training run
@@ -192,7 +201,9 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"{path} has an empty vocabulary")
         self.is_byte_level = "ByteLevel" in repr(self.model.decoder)
         wrapped = self.model.encode("a")
-        prefix = wrapped.ids[: next((i for i, special in enumerate(wrapped.special_tokens_mask) if not special), 0)]
+        inner = [i for i, special in enumerate(wrapped.special_tokens_mask) if not special] or [0]
+        prefix = wrapped.ids[: inner[0]]
+        self.frame = prefix, wrapped.ids[inner[-1] + 1 :]
         if len(prefix) > 1:
             raise ValueError(f"{path} puts the {len(prefix)} tokens {prefix} before a text; expected one BOS or none")
         self.finish(prefix[0] if prefix else None, self.id_of(END_OF_TEXT))
@@ -215,6 +226,15 @@ class JsonTokenizer(Tokenizer):
     def encode_text(self, text, allow_special):
         return (self.model if allow_special else self.plain).encode(text, add_special_tokens=False).ids
 
+    def encode_framed(self, text, max_length=None):
+        """Ids of `text` with the tokens that an encoder expects around it, <s> ... </s> or [CLS] ... [SEP]. max_length:
+        tokens with these; what is beyond is cut from the end of the text."""
+        before, after = self.frame
+        ids = self.encode(text, add_bos=False)
+        if max_length is not None:
+            ids = ids[: max(0, max_length - len(before) - len(after))]
+        return [*before, *ids, *after]
+
     def decode_own(self, ids):
         return self.model.decode(ids, skip_special_tokens=False)
 
@@ -235,13 +255,44 @@ class JsonTokenizer(Tokenizer):
             return "".join(chr(b) if 32 <= b < 127 else f"<0x{b:02X}>" for b in raw)
 
 
-def build_gpt2(folder):
-    """Byte-level BPE from GPT-2's two files, with <|endoftext|> as its special token."""
+def read_json_file(folder, config):
+    return FastTokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def read_bpe(folder, config):
+    """Byte-level BPE from vocab.json and merges.txt: RoBERTa's where the vocabulary has its five special tokens, which a
+    text then stands between; else GPT-2's, with <|endoftext|>. config: tokenizer_config.json as a dict."""
     model = FastTokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    has_prefix = bool(config.get("add_prefix_space", False))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=has_prefix)
     model.decoder = decoders.ByteLevel()
-    if model.token_to_id(END_OF_TEXT) is not None:
+    ids = {token: model.token_to_id(token) for token in ROBERTA_SPECIAL}
+    if None not in ids.values():
+        model.add_special_tokens(list(ids))
+        model.post_processor = processors.RobertaProcessing(
+            ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=has_prefix
+        )
+    elif model.token_to_id(END_OF_TEXT) is not None:
         model.add_special_tokens([END_OF_TEXT])
+    return model
+
+
+def read_wordpiece(folder, config):
+    """BERT's WordPiece from vocab.txt. config: tokenizer_config.json, whose do_lower_case is true where it is silent."""
+    model = FastTokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
+    if missing := [token for token in BERT_SPECIAL if model.token_to_id(token) is None]:
+        raise ValueError(f"it lacks {', '.join(missing)}, expected BERT's vocabulary")
+    model.normalizer = normalizers.BertNormalizer(
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model.decoder = decoders.WordPiece(prefix="##")
+    model.add_special_tokens(list(BERT_SPECIAL))
+    model.post_processor = processors.BertProcessing(
+        ("[SEP]", model.token_to_id("[SEP]")), ("[CLS]", model.token_to_id("[CLS]"))
+    )
     return model
 
 

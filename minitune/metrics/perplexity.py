@@ -1,0 +1,175 @@
+"""Perplexity: exp of the mean cross-entropy of the next token, in nats, of a model over texts.
+
+Two uses: perplexity() of a trained model over held-out answers or long text, and judge_perplexity() of a judge (GPT-2) over
+generated text. The model comes as an argument: model.model(ids, documents=lengths) gives hidden states and model.lm_head
+logits, as in minitune.models. Texts are packed without padding; the logits of a few tokens at a time are all that exists."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+CHUNK = 128  # tokens whose logits are in memory at once
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a sequence that the model reads at once: ids[start:stop], of which ids[first:stop] are scored."""
+
+    sequence: int
+    start: int
+    first: int
+    stop: int
+
+
+def perplexity(model, tokenizer, texts, prompts=None, context=None, stride=None, batch_tokens=2048):
+    """Of a model over texts, all their tokens weighted alike. Returns a dict:
+
+    perplexity (per token), word_perplexity (per str.split() word: comparable between tokenizers; None without a word),
+    bits_per_byte (of UTF-8; None without a byte), mean_nll (nats a token), and what they are means over: nll, tokens,
+    words, bytes.
+
+    texts: list of str. prompts: list of str as long; a text then goes on from its prompt, which is read and not scored.
+    Every token of a text is scored, after BOS or its prompt; without both, a text's first token has nothing before it
+    and is not scored, while its bytes count. context, stride, batch_tokens: as in sequence_nll. Raises ValueError where
+    there is nothing to score, and on NaN."""
+    if prompts is not None and len(prompts) != len(texts):
+        raise ValueError(f"got {len(prompts)} prompts and {len(texts)} texts, expected as many")
+    sequences, starts = [], []
+    for i, text in enumerate(texts):
+        before = tokenizer.encode(prompts[i] if prompts is not None else "")
+        sequences.append(before + tokenizer.encode(text, add_bos=False))
+        starts.append(len(before))
+    scored = sequence_nll(model, sequences, starts, context, stride, batch_tokens)
+    nll, tokens = math.fsum(nll for nll, _ in scored), sum(tokens for _, tokens in scored)
+    if not tokens:
+        raise ValueError(f"none of the {len(texts)} texts has a token to score; expected at least two tokens in one")
+    words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
+    return {
+        "perplexity": exp(nll / tokens),
+        "word_perplexity": exp(nll / words) if words else None,
+        "bits_per_byte": nll / math.log(2) / size if size else None,
+        "mean_nll": nll / tokens,
+        "nll": nll,
+        "tokens": tokens,
+        "words": words,
+        "bytes": size,
+    }
+
+
+def judge_perplexity(model, tokenizer, texts, add_start_token=False, context=None, stride=None, batch_tokens=2048):
+    """Of a judge over generated texts. Returns a dict with, under Hugging Face evaluate's names:
+
+    perplexities: exp(mean loss) of each text; mean_perplexity: their mean, the study's number; and token_perplexity:
+    exp of the mean loss over all tokens of all texts; tokens, their number; unscored, the places of the texts without
+    a loss.
+
+    The two means differ, and the study's is the weaker: in mean_perplexity a one-sentence answer weighs as much as a
+    page, and as exp grows fast the few oddest answers make most of it; a text without a loss counts as 0, which is better
+    than any real perplexity, so a system that answers nothing gains. token_perplexity weighs tokens alike and leaves
+    such texts out.
+
+    Without a loss is an empty text, and without a start token also a text of one token, from which nothing is
+    predicted. add_start_token: score the first token too, after the judge's BOS or, as GPT-2 has none, its
+    <|endoftext|> (what evaluate does by default; the study did not). Longer texts than the judge's context are read in
+    windows: context, stride, batch_tokens as in sequence_nll. Raises ValueError on NaN."""
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if add_start_token and start is None:
+        raise ValueError("add_start_token is set, but the judge's tokenizer has neither BOS nor EOS; leave it out")
+    before = [start] if add_start_token else []
+    sequences = [before + tokenizer.encode(text, add_bos=False) for text in texts]
+    scored = sequence_nll(model, sequences, [len(before)] * len(texts), context, stride, batch_tokens)
+    nll, tokens = math.fsum(nll for nll, _ in scored), sum(tokens for _, tokens in scored)
+    perplexities = [exp(nll / tokens) if tokens else 0.0 for nll, tokens in scored]
+    return {
+        "mean_perplexity": math.fsum(perplexities) / len(texts) if texts else None,
+        "token_perplexity": exp(nll / tokens) if tokens else None,
+        "perplexities": perplexities,
+        "tokens": tokens,
+        "unscored": [i for i, (_, tokens) in enumerate(scored) if not tokens],
+    }
+
+
+@torch.inference_mode()
+def sequence_nll(model, sequences, starts=None, context=None, stride=None, batch_tokens=2048):
+    """[(sum of -ln p in nats, tokens scored)] of sequences of token ids.
+
+    sequences: lists of ids, BOS included where the model wants it. starts: the place of the first token scored in each
+    (0 counts as 1: nothing predicts a first token). context: tokens read at once, the model's own where None. A longer
+    sequence is read in windows that begin `stride` tokens apart, positions from 0 in each; every token is scored once, in
+    the first window that has it, so all but the first window score their last `stride` tokens, each after at least
+    context - stride others. A smaller stride costs time and gives a lower, truer number; None: half a context.
+    batch_tokens: tokens packed into one call of the model, unless one window is longer.
+    Raises ValueError on a token that the model does not have, a stride that does not fit, and NaN."""
+    own = model.config.max_position_embeddings
+    context = own if context is None else context
+    if not 2 <= context <= own:
+        raise ValueError(f"context is {context}, expected 2 to {own}, the tokens that this model reads at once")
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride < context:
+        raise ValueError(f"stride is {stride}, expected 1 to {context - 1}, less than the context")
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes the loss; call model.eval() first")
+    starts = [0] * len(sequences) if starts is None else starts
+    windows = []
+    for i, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        if ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
+            raise ValueError(
+                f"text {i} has the token {max(ids)}, but the model has {model.config.vocab_size} tokens; the tokenizer is of "
+                "another model"
+            )
+        windows += cut(i, len(ids), max(1, start), context, stride)
+    nll, tokens = [0.0] * len(sequences), [0] * len(sequences)
+    device = next(model.parameters()).device
+    for call in pack(windows, batch_tokens):
+        ids = [sequences[w.sequence][w.start : w.stop] for w in call]
+        hidden = model.model(torch.tensor([sum(ids, [])], device=device), documents=[len(part) for part in ids])[0]
+        predicting, targets, end = [], [], 0
+        for w, part in zip(call, ids, strict=True):
+            predicting.append(hidden[end + w.first - 1 - w.start : end + len(part) - 1])
+            targets += part[w.first - w.start :]
+            end += len(part)
+        losses = token_losses(torch.cat(predicting), model.lm_head, torch.tensor(targets, device=device))
+        for w, part in zip(call, losses.double().cpu().split([w.stop - w.first for w in call]), strict=True):
+            nll[w.sequence] += part.sum().item()
+            tokens[w.sequence] += len(part)
+    if broken := [i for i, value in enumerate(nll) if not math.isfinite(value)]:
+        raise ValueError(f"the loss of text {broken[0]} is {nll[broken[0]]}, as of {len(broken)} of {len(nll)} texts")
+    return list(zip(nll, tokens, strict=True))
+
+
+def cut(sequence, length, first, context, stride):
+    """The windows of one sequence that score each of its tokens from `first` on once."""
+    windows, start = [], 0
+    while first < length:
+        stop = min(start + context, length)
+        if stop > first:
+            windows.append(Window(sequence, start, first, stop))
+            first = stop
+        start += stride
+    return windows
+
+
+def pack(windows, batch_tokens):
+    """Lists of windows of at most `batch_tokens` tokens together, or of one longer window, in order."""
+    calls, size = [], 0
+    for window in windows:
+        length = window.stop - window.start
+        if not calls or size + length > batch_tokens:
+            calls.append([])
+            size = 0
+        calls[-1].append(window)
+        size += length
+    return calls
+
+
+def token_losses(hidden, head, targets):
+    """-ln p of each target, fp32 (N,). hidden (N, C); head: a module (.., C) -> (.., V); targets (N,) int64."""
+    parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in parts])
+
+
+def exp(x):
+    """e**x, infinity where that is beyond a float (a loss above 709 nats a token or a word)."""
+    return math.exp(x) if x < 709 else math.inf
