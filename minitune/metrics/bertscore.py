@@ -155,7 +155,9 @@ def read_baseline(baseline, layer):
         except (ValueError, IndexError):
             raise ValueError(f"{path} has a row that is not four numbers; expected LAYER,P,R,F") from None
         if layer not in found:
-            raise ValueError(f"{path} has no row for layer {layer}; it has {len(found)} rows and may be of another model")
+            raise ValueError(
+                f"{path} has no row for layer {layer}; it has {len(found)} rows and may be of another model"
+            )
         baseline = found[layer]
     numbers = torch.tensor([float(number) for number in baseline])
     if len(numbers) != 3 or not (numbers < 1).all():
@@ -173,7 +175,9 @@ def match_all(pairs, encoder, layer, weights, default, frame, batch_tokens):
     embedded, scores = {}, {}
     for start in range(0, len(unique), PAIRS):
         part = unique[start : start + PAIRS]
-        new = sorted({text for pair in part for text in pair if text not in embedded}, key=lambda text: (len(text), text))
+        new = sorted(
+            {text for pair in part for text in pair if text not in embedded}, key=lambda text: (len(text), text)
+        )
         for call in batches(new, batch_tokens):
             embedded.update(embed(call, encoder, layer))
         for i in range(0, len(part), 64):
