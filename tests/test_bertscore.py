@@ -74,8 +74,9 @@ def folders(tmp_path_factory):
             config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=128, **SIZES)
             model = transformers.BertModel(config)
         torch.manual_seed(0)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, *((0.0, 0.08) if parameter.ndim > 1 else (1.0, 0.1)))
+        for name, parameter in model.named_parameters():
+            is_scale = parameter.ndim == 1 and name.endswith("weight")  # of a LayerNorm
+            torch.nn.init.normal_(parameter, float(is_scale), 0.15 if parameter.ndim > 1 else 0.1)
         model.save_pretrained(folder)
         (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 128}))
     return made
@@ -114,7 +115,7 @@ def test_scores_equal_bert_score(folders, family, layer, idf):
     found = bert_score(*zip(*pairs, strict=True), *load(folders[family]), layer=layer, idf=idf, batch_tokens=300)
     close(found, theirs(folders[family], pairs, num_layers=layer, idf=idf, batch_size=16))
     assert all(score.shape == (len(pairs),) and score.dtype == torch.float32 for score in found)
-    assert found[2][0] == pytest.approx(1, abs=1e-6) and found[2][1] < 0.999, "the encoder must tell texts apart"
+    assert found[2][0] == pytest.approx(1, abs=1e-6) and found[2][1] < 0.99, "the encoder must tell texts apart"
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert"])

@@ -26,8 +26,9 @@ ENCODERS = {
 def randomise(model):
     """Weights larger than an initialisation's, so that faults show."""
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, *((0.0, 0.08) if parameter.ndim > 1 else (1.0, 0.1)))
+    for name, parameter in model.named_parameters():
+        is_scale = parameter.ndim == 1 and name.endswith("weight")  # of a LayerNorm
+        torch.nn.init.normal_(parameter, float(is_scale), 0.15 if parameter.ndim > 1 else 0.1)
     return model.eval()
 
 
