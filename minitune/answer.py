@@ -71,9 +71,7 @@ class Answerer:
         dtype, reason = choose_dtype(config.dtype, device)
         say(f"{config.model} on {device}, {str(dtype).removeprefix('torch.')} ({reason})")
         self.model = checkpoint.load_model(folder, dtype, device, config.quantize, config.adapter, say=say)
-        ends = tuple(self.tokenizer.eos_ids) if config.eos_ids is None else config.eos_ids
-        names = [f.name for f in fields(GenerateConfig)]
-        self.decoding = GenerateConfig(**{name: getattr(config, name) for name in names} | {"eos_ids": ends})
+        self.decoding = decoding_of(config, self.tokenizer)
 
     def encode(self, pieces):
         """Token ids of a rendered conversation. Text from outside never becomes a special token."""
@@ -92,6 +90,12 @@ class Answerer:
         text = self.tokenizer.decode(answer.ids)
         cuts = [text.find(stop) for stop in self.decoding.stop if stop in text] if answer.ended_by == "stop" else []
         return text[: min(cuts)] if cuts else text
+
+
+def decoding_of(config, tokenizer):
+    """The GenerateConfig in the options of a job, with the tokenizer's end tokens where it names none."""
+    values = {f.name: getattr(config, f.name) for f in fields(GenerateConfig)}
+    return GenerateConfig(**values | ({"eos_ids": tuple(tokenizer.eos_ids)} if config.eos_ids is None else {}))
 
 
 def choose_template(config, say):

@@ -112,8 +112,9 @@ def load(
     max_length=512,
     over_length="truncate",
     loss_on="answer",
+    parts=("train", "test"),
 ):
-    """(train, test), two Datasets. test has no examples where test_size is 0.
+    """(train, test), two Datasets, or only those that `parts` names. test has no examples where test_size is 0.
 
     data: "alpaca" (the original file, downloaded and checked), "embedded" (which has its own held-out rows), or the
     path of a JSON, JSONL, CSV or Parquet file.
@@ -149,27 +150,19 @@ def load(
         default = STUDY_TEST_SIZE if is_alpaca else FILE_TEST_SIZE
         train, test = split(len(rows), default if test_size is None else test_size, split_seed)
     test_format = row_format if test_rows is rows else one_format(test_rows, test_data)
-    return (
-        tokenise(rows, train, tokenizer, row_format, source, "train", leave_out=is_alpaca, **options),
-        tokenise(
-            test_rows,
-            test,
-            tokenizer,
-            test_format,
-            test_source,
-            "test",
-            leave_out=is_alpaca and test_rows is rows,
-            **options,
-        ),
-    )
+    found = {
+        "train": (rows, train, tokenizer, row_format, source, "train", is_alpaca),
+        "test": (test_rows, test, tokenizer, test_format, test_source, "test", is_alpaca and test_rows is rows),
+    }
+    return tuple(tokenise(*found[part], **options) for part in parts)
 
 
-def load_for(config, tokenizer):
+def load_for(config, tokenizer, parts=("train", "test")):
     """load() with the options of a job, a dataclass with TrainConfig's fields about rows. Without `data`: the embedded
     rows for an embedded model, Alpaca for every other."""
     source = config.data or ("embedded" if config.model in hub.EMBEDDED else "alpaca")
     names = ("test_data", "test_size", "split_seed", "max_length", "over_length", "loss_on")
-    return load(source, tokenizer, **{name: getattr(config, name) for name in names})
+    return load(source, tokenizer, parts=parts, **{name: getattr(config, name) for name in names})
 
 
 def read_rows(path, of_texts=False):
@@ -189,7 +182,8 @@ def read_rows(path, of_texts=False):
         raise ValueError(f"{path} has no rows")
     for number, row in enumerate(rows):
         if not isinstance(row, dict) and not (of_texts and isinstance(row, str)):
-            raise ValueError(f"{path}, row {number} is a {type(row).__name__}, expected an object: {show(row)}")
+            expected = "a text or an object" if of_texts else "an object"
+            raise ValueError(f"{path}, row {number} is a {type(row).__name__}, expected {expected}: {show(row)}")
     return rows
 
 
@@ -328,11 +322,11 @@ def tokenise(
     row_format,
     source,
     part,
+    leave_out=False,
     *,
     max_length,
     over_length="truncate",
     loss_on="answer",
-    leave_out=False,
 ):
     """Dataset of the rows at `numbers`.
 

@@ -3,7 +3,7 @@
 The options mean what they mean in transformers, whose tokens these are. It never loads a model."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -88,6 +88,13 @@ class GenerateConfig:
     def samples(self):
         """Whether tokens are drawn: a temperature of 0 means that they are not."""
         return self.do_sample and self.temperature > 0
+
+    def meaning(self):
+        """The same decoding, with the defaults in place of options that change nothing in it: two configs with one meaning
+        decode the same."""
+        idle = () if self.samples else ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
+        idle += () if self.num_beams > 1 else ("length_penalty", "early_stopping")
+        return replace(self, **{f.name: f.default for f in fields(GenerateConfig) if f.name in idle})
 
 
 @dataclass

@@ -4,6 +4,7 @@ Files are not touched here: minitune/checkpoint.py reads and writes adapters."""
 
 import math
 import re
+from contextlib import contextmanager
 
 import torch
 from minitune_kernels import decode
@@ -95,21 +96,37 @@ def inject(model, r, alpha, dropout=0.0, targets=("all-linear",), use_rslora=Fal
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        parent, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        base = getattr(parent, leaf)
+        base = model.get_submodule(name)
         device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
         layer = LoRALinear(base, r, alpha, dropout, use_rslora, device)
         start = torch.empty(r, base.in_features)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         layer.lora_A.weight.data.copy_(start)
-        setattr(parent, leaf, layer.train(model.training))
+        put(model, name, layer.train(model.training))
     return names
 
 
 def lora_layers(model):
     """{name: LoRALinear} of a model, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+@contextmanager
+def switched_off(model):
+    """While open, `model` is its base: each LoRALinear makes room for the layer that it wraps."""
+    layers = lora_layers(model)
+    try:
+        for name, layer in layers.items():
+            put(model, name, layer.base_layer)
+        yield
+    finally:
+        for name, layer in layers.items():
+            put(model, name, layer)
+
+
+def put(model, name, layer):
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def adapter_tensors(model):

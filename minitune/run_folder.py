@@ -25,7 +25,7 @@ def hold(run):
     """Hold the run folder for this process: made if need be, proved writable, locked, and free of the temporary files
     of a process that was killed. A folder that is still empty in the end goes away again.
 
-    Raises ValueError where it cannot be written, is a model's folder, or another process trains in it."""
+    Raises ValueError where it cannot be written, is a model's folder, or another process works in it."""
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     handle = None
     try:
@@ -41,7 +41,7 @@ def hold(run):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno == errno.EWOULDBLOCK:  # anything else: a file system without locks, so we go without
-                raise ValueError(f"another process trains in {run}; wait for it, or choose another --run") from None
+                raise ValueError(f"another process works in {run}; wait for it, or choose another --run") from None
         if (run / "config.json").exists():
             stored = read_json(run / "config.json")
             if isinstance(stored, dict) and "model_type" in stored:

@@ -43,10 +43,11 @@ FLOORS = [  # a module imports only from floors below its own; a name that ends 
         "minitune.benchmark",
         "minitune.kernel_benchmark",
         "minitune.metric_benchmark",
-        "minitune.bertscore_benchmark",
         "minitune.answer",
+        "minitune.scoring",
     ],
-    ["minitune.chat", "minitune.bertscore_benchmark"],
+    ["minitune.chat", "minitune.bertscore_benchmark", "minitune.evaluate"],
+    ["minitune.sweep"],
     ["scripts."],
 ]
 GROUND = [  # plain facts that other modules of floor 1 may use

@@ -1123,7 +1123,7 @@ def test_the_folder_of_a_model_is_no_run_folder(options, base, tmp_path):
 
 def test_two_processes_cannot_share_a_run_folder(options, copied):
     before = snapshot(copied)
-    with hold(copied), pytest.raises(ValueError, match="another process trains in"):
+    with hold(copied), pytest.raises(ValueError, match="another process works in"):
         quiet(options(copied))
     assert snapshot(copied) == before
     quiet(options(copied))

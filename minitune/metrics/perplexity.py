@@ -63,7 +63,7 @@ def judge_perplexity(model, tokenizer, texts, add_start_token=False, context=Non
 
     perplexities: exp(mean loss) of each text; mean_perplexity: their mean, the study's number; and token_perplexity:
     exp of the mean loss over all tokens of all texts; tokens, their number; unscored, the places of the texts without
-    a loss.
+    a loss; and losses, (nats, tokens) of each text.
 
     The two means differ, and the study's is the weaker: in mean_perplexity a one-sentence answer weighs as much as a
     page, and as exp grows fast the few oddest answers make most of it; a text without a loss counts as 0, which is better
@@ -88,6 +88,7 @@ def judge_perplexity(model, tokenizer, texts, add_start_token=False, context=Non
         "perplexities": perplexities,
         "tokens": tokens,
         "unscored": [i for i, (_, tokens) in enumerate(scored) if not tokens],
+        "losses": scored,
     }
 
 

@@ -1,0 +1,329 @@
+"""References and answers to a table of metrics: a value an example, the score, its interval, and tests between two systems.
+
+METRICS says for each name what is summed over the examples; the formulas are those of minitune/metrics. A system is a list of
+records, one an example: {"reference", "answer", and perhaps "tokens", "ended_by", "reference_loss": [nats, tokens]}."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from minitune import checkpoint, hub
+from minitune.config import arg, positive
+from minitune.device import choose_device
+from minitune.metrics.bertscore import bert_score, choose_layer
+from minitune.metrics.bleu import bleu_score, bleu_statistics, sentence_bleu
+from minitune.metrics.chrf import chrf_score, chrf_statistics
+from minitune.metrics.exact_match import is_exact
+from minitune.metrics.perplexity import exp, judge_perplexity
+from minitune.metrics.rouge import rouge_l, rouge_lsum, rouge_n
+from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
+from minitune.metrics.token_f1 import token_f1
+from minitune.tokenizer import load_tokenizer
+
+
+class Rows(NamedTuple):
+    """What a metric has of the examples of one system."""
+
+    rows: np.ndarray  # (n,), or (n, k) with `score`
+    score: object = None  # function of the sum of the rows; None: their mean
+    examples: list | None = None  # the value of each example; None: a mean's rows are these
+    kept: np.ndarray | None = None  # (n,) bool: the examples that count; None: all
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What is scored, and how: the options that evaluate and sweep share."""
+
+    metrics: str | None = arg(
+        None,
+        "names with commas between them: bleu, corpus_bleu, chrf, rouge_1, rouge_2, rouge_l, rouge_lsum, exact_match, "
+        "token_f1, length_ratio, ended, reference_perplexity, perplexity and perplexity_tokens (with --judge), bertscore "
+        "(with --encoder). Not set: all that can be computed",
+    )
+    judge: str | None = arg(
+        None, "GPT-2 that reads the answers for perplexity: a folder or a hub id, such as openai-community/gpt2"
+    )
+    encoder: str | None = arg(
+        None, "RoBERTa or BERT of BERTScore: a folder or a hub id, such as FacebookAI/roberta-large, the study's"
+    )
+    encoder_layer: int | None = arg(None, "its layer, from 0; not set: bert-score's choice for a model of that name")
+    resamples: int = arg(5000, "bootstrap and permutation draws")
+    limit: int | None = arg(None, "only the first so many rows")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+
+    def __post_init__(self):
+        super_init = getattr(super(), "__post_init__", None)
+        if super_init:
+            super_init()
+        positive(self, "resamples", "limit")
+        names = [] if self.metrics is None else [name.strip() for name in self.metrics.split(",")]
+        if unknown := [name for name in names if name not in METRICS]:
+            raise ValueError(f"metrics: there is no {unknown[0]!r}; expected some of {', '.join(METRICS)}")
+        for name in names:
+            if METRICS[name].needs in ("judge", "encoder") and getattr(self, METRICS[name].needs) is None:
+                raise ValueError(f"metrics: {name} needs --{METRICS[name].needs}, {NEEDS[METRICS[name].needs]}")
+
+
+NEEDS = {
+    "judge": "a GPT-2 that reads the answers: a folder or a hub id, such as openai-community/gpt2",
+    "encoder": "a RoBERTa or BERT that compares them: a folder or a hub id, such as FacebookAI/roberta-large",
+    "ended_by": "how each answer ended, which these files do not say (it is in those of --run)",
+    "reference_loss": "the model, so it comes with --run only",
+}
+
+
+class Judges:
+    """The models that the chosen metrics need, loaded once. Folders and ids that are wrong are said here, before anything runs."""
+
+    def __init__(self, config, say=lambda line: None):
+        self.judge = self.encoder = None
+        device, asked = choose_device(config.device), config.metrics and config.metrics.split(",")
+        wanted = lambda kind: asked is None or any(METRICS[name.strip()].needs == kind for name in asked)
+        if config.judge is not None and wanted("judge"):
+            folder = hub.resolve(config.judge)
+            say(f"judge of perplexity: {config.judge}")
+            self.judge = checkpoint.load_model(folder, device=device), load_tokenizer(folder)
+        if config.encoder is not None and wanted("encoder"):
+            folder = hub.resolve(config.encoder)
+            encoder = checkpoint.load_encoder(config.encoder, device=device)
+            if config.encoder_layer is None:
+                try:
+                    layer = choose_layer(encoder, None)
+                except ValueError as error:
+                    raise ValueError(f"--encoder {config.encoder}: {error} (--encoder-layer)") from None
+            else:
+                layer = choose_layer(encoder, config.encoder_layer)
+            say(f"encoder of BERTScore: {config.encoder}, layer {layer}")
+            self.encoder = encoder, load_tokenizer(folder), layer
+
+
+# --- metrics ---
+
+
+def of_each(function, *options):
+    """A metric that is the mean of function(reference, answer) over the examples."""
+    return lambda records, judges: Rows(
+        np.array([float(function(r["reference"], r["answer"], *options)) for r in records])
+    )
+
+
+def texts(records):
+    return [r["reference"] for r in records], [r["answer"] for r in records]
+
+
+def corpus_bleu_rows(records, judges):
+    return Rows(bleu_statistics(*texts(records)), lambda total: bleu_score(total).score)
+
+
+def chrf_rows(records, judges):
+    rows = chrf_statistics(*texts(records))
+    return Rows(rows, chrf_score, [chrf_score(row) for row in rows])
+
+
+def length_ratio_rows(records, judges):
+    rows = np.array([[len(r["answer"].split()), len(r["reference"].split())] for r in records])
+    each = [ours / theirs if theirs else None for ours, theirs in rows.tolist()]
+    return Rows(rows, lambda total: total[0] / max(total[1], 1), each)
+
+
+def ended_rows(records, judges):
+    return Rows(np.array([float(r["ended_by"] != "length") for r in records]))
+
+
+def loss_rows(losses, note=""):
+    """exp of nats a token over losses [(nats, tokens)]; texts without a token are left out."""
+    rows = np.array(losses, np.float64)
+    kept = rows[:, 1] > 0
+    missing = int((~kept).sum())
+    note = note or (f"{missing} answers without a token to predict are left out" if missing else "")
+    each = [exp(nats / tokens) if tokens else None for nats, tokens in rows.tolist()]
+    return Rows(rows, lambda total: exp(total[0] / total[1]), each, kept, note)
+
+
+def reference_perplexity_rows(records, judges):
+    return loss_rows([r["reference_loss"] for r in records])
+
+
+def perplexity_rows(records, judges):
+    found = judged(records, judges)
+    empty = len(found["unscored"])
+    note = f"{empty} answers without a token to predict count as 0, as in the study" if empty else ""
+    return Rows(np.array(found["perplexities"]), note=note)
+
+
+def perplexity_tokens_rows(records, judges):
+    return loss_rows(judged(records, judges)["losses"])
+
+
+def judged(records, judges):
+    model, tokenizer = judges.judge
+    return judge_perplexity(model, tokenizer, [r["answer"] for r in records])
+
+
+def bertscore_rows(records, judges):
+    encoder, tokenizer, layer = judges.encoder
+    return Rows(bert_score(*texts(records), encoder, tokenizer, layer)[2].double().numpy())
+
+
+rouge_1 = lambda reference, answer: rouge_n(reference, answer, 1)[2]
+rouge_2 = lambda reference, answer: rouge_n(reference, answer, 2)[2]
+rouge_long = lambda reference, answer: rouge_l(reference, answer)[2]
+rouge_sum = lambda reference, answer: rouge_lsum(reference, answer)[2]
+
+
+class Metric(NamedTuple):
+    label: str
+    rows: object  # function (records, judges) -> Rows
+    needs: str | None = None  # a judge, or a key of the records
+    study: str | None = None  # its key in the study's score files
+
+
+METRICS = {
+    "bleu": Metric("BLEU, sentences (0-1)", of_each(sentence_bleu), study="BLEU"),
+    "corpus_bleu": Metric("BLEU, corpus (0-100)", corpus_bleu_rows),
+    "chrf": Metric("chrF (0-100)", chrf_rows),
+    "rouge_1": Metric("ROUGE-1 (0-1)", of_each(rouge_1)),
+    "rouge_2": Metric("ROUGE-2 (0-1)", of_each(rouge_2)),
+    "rouge_l": Metric("ROUGE-L (0-1)", of_each(rouge_long), study="ROUGE-L"),
+    "rouge_lsum": Metric("ROUGE-Lsum (0-1)", of_each(rouge_sum)),
+    "exact_match": Metric("exact match (share)", of_each(is_exact)),
+    "token_f1": Metric("token F1 (0-1)", of_each(token_f1)),
+    "bertscore": Metric("BERTScore F1", bertscore_rows, "encoder", "BERTScore"),
+    "perplexity": Metric("perplexity of the judge", perplexity_rows, "judge", "Perplexity"),
+    "perplexity_tokens": Metric("the same, by token", perplexity_tokens_rows, "judge"),
+    "reference_perplexity": Metric("perplexity of references", reference_perplexity_rows, "reference_loss"),
+    "length_ratio": Metric("length ratio (words)", length_ratio_rows),
+    "ended": Metric("ended by itself (share)", ended_rows, "ended_by"),
+}
+STUDY_KEYS = ("Perplexity", "BLEU", "ROUGE-L", "BERTScore")
+
+
+def choose_metrics(config, judges, systems):
+    """Names of METRICS: those asked for, or all that can be computed. systems: lists of records.
+
+    Raises ValueError where one is asked for that needs what is not there."""
+    names = list(METRICS) if config.metrics is None else [name.strip() for name in config.metrics.split(",")]
+    has = lambda needs: (
+        getattr(judges, needs) is not None
+        if needs in ("judge", "encoder")
+        else all(record.get(needs) is not None for records in systems for record in records)
+    )
+    lacking = [name for name in names if METRICS[name].needs and not has(METRICS[name].needs)]
+    if lacking and config.metrics is not None:
+        raise ValueError(f"metrics: {lacking[0]} needs {NEEDS[METRICS[lacking[0]].needs]}")
+    return [name for name in names if name not in lacking]
+
+
+# --- a table ---
+
+
+def score(systems, names, judges, resamples, seed):
+    """(metrics of each system, comparisons of the first with the second) as evaluation.json holds them.
+
+    systems: {key: records}; records get "scores", the value of each metric for this example where it has one. One seed: the
+    same numbers again."""
+    found = {key: {name: METRICS[name].rows(records, judges) for name in names} for key, records in systems.items()}
+    for key, records in systems.items():
+        for place, record in enumerate(records):
+            record["scores"] = scores_of_example(found[key], place)
+    metrics = {
+        key: {name: measure(rows, resamples, seed) for name, rows in found[key].items()} for key in systems
+    }
+    comparisons = {}
+    if len(systems) == 2:
+        ours, theirs = found.values()
+        comparisons = {name: compare(ours[name], theirs[name], resamples, seed) for name in names}
+    return metrics, comparisons
+
+
+def scores_of_example(found, place):
+    scores = {}
+    for name, rows in found.items():
+        values = rows.examples if rows.score else rows.rows
+        if values is not None and values[place] is not None and math.isfinite(values[place]):
+            scores[name] = float(values[place])
+    return scores
+
+
+def measure(rows, resamples, seed):
+    """{"value", "low", "high", "n", "note"} of one metric."""
+    values = rows.rows if rows.kept is None else rows.rows[rows.kept]
+    if not len(values):
+        return {"value": None, "low": None, "high": None, "n": 0, "note": rows.note or "no example has a value"}
+    if not np.isfinite(values).all():
+        note = f"not finite in {int((~np.isfinite(values)).sum())} of {len(values)} examples"
+        return {"value": None, "low": None, "high": None, "n": len(values), "note": note}
+    found = bootstrap_interval(values, rows.score, resamples=resamples, seed=seed)
+    note = "; ".join(filter(None, (rows.note, found.note)))
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "note": note or None}
+
+
+def compare(ours, theirs, resamples, seed):
+    """{"difference", "low", "high", "p_bootstrap", "p_permutation", "n", "note"} of ours minus theirs, over the examples that count
+    in both."""
+    kept = np.ones(len(ours.rows), bool)
+    for side in (ours, theirs):
+        kept &= True if side.kept is None else side.kept
+    a, b = ours.rows[kept], theirs.rows[kept]
+    empty = {"difference": None, "low": None, "high": None, "p_bootstrap": None, "p_permutation": None, "n": len(a)}
+    if not len(a):
+        return empty | {"note": "no example has a value in both"}
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return empty | {"note": "not finite in every example"}
+    drawn = paired_bootstrap(a, b, ours.score, resamples=resamples, seed=seed)
+    turned = paired_permutation(a, b, ours.score, resamples=resamples, seed=seed)
+    left_out = f"over the {len(a)} of {len(kept)} examples that count in both" if len(a) < len(kept) else ""
+    note = "; ".join(dict.fromkeys(filter(None, (left_out, drawn.note, turned.note))))
+    return {
+        "difference": drawn.difference,
+        "low": drawn.low,
+        "high": drawn.high,
+        "p_bootstrap": drawn.p_value,
+        "p_permutation": turned.p_value,
+        "n": drawn.n,
+        "note": note or None,
+    }
+
+
+def study_scores(metrics):
+    """The metrics of one system under the study's keys, null where one was not computed."""
+    keys = {METRICS[name].study: entry["value"] for name, entry in metrics.items()}
+    return {key: keys.get(key) for key in STUDY_KEYS}
+
+
+def table(systems, comparisons):
+    """Lines of text. systems: {key: {"name", "metrics"}}, as evaluation.json has them."""
+    names = list(next(iter(systems.values()))["metrics"])
+    head = ["", *(system["name"] for system in systems.values()), *(["difference", "p"] if comparisons else [])]
+    rows, notes = [head], {}
+    for name in names:
+        row = [METRICS[name].label]
+        for system in systems.values():
+            entry = system["metrics"][name]
+            row.append(shown(entry["value"], entry["low"], entry["high"]))
+            if entry["note"]:
+                notes.setdefault(entry["note"], []).append(f"{system['name']}: {METRICS[name].label}")
+        if comparisons:
+            entry = comparisons[name]
+            row.append(shown(entry["difference"], entry["low"], entry["high"], sign="+"))
+            row.append("" if entry["p_permutation"] is None else f"{entry['p_permutation']:.4f}")
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    n = max(entry["n"] for system in systems.values() for entry in system["metrics"].values())
+    lines.append(f"{n} examples; [95 % interval by bootstrap over them]{'; p: paired permutation test' if comparisons else ''}")
+    return lines + [f"{note} ({', '.join(where)})" for note, where in notes.items()]
+
+
+def shown(value, low, high, sign=""):
+    if value is None:
+        return "-"
+    digits = 4 if abs(value) < 10 else 2
+    interval = "" if low is None else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return f"{value:{sign}.{digits}f}{interval}"
