@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitune import checkpoint, hub
-from minitune.config import arg, positive
+from minitune.config import arg, check_types, positive
 from minitune.device import choose_device
 from minitune.metrics.bertscore import bert_score, choose_layer
 from minitune.metrics.bleu import bleu_score, bleu_statistics, sentence_bleu
@@ -55,9 +55,7 @@ class ScoreConfig:
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self):
-        super_init = getattr(super(), "__post_init__", None)
-        if super_init:
-            super_init()
+        check_types(self)
         positive(self, "resamples", "limit")
         names = [] if self.metrics is None else [name.strip() for name in self.metrics.split(",")]
         if unknown := [name for name in names if name not in METRICS]:
@@ -76,7 +74,7 @@ NEEDS = {
 
 
 class Judges:
-    """The models that the chosen metrics need, loaded once. Folders and ids that are wrong are said here, before anything runs."""
+    """The models that the chosen metrics need, loaded once. A folder or an id that is wrong is said here, before anything runs."""
 
     def __init__(self, config, say=lambda line: None):
         self.judge = self.encoder = None
@@ -179,12 +177,13 @@ class Metric(NamedTuple):
     rows: object  # function (records, judges) -> Rows
     needs: str | None = None  # a judge, or a key of the records
     study: str | None = None  # its key in the study's score files
+    is_mean: bool = True  # of the values of the examples
 
 
 METRICS = {
     "bleu": Metric("BLEU, sentences (0-1)", of_each(sentence_bleu), study="BLEU"),
-    "corpus_bleu": Metric("BLEU, corpus (0-100)", corpus_bleu_rows),
-    "chrf": Metric("chrF (0-100)", chrf_rows),
+    "corpus_bleu": Metric("BLEU, corpus (0-100)", corpus_bleu_rows, is_mean=False),
+    "chrf": Metric("chrF (0-100)", chrf_rows, is_mean=False),
     "rouge_1": Metric("ROUGE-1 (0-1)", of_each(rouge_1)),
     "rouge_2": Metric("ROUGE-2 (0-1)", of_each(rouge_2)),
     "rouge_l": Metric("ROUGE-L (0-1)", of_each(rouge_long), study="ROUGE-L"),
@@ -193,9 +192,11 @@ METRICS = {
     "token_f1": Metric("token F1 (0-1)", of_each(token_f1)),
     "bertscore": Metric("BERTScore F1", bertscore_rows, "encoder", "BERTScore"),
     "perplexity": Metric("perplexity of the judge", perplexity_rows, "judge", "Perplexity"),
-    "perplexity_tokens": Metric("the same, by token", perplexity_tokens_rows, "judge"),
-    "reference_perplexity": Metric("perplexity of references", reference_perplexity_rows, "reference_loss"),
-    "length_ratio": Metric("length ratio (words)", length_ratio_rows),
+    "perplexity_tokens": Metric("the same, by token", perplexity_tokens_rows, "judge", is_mean=False),
+    "reference_perplexity": Metric(
+        "perplexity of references", reference_perplexity_rows, "reference_loss", is_mean=False
+    ),
+    "length_ratio": Metric("length ratio (words)", length_ratio_rows, is_mean=False),
     "ended": Metric("ended by itself (share)", ended_rows, "ended_by"),
 }
 STUDY_KEYS = ("Perplexity", "BLEU", "ROUGE-L", "BERTScore")
@@ -229,9 +230,7 @@ def score(systems, names, judges, resamples, seed):
     for key, records in systems.items():
         for place, record in enumerate(records):
             record["scores"] = scores_of_example(found[key], place)
-    metrics = {
-        key: {name: measure(rows, resamples, seed) for name, rows in found[key].items()} for key in systems
-    }
+    metrics = {key: {name: measure(rows, resamples, seed) for name, rows in found[key].items()} for key in systems}
     comparisons = {}
     if len(systems) == 2:
         ours, theirs = found.values()
@@ -262,8 +261,8 @@ def measure(rows, resamples, seed):
 
 
 def compare(ours, theirs, resamples, seed):
-    """{"difference", "low", "high", "p_bootstrap", "p_permutation", "n", "note"} of ours minus theirs, over the examples that count
-    in both."""
+    """{"difference", "low", "high", "p_bootstrap", "p_permutation", "n", "note"} of ours minus theirs, two Rows of one metric, over
+    the examples that count in both."""
     kept = np.ones(len(ours.rows), bool)
     for side in (ours, theirs):
         kept &= True if side.kept is None else side.kept
@@ -311,14 +310,21 @@ def table(systems, comparisons):
             row.append(shown(entry["difference"], entry["low"], entry["high"], sign="+"))
             row.append("" if entry["p_permutation"] is None else f"{entry['p_permutation']:.4f}")
         rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+    lines = columns(rows)
+    n = max(entry["n"] for system in systems.values() for entry in system["metrics"].values())
+    lines.append(
+        f"{n} examples; [95 % interval by bootstrap over them]{'; p: paired permutation test' if comparisons else ''}"
+    )
+    return lines + [f"{note} ({', '.join(where)})" for note, where in notes.items()]
+
+
+def columns(rows):
+    """Lines of text from rows of cells, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    n = max(entry["n"] for system in systems.values() for entry in system["metrics"].values())
-    lines.append(f"{n} examples; [95 % interval by bootstrap over them]{'; p: paired permutation test' if comparisons else ''}")
-    return lines + [f"{note} ({', '.join(where)})" for note, where in notes.items()]
 
 
 def shown(value, low, high, sign=""):

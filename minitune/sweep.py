@@ -1,0 +1,280 @@
+"""A grid over decoding options with one load of the model, or over training options with one run folder a point: the job of
+scripts/sweep.py.
+
+Every point is a folder with evaluation.json; sweep/sweep.json lists them. What was done is not done again: answers, scores and
+training runs are found by their settings."""
+
+import itertools
+import json
+from dataclasses import dataclass, fields, make_dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from minitune import scoring
+from minitune.config import TrainConfig, arg, field_type, misfit, positive
+from minitune.evaluate import DecodeConfig, EvaluateConfig, Run, point_name, read_options, written
+from minitune.files import read_json, write_json
+from minitune.generate import GenerateConfig
+from minitune.scoring import METRICS, Rows, ScoreConfig
+from minitune.train import train
+
+# The study drew tokens within beam search: its answers change with top_k, and its two runs of one point differ.
+STUDY = {"top_k": (30, 40, 50, 60, 80), "num_beams": (2, 4, 5, 6), "temperature": (0.0, 0.5, 0.7, 1.0)}
+CENTRE = {"top_k": 50, "num_beams": 5, "temperature": 1.0, "max_new_tokens": 128}  # the study's, in place of generate's
+FIXED = (
+    "do_sample",
+    "num_return_sequences",
+    "stop",
+    "lookup",
+    "eos_ids",
+)  # options of decoding that no axis is made of
+AXES = [f for f in fields(GenerateConfig) if f.name not in FIXED]
+Grid = make_dataclass(  # generate's options, with a list in place of each value
+    "Grid",
+    [(f.name, tuple[f.type, ...], arg((CENTRE.get(f.name, f.default),), **f.metadata)) for f in AXES],
+    frozen=True,
+)
+SHOWN = ("bleu", "rouge_l", "bertscore", "perplexity", "exact_match", "ended")  # columns of the table
+
+
+@dataclass(frozen=True)
+class SweepConfig(DecodeConfig, Grid):
+    """What is varied. A list of one value holds for every point."""
+
+    study: bool = arg(
+        False, "the study's grid: top_k 30 40 50 60 80, num_beams 2 4 5 6, temperature 0 0.5 0.7 1, 11 points in all"
+    )
+    grid: str = arg(
+        "axes",
+        "axes: vary one option at a time, with the others at their defaults (or the first of their list, where the default "
+        "is not in it); full: every combination",
+        choices=("axes", "full"),
+    )
+    do_sample: bool = arg(True, "draw tokens, within beam search too, as the study did; a temperature of 0 draws none")
+    stop: tuple[str, ...] = arg((), "texts that end an answer")
+    base: bool = arg(False, "let the base model answer at every point too")
+    train: tuple[str, ...] = arg(
+        (),
+        "vary training instead: options of train.py as NAME=V1,V2 (+ between the parts of a list), a run folder for each "
+        "point. The others are those of --run, where it is a run",
+    )
+
+    def __post_init__(self):
+        ScoreConfig.__post_init__(self)
+        positive(self, "batch_size")
+        if self.run is None:
+            raise ValueError("give --run DIR, a run folder of train.py")
+        lists = {f.name: getattr(self, f.name) for f in AXES}
+        if empty := [name for name, values in lists.items() if not values]:
+            raise ValueError(f"{empty[0]} is an empty list, expected one value or more")
+        given = [name for name in STUDY if len(lists[name]) > 1 or lists[name][0] != CENTRE[name]]
+        if self.study and (given or not self.do_sample or self.grid != "axes"):
+            raise ValueError(
+                "--study is a grid of its own; leave out --study, or --do-sample, --grid and the lists of it"
+            )
+        varied = self.study or any(len(set(values)) > 1 for values in lists.values())
+        if not varied and not self.train:
+            raise ValueError(
+                "nothing is varied: give --study, or a list such as --top-k 30 50 80, or --train NAME=V1,V2"
+            )
+        if varied and self.train:
+            raise ValueError(
+                "--train varies training, and a list varies decoding; do one, then the other on the best run"
+            )
+
+
+def sweep(config, say=print):
+    """Do every point of the grid that is not done yet. Returns what sweep.json holds."""
+    judges = scoring.Judges(config, say)
+    points, centre = (training_points if config.train else decoding_points)(config)
+    folder = Path(config.run) / "sweep"
+    run = None if config.train else Run(config, say)
+    found, results = [], {}
+    for number, (name, options, point) in enumerate(points, 1):
+        say(f"== {name}, point {number} of {len(points)} ==")
+        if config.train:
+            result = train_point(point, folder / name, config, judges, say)
+        else:
+            result = evaluate_point(run, point, folder / name, config, judges, name)
+        entry = {"name": name, "options": options, "folder": name}
+        if isinstance(result, str):
+            found.append(entry | {"error": result})
+            continue
+        results[name] = result["systems"]["tuned"]
+        found.append(entry | {"metrics": results[name]["metrics"]})
+    for entry in found:
+        if entry["name"] in results and centre in results and entry["name"] != centre:
+            entry["against_centre"] = against(results[entry["name"]], results[centre], config.resamples)
+    content = {"format": 1, "date": date.today().isoformat(), "run": str(config.run), "grid": config.grid}
+    content |= {"kind": "training" if config.train else "decoding", "centre": centre, "points": found}
+    write_json(folder / "sweep.json", content)
+    say("\n".join(table(content)))
+    say(f"written: {folder / 'sweep.json'}")
+    return content
+
+
+def combinations(lists, defaults, grid):
+    """(the points, the one in the middle), each {name: value}. lists: {name: values}, of which some have several."""
+    lists = {name: list(dict.fromkeys(values)) for name, values in lists.items()}
+    middle = {name: defaults[name] if defaults[name] in values else values[0] for name, values in lists.items()}
+    if grid == "full":
+        points = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    else:
+        points = [middle | {name: value} for name, values in lists.items() for value in values]
+    return list({json.dumps(point): point for point in points}.values()), middle
+
+
+# --- decoding ---
+
+
+def decoding_points(config):
+    """([(name, options, EvaluateConfig)], name of the middle one). Raises ValueError on options that do not go together."""
+    lists = {f.name: getattr(config, f.name) for f in AXES} | (STUDY if config.study else {})
+    defaults = {f.name: CENTRE.get(f.name, f.default) for f in AXES}
+    points, middle = combinations(lists, defaults, config.grid)
+    varied = [name for name, values in lists.items() if len(set(values)) > 1]
+    made = []
+    for point in points:
+        options = evaluate_config(config, config.run, point)
+        shown = {name: point[name] for name in dict.fromkeys(("top_k", "num_beams", "temperature", *varied))}
+        made.append((point_name(options, varied), shown, options))
+    return made, point_name(evaluate_config(config, config.run, middle), varied)
+
+
+def evaluate_config(config, run, decoding):
+    """The EvaluateConfig of one point: what a sweep shares, with the decoding options of the point."""
+    shared = {f.name: getattr(config, f.name) for f in fields(DecodeConfig)}
+    shared |= {"run": str(run), "base": config.base, "do_sample": config.do_sample, "stop": config.stop}
+    return EvaluateConfig(**shared | decoding)
+
+
+def evaluate_point(run, point, folder, config, judges, name=None):
+    """What evaluation.json of a point holds: that on disk where nothing has changed, else answered and scored."""
+    if (stored := stored_result(run, point, folder, config)) is not None:
+        return stored
+    return run.evaluate(point, folder, judges, config.base, say=lambda line: None, point=name)
+
+
+def stored_result(run, point, folder, config):
+    """The evaluation.json of a point that was finished with these settings, or None."""
+    path = folder / "evaluation.json"
+    if config.resume == "never" or not path.is_file():
+        return None
+    stored = read_json(path)
+    now = run.settings(point)
+    systems = ["tuned", "base"][: 1 + config.base]
+    names = None if point.metrics is None else [name.strip() for name in point.metrics.split(",")]
+    same = isinstance(stored, dict) and list(stored.get("systems", ())) == systems
+    same = same and {key: stored["settings"].get(key) for key in now} == now
+    return stored if same and names in (None, stored["settings"]["metrics"]) else None
+
+
+# --- training ---
+
+
+def training_points(config):
+    """([(name, options, TrainConfig)], name of the middle one)."""
+    folder = Path(config.run)
+    stored = {}
+    if (folder / "config.json").is_file():
+        options = read_options(folder)
+        stored = {f.name: getattr(options, f.name) for f in fields(TrainConfig)}
+    lists = {}
+    for text in config.train:
+        name, values = read_axis(text)
+        lists[name] = values
+    fixed = {name: values[0] for name, values in lists.items() if len(values) == 1}
+    lists = {name: values for name, values in lists.items() if len(values) > 1}
+    if not lists:
+        raise ValueError("--train varies nothing: give one option several values, such as learning_rate=1e-4,2e-4")
+    recipe = {} if stored else TrainConfig.recipe(fixed)
+    base = TrainConfig(**recipe | stored | fixed)
+    points, middle = combinations(lists, {name: getattr(base, name) for name in lists}, config.grid)
+    name_of = lambda point: "_".join(
+        f"{name}{'+'.join(v) if isinstance(v, tuple) else written(v)}" for name, v in point.items()
+    )
+    made = []
+    for point in points:
+        run = {"run": str(folder / "sweep" / name_of(point)), "resume": config.resume}
+        made.append((name_of(point), point, base.replace(**point, **run)))
+    return made, name_of(middle)
+
+
+def read_axis(text):
+    """(name, values) of NAME=V1,V2, an option of training."""
+    name, is_given, values = text.partition("=")
+    known = {f.name: f for f in fields(TrainConfig) if f.name not in ("run", "resume")}
+    if not is_given or name not in known:
+        raise ValueError(
+            f"--train {text}: expected NAME=V1,V2 with an option of train.py, such as learning_rate=1e-4,2e-4"
+        )
+    kind, is_list, _ = field_type(TrainConfig, known[name])
+    read = []
+    for value in values.split(","):
+        try:
+            one = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise ValueError(f"--train {text}: {value!r} is no {kind.__name__}, which {name} is") from None
+        one = tuple(value.split("+")) if is_list else one
+        if expected := misfit(TrainConfig, known[name], one):
+            raise ValueError(f"--train {text}: {value!r} is not {expected}")
+        read.append(one)
+    return name, list(dict.fromkeys(read))
+
+
+def train_point(options, folder, config, judges, say):
+    """Train one run, or find it trained, and evaluate it. Returns what evaluation.json holds, or why the training failed."""
+    decoding = {f.name: getattr(config, f.name)[0] for f in AXES}
+    point = evaluate_config(config, folder, decoding)
+    if config.resume == "auto" and (folder / "evaluation.json").is_file() and (folder / "adapter").is_dir():
+        run = Run(point, lambda line: None)
+        if run.options == options.replace(resume="auto"):
+            if (stored := stored_result(run, point, folder, config)) is not None:
+                return stored
+    try:
+        train(options, say)
+    except FloatingPointError as error:  # a rate that is too high: the other points may do well
+        say(f"{folder.name} failed: {error}")
+        return str(error)
+    return evaluate_point(Run(point, say), point, folder, config, judges)
+
+
+# --- the table ---
+
+
+def against(system, middle, resamples):
+    """Each metric that is a mean, compared example by example with the middle point. Returns {name: comparison}."""
+    found = {}
+    for name in system["metrics"]:
+        values = [[example["scores"].get(name) for example in side["examples"]] for side in (system, middle)]
+        if METRICS[name].is_mean and None not in values[0] + values[1]:
+            found[name] = scoring.compare(*(Rows(np.array(side)) for side in values), resamples, seed=0)
+    return found
+
+
+def table(content):
+    """Lines of text: a point a line."""
+    done = [point for point in content["points"] if "metrics" in point]
+    if not done:
+        return ["no point was finished"]
+    names = [name for name in SHOWN if name in done[0]["metrics"]] or list(done[0]["metrics"])
+    rows, tests = [["", *(METRICS[name].label for name in names)]], 0
+    for point in content["points"]:
+        row = [point["name"]]
+        for name in names:
+            entry = point.get("metrics", {}).get(name)
+            test = point.get("against_centre", {}).get(name)
+            tests += test is not None
+            mark = "*" if test and test["p_permutation"] is not None and test["p_permutation"] < 0.05 else " "
+            row.append(
+                "failed " if entry is None else scoring.shown(*(entry[k] for k in ("value", "low", "high"))) + mark
+            )
+        rows.append(row)
+    lines = scoring.columns(rows)
+    n = next(iter(done[0]["metrics"].values()))["n"]
+    return lines + [
+        f"{n} examples; [95 % interval by bootstrap over them]; *: differs from {content['centre']} with p < 0.05 in a paired "
+        f"permutation test; of {tests} such tests, {tests / 20:.0f} would by chance alone"
+    ]
