@@ -76,18 +76,17 @@ class EvaluateConfig(DecodeConfig, GenerateConfig):
 
 def evaluate(config, say=print):
     """Answer or read, score, write evaluation.json and print a table. Returns what evaluation.json holds."""
-    judges = scoring.Judges(config, say)
-    if config.predictions is not None:
-        systems = read_systems(config)
-        settings = {"model": None, "adapter": None, "data": config.references, "decoding": None}
-        result = assess(systems, config, judges, settings | score_settings(config))
-        say("\n".join(scoring.table(result["systems"], result["comparisons"])))
-        if config.out is not None:
-            write_json(config.out, result)
-            say(f"written: {config.out}")
-        return result
-    run = Run(config, say)
-    return run.evaluate(config, run.folder, judges, config.base, config.out, say)
+    if config.run is not None:
+        run = Run(config, say)
+        return run.evaluate(config, run.folder, scoring.Judges(config, say), config.base, config.out, say)
+    systems, judges = read_systems(config), scoring.Judges(config, say)
+    settings = {"model": None, "adapter": None, "data": config.references, "decoding": None}
+    result = assess(systems, config, judges, settings | score_settings(config))
+    say("\n".join(scoring.table(result["systems"], result["comparisons"])))
+    if config.out is not None:
+        write_json(config.out, result)
+        say(f"written: {config.out}")
+    return result
 
 
 def assess(systems, config, judges, settings):
@@ -245,7 +244,9 @@ class Run:
                         found[row] |= {"ended_by": answer.ended_by, "reference_loss": loss}
                         append_line(file, found[row])
                         bar.update()
-                bar.set_postfix(tokens_per_s=f"{tokens / (time.perf_counter() - started):.0f}", refresh=False)
+                seconds = time.perf_counter() - started
+                bar.set_postfix(tokens_per_s=f"{tokens / seconds:.0f}", refresh=False)
+        self.say(f"{file.stem}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")
 
     def reference_losses(self, is_tuned, batch):
         """[nats, tokens] of the held-out answer of each row, end token included as in the held-out loss of training."""
@@ -271,7 +272,8 @@ def read_options(folder):
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; expected a run folder of scripts/train.py")
-    if "model_type" in (stored := read_json(path)):
+    stored = read_json(path)
+    if isinstance(stored, dict) and "model_type" in stored:
         raise ValueError(f"{folder} is the folder of a model; expected a run folder of scripts/train.py")
     stored = from_file(TrainConfig, path)
     return TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})

@@ -57,12 +57,17 @@ class ScoreConfig:
     def __post_init__(self):
         check_types(self)
         positive(self, "resamples", "limit")
-        names = [] if self.metrics is None else [name.strip() for name in self.metrics.split(",")]
-        if unknown := [name for name in names if name not in METRICS]:
+        names = asked_metrics(self)
+        if unknown := [name for name in names or () if name not in METRICS]:
             raise ValueError(f"metrics: there is no {unknown[0]!r}; expected some of {', '.join(METRICS)}")
-        for name in names:
+        for name in names or ():
             if METRICS[name].needs in ("judge", "encoder") and getattr(self, METRICS[name].needs) is None:
                 raise ValueError(f"metrics: {name} needs --{METRICS[name].needs}, {NEEDS[METRICS[name].needs]}")
+
+
+def asked_metrics(config):
+    """The names in --metrics, or None: all that can be computed."""
+    return None if config.metrics is None else list(dict.fromkeys(name.strip() for name in config.metrics.split(",")))
 
 
 NEEDS = {
@@ -74,12 +79,12 @@ NEEDS = {
 
 
 class Judges:
-    """The models that the chosen metrics need, loaded once. A folder or an id that is wrong is said here, before anything runs."""
+    """The models that the chosen metrics need, loaded once. A wrong folder or id is said here, before anything runs."""
 
     def __init__(self, config, say=lambda line: None):
         self.judge = self.encoder = None
-        device, asked = choose_device(config.device), config.metrics and config.metrics.split(",")
-        wanted = lambda kind: asked is None or any(METRICS[name.strip()].needs == kind for name in asked)
+        device, asked = choose_device(config.device), asked_metrics(config) or list(METRICS)
+        wanted = lambda kind: any(METRICS[name].needs == kind for name in asked)
         if config.judge is not None and wanted("judge"):
             folder = hub.resolve(config.judge)
             say(f"judge of perplexity: {config.judge}")
@@ -206,12 +211,9 @@ def choose_metrics(config, judges, systems):
     """Names of METRICS: those asked for, or all that can be computed. systems: lists of records.
 
     Raises ValueError where one is asked for that needs what is not there."""
-    names = list(METRICS) if config.metrics is None else [name.strip() for name in config.metrics.split(",")]
-    has = lambda needs: (
-        getattr(judges, needs) is not None
-        if needs in ("judge", "encoder")
-        else all(record.get(needs) is not None for records in systems for record in records)
-    )
+    names = asked_metrics(config) or list(METRICS)
+    in_records = lambda key: all(record.get(key) is not None for records in systems for record in records)
+    has = lambda key: getattr(judges, key) is not None if key in ("judge", "encoder") else in_records(key)
     lacking = [name for name in names if METRICS[name].needs and not has(METRICS[name].needs)]
     if lacking and config.metrics is not None:
         raise ValueError(f"metrics: {lacking[0]} needs {NEEDS[METRICS[lacking[0]].needs]}")
@@ -261,8 +263,8 @@ def measure(rows, resamples, seed):
 
 
 def compare(ours, theirs, resamples, seed):
-    """{"difference", "low", "high", "p_bootstrap", "p_permutation", "n", "note"} of ours minus theirs, two Rows of one metric, over
-    the examples that count in both."""
+    """{"difference", "low", "high", "p_bootstrap", "p_permutation", "n", "note"} of ours minus theirs, two Rows of one
+    metric, over the examples that count in both."""
     kept = np.ones(len(ours.rows), bool)
     for side in (ours, theirs):
         kept &= True if side.kept is None else side.kept

@@ -31,6 +31,7 @@ FIXED = (
     "eos_ids",
 )  # options of decoding that no axis is made of
 AXES = [f for f in fields(GenerateConfig) if f.name not in FIXED]
+AXES.sort(key=lambda f: list(STUDY).index(f.name) if f.name in STUDY else len(STUDY))  # the study's first
 Grid = make_dataclass(  # generate's options, with a list in place of each value
     "Grid",
     [(f.name, tuple[f.type, ...], arg((CENTRE.get(f.name, f.default),), **f.metadata)) for f in AXES],
@@ -87,10 +88,10 @@ class SweepConfig(DecodeConfig, Grid):
 
 def sweep(config, say=print):
     """Do every point of the grid that is not done yet. Returns what sweep.json holds."""
-    judges = scoring.Judges(config, say)
     points, centre = (training_points if config.train else decoding_points)(config)
     folder = Path(config.run) / "sweep"
     run = None if config.train else Run(config, say)
+    judges = scoring.Judges(config, say)
     found, results = [], {}
     for number, (name, options, point) in enumerate(points, 1):
         say(f"== {name}, point {number} of {len(points)} ==")
@@ -108,11 +109,38 @@ def sweep(config, say=print):
         if entry["name"] in results and centre in results and entry["name"] != centre:
             entry["against_centre"] = against(results[entry["name"]], results[centre], config.resamples)
     content = {"format": 1, "date": date.today().isoformat(), "run": str(config.run), "grid": config.grid}
-    content |= {"kind": "training" if config.train else "decoding", "centre": centre, "points": found}
+    content |= {"kind": "training" if config.train else "decoding", "centre": centre}
+    content["points"] = found + earlier_points(folder, content["kind"], found)
     write_json(folder / "sweep.json", content)
     say("\n".join(table(content)))
     say(f"written: {folder / 'sweep.json'}")
     return content
+
+
+def earlier_points(folder, kind, found):
+    """Points of a sweep before this one that differ from ours in what was varied only: they stay in sweep.json."""
+    path = folder / "sweep.json"
+    stored = read_json(path) if path.is_file() else {}
+    if stored.get("kind") != kind or not found:
+        return []
+    names, kept = {entry["name"] for entry in found}, []
+    settings = lambda entry: read_json(folder / entry["folder"] / "evaluation.json")["settings"]
+    for entry in stored["points"]:
+        if (
+            entry["name"] in names
+            or "metrics" not in entry
+            or not (folder / entry["folder"] / "evaluation.json").is_file()
+        ):
+            continue
+        theirs, ours = settings(entry), settings(next(e for e in found if "metrics" in e))
+        varied = {*entry["options"], *found[0]["options"]}
+        for side in (theirs, ours):
+            side["decoding"] = {name: value for name, value in side["decoding"].items() if name not in varied}
+            side["adapter"] = side["metrics"] = None
+            if kind == "training":
+                side["facts"] = None
+        kept += [entry] if theirs == ours else []
+    return kept
 
 
 def combinations(lists, defaults, grid):
@@ -165,7 +193,7 @@ def stored_result(run, point, folder, config):
     stored = read_json(path)
     now = run.settings(point)
     systems = ["tuned", "base"][: 1 + config.base]
-    names = None if point.metrics is None else [name.strip() for name in point.metrics.split(",")]
+    names = scoring.asked_metrics(point)
     same = isinstance(stored, dict) and list(stored.get("systems", ())) == systems
     same = same and {key: stored["settings"].get(key) for key in now} == now
     return stored if same and names in (None, stored["settings"]["metrics"]) else None
@@ -259,7 +287,8 @@ def table(content):
     done = [point for point in content["points"] if "metrics" in point]
     if not done:
         return ["no point was finished"]
-    names = [name for name in SHOWN if name in done[0]["metrics"]] or list(done[0]["metrics"])
+    shown = (*SHOWN, "reference_perplexity") if content["kind"] == "training" else SHOWN  # decoding does not change it
+    names = [name for name in shown if name in done[0]["metrics"]] or list(done[0]["metrics"])
     rows, tests = [["", *(METRICS[name].label for name in names)]], 0
     for point in content["points"]:
         row = [point["name"]]

@@ -1,0 +1,454 @@
+"""scripts/evaluate.py on an embedded model and on files: scores of the pure functions, answers that survive a kill, errors."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minitune import data, hub, lora, scoring
+from minitune import evaluate as module
+from minitune.checkpoint import load_model
+from minitune.config import TrainConfig, parse
+from minitune.evaluate import EvaluateConfig, Run, evaluate, read_options
+from minitune.files import read_json, write_json
+from minitune.generate import GenerateConfig, generate
+from minitune.metrics.bleu import corpus_bleu, sentence_bleu
+from minitune.metrics.chrf import corpus_chrf, segment_chrf
+from minitune.metrics.exact_match import exact_match
+from minitune.metrics.perplexity import judge_perplexity
+from minitune.metrics.rouge import rouge_l, rouge_lsum, rouge_n
+from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
+from minitune.metrics.token_f1 import token_f1
+from minitune.run_folder import read_lines
+from minitune.tokenizer import load_tokenizer
+from minitune.train import held_out_loss, train
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = lambda line: None
+ROWS = 14
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of a few steps on the embedded rows, with some of the held-out ones."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_json(folder / "test.json", json.loads(hub.embedded_rows("test").read_text())[:ROWS])
+    argv = ["--run", str(folder / "run"), "--max-steps", "8", "--samples", "0", "--data", "embedded"]
+    return train(parse(TrainConfig, [*argv, "--test-data", str(folder / "test.json")]), say=QUIET)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of it that a test may write into."""
+    return shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("generations", "evaluation.json"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained):
+    return evaluate(EvaluateConfig(run=str(trained), max_new_tokens=12, resamples=400), QUIET)
+
+
+def script(*argv):
+    return [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, argv)]
+
+
+def answers_file(run, system="tiny-mistral-finetuned", point="topk50_nb1_t1"):
+    return Path(run) / "generations" / f"{system}_{point}.jsonl"
+
+
+# --- numbers ---
+
+
+def test_scores_are_those_of_the_pure_functions(evaluated):
+    examples = evaluated["systems"]["tuned"]["examples"]
+    references, answers = [e["reference"] for e in examples], [e["answer"] for e in examples]
+    each = lambda function: [function(r, a) for r, a in zip(references, answers, strict=True)]
+    expected = {
+        "bleu": np.mean(each(sentence_bleu)),
+        "corpus_bleu": corpus_bleu(references, answers),
+        "chrf": corpus_chrf(references, answers),
+        "rouge_1": np.mean(each(lambda r, a: rouge_n(r, a, 1)[2])),
+        "rouge_2": np.mean(each(lambda r, a: rouge_n(r, a, 2)[2])),
+        "rouge_l": np.mean(each(lambda r, a: rouge_l(r, a)[2])),
+        "rouge_lsum": np.mean(each(lambda r, a: rouge_lsum(r, a)[2])),
+        "exact_match": exact_match(references, answers),
+        "token_f1": np.mean(each(token_f1)),
+        "length_ratio": sum(len(a.split()) for a in answers) / sum(len(r.split()) for r in references),
+        "ended": sum(e["ended_by"] == "eos" for e in examples) / len(examples),
+    }
+    found = evaluated["systems"]["tuned"]["metrics"]
+    assert set(found) == {*expected, "reference_perplexity"} and len(examples) == ROWS
+    for name, value in expected.items():
+        assert found[name]["value"] == pytest.approx(value, abs=1e-12), name
+        assert found[name]["n"] == ROWS
+    for e in examples:
+        assert e["scores"]["bleu"] == sentence_bleu(e["reference"], e["answer"])
+        assert e["scores"]["chrf"] == pytest.approx(segment_chrf(e["reference"], e["answer"]), abs=1e-12)
+
+
+def test_intervals_and_tests_are_those_of_significance(evaluated):
+    scores = {key: [e["scores"]["rouge_1"] for e in s["examples"]] for key, s in evaluated["systems"].items()}
+    found = evaluated["systems"]["tuned"]["metrics"]["rouge_1"]
+    expected = bootstrap_interval(scores["tuned"], resamples=400, seed=0)
+    assert (found["low"], found["high"]) == (expected.low, expected.high)
+    compared = evaluated["comparisons"]["rouge_1"]
+    drawn = paired_bootstrap(scores["tuned"], scores["base"], resamples=400, seed=0)
+    turned = paired_permutation(scores["tuned"], scores["base"], resamples=400, seed=0)
+    assert (compared["difference"], compared["low"], compared["high"]) == drawn[:3]
+    assert (compared["p_bootstrap"], compared["p_permutation"]) == (drawn.p_value, turned.p_value)
+    assert set(compared) == {"difference", "low", "high", "p_bootstrap", "p_permutation", "n", "note"}
+
+
+def test_the_perplexity_of_references_is_that_of_the_held_out_loss(trained, evaluated):
+    options = read_options(trained)
+    folder = hub.resolve(options.model)
+    [test] = data.load_for(options, load_tokenizer(folder), ("test",))
+    for key, adapter in (("tuned", trained / "adapter"), ("base", None)):
+        loss = held_out_loss(load_model(folder, adapter=adapter), test.examples, 4, 0)
+        # the two sum fp32 losses in another order
+        found = evaluated["systems"][key]["metrics"]["reference_perplexity"]["value"]
+        assert found == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 5}], ids=str)
+def test_answers_are_those_of_the_model_with_and_without_its_adapter(run, options):
+    result = evaluate(EvaluateConfig(run=str(run), max_new_tokens=8, limit=6, resamples=10, **options), QUIET)
+    folder = hub.resolve("tiny-mistral")
+    tokenizer = load_tokenizer(folder)
+    [test] = data.load_for(read_options(run), tokenizer, ("test",))
+    prompts = [e.ids[: e.prompt_length] for e in test.examples[:6]]
+    decoding = GenerateConfig(max_new_tokens=8, eos_ids=tuple(tokenizer.eos_ids), **options)
+    for key, adapter in (("tuned", run / "adapter"), ("base", None)):
+        expected = generate(load_model(folder, adapter=adapter), prompts, decoding)
+        assert [e["answer"] for e in result["systems"][key]["examples"]] == [tokenizer.decode(ids) for ids in expected]
+    assert result["systems"]["tuned"]["examples"] != result["systems"]["base"]["examples"]
+
+
+def test_an_adapter_that_is_switched_off_leaves_the_base_and_comes_back(trained):
+    folder, ids = hub.resolve("tiny-mistral"), torch.arange(1, 20)[None]
+    base, model = load_model(folder), load_model(folder, adapter=trained / "adapter")
+    with torch.no_grad():
+        tuned = model(ids)
+        with pytest.raises(KeyboardInterrupt), lora.switched_off(model):
+            assert torch.equal(model(ids), base(ids)) and not torch.equal(model(ids), tuned)
+            raise KeyboardInterrupt
+        assert torch.equal(model(ids), tuned)
+
+
+def test_a_held_out_part_alone_is_the_one_of_both(trained):
+    options = read_options(trained).replace(test_data=None, test_size=9, data=str(hub.embedded_rows("train")))
+    tokenizer = load_tokenizer(hub.resolve("tiny-mistral"))
+    [test] = data.load_for(options, tokenizer, ("test",))
+    assert test == data.load_for(options, tokenizer)[1] and len(test) == 9
+
+
+def test_the_judge_and_the_encoder_give_their_metrics(run, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="it writes the encoder")
+    torch.manual_seed(0)
+    texts = [row["output"] for row in json.loads(hub.embedded_rows("train").read_text())]
+    words = sorted({word for text in texts for word in text.lower().split()})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = transformers.BertModel(transformers.BertConfig(vocab_size=len(vocabulary), **sizes))
+    encoder.save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    options = {"judge": "tiny-llama", "encoder": str(tmp_path / "bert"), "encoder_layer": 2}
+    config = EvaluateConfig(run=str(run), max_new_tokens=8, resamples=10, **options)
+    result = evaluate(config, QUIET)["systems"]["tuned"]
+    from minitune.checkpoint import load_encoder
+    from minitune.metrics.bertscore import bert_score
+
+    references, answers = zip(*((e["reference"], e["answer"]) for e in result["examples"]), strict=True)
+    judged = judge_perplexity(load_model("tiny-llama"), load_tokenizer(hub.resolve("tiny-llama")), answers)
+    assert result["metrics"]["perplexity"]["value"] == pytest.approx(judged["mean_perplexity"], rel=1e-6)
+    assert result["metrics"]["perplexity_tokens"]["value"] == pytest.approx(judged["token_perplexity"], rel=1e-6)
+    f1 = bert_score(references, answers, load_encoder(tmp_path / "bert"), load_tokenizer(tmp_path / "bert"), 2)[2]
+    assert result["metrics"]["bertscore"]["value"] == pytest.approx(f1.double().mean().item(), abs=1e-12)
+    scores = read_json(run / "generations" / "tiny-mistral-finetuned_topk50_nb1_t1_score.json")
+    assert scores["Perplexity"] == result["metrics"]["perplexity"]["value"]
+    assert scores["BERTScore"] == result["metrics"]["bertscore"]["value"]
+
+
+def test_an_empty_answer_counts_as_0_in_the_perplexity_of_the_study_and_is_said(tmp_path):
+    write_json(tmp_path / "a.json", ["", "a red hat"])
+    write_json(tmp_path / "r.json", ["a hat", "a red hat"])
+    files = {"predictions": str(tmp_path / "a.json"), "references": str(tmp_path / "r.json")}
+    metrics = evaluate(EvaluateConfig(**files, judge="tiny-llama"), QUIET)["systems"]["predictions"]["metrics"]
+    one = judge_perplexity(load_model("tiny-llama"), load_tokenizer(hub.resolve("tiny-llama")), ["a red hat"])
+    assert metrics["perplexity"]["value"] == pytest.approx(one["mean_perplexity"] / 2)
+    assert "count as 0" in metrics["perplexity"]["note"]
+    assert metrics["perplexity_tokens"]["n"] == 1 and "left out" in metrics["perplexity_tokens"]["note"]
+
+
+# --- files that are written ---
+
+
+def test_the_files_have_the_names_and_keys_of_the_study(evaluated, trained, data_dir):
+    study = data_dir / "seed_results/data/section_3"
+    generations = trained / "generations"
+    for key, name in (("tuned", "tiny-mistral-finetuned"), ("base", "tiny-mistral")):
+        assert evaluated["systems"][key]["name"] == name
+        answers = [e["answer"] for e in evaluated["systems"][key]["examples"]]
+        assert read_json(generations / f"{name}_topk50_nb1_t1.json") == answers
+        scores = read_json(generations / f"{name}_topk50_nb1_t1_score.json")
+        assert list(scores) == list(read_json(study / "phi-2-finetuned_topk50_nb5_t1_score.json"))
+        assert scores["BLEU"] == evaluated["systems"][key]["metrics"]["bleu"]["value"] and scores["BERTScore"] is None
+    assert read_json(trained / "evaluation.json") == evaluated
+    assert json.loads((trained / "evaluation.json").read_text(), parse_constant=pytest.fail) == evaluated
+
+
+def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run, tmp_path):
+    """min-new-tokens makes every answer as long, so that there is time to kill."""
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "batch_size": 2, "resamples": 50}
+    whole = shutil.copytree(run, tmp_path / "whole")
+    theirs = evaluate(EvaluateConfig(run=str(whole), do_sample=True, **options), QUIET)
+    argv = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
+    process = subprocess.Popen(script("--run", run, "--do-sample", *argv), stdout=subprocess.DEVNULL)
+    file = answers_file(run)
+    deadline = time.monotonic() + 60
+    while not file.exists() or len(file.read_bytes().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = file.read_bytes()
+    assert 4 <= len(before.splitlines()) < 1 + ROWS and not (run / "evaluation.json").exists()
+    ours = evaluate(EvaluateConfig(run=str(run), do_sample=True, **options), QUIET)
+    assert file.read_bytes().startswith(before)
+    for path in sorted((whole / "generations").iterdir()):
+        assert (run / "generations" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert ours["systems"] == theirs["systems"] and ours["comparisons"] == theirs["comparisons"]
+
+
+def test_finished_answers_are_not_decoded_again_and_no_model_loads(run, monkeypatch):
+    config = EvaluateConfig(run=str(run), max_new_tokens=6, resamples=20)
+    first = evaluate(config, QUIET)
+    monkeypatch.setattr(module, "Answerer", lambda *args: pytest.fail("the model was loaded"))
+    assert evaluate(config, QUIET) == first
+    assert evaluate(replace(config, metrics="bleu"), QUIET)["settings"]["metrics"] == ["bleu"]
+
+
+def test_one_seed_gives_one_file_and_another_seed_other_answers(run):
+    config = EvaluateConfig(run=str(run), max_new_tokens=6, do_sample=True, seed=3, resamples=50, base=False, limit=8)
+    first = evaluate(config, QUIET)
+    assert evaluate(replace(config, resume="never", batch_size=3), QUIET) == first
+    other = evaluate(replace(config, resume="never", seed=4), QUIET)
+    assert [e["answer"] for e in other["systems"]["tuned"]["examples"]] != [
+        e["answer"] for e in first["systems"]["tuned"]["examples"]
+    ]
+
+
+def test_more_rows_go_on_from_fewer(run):
+    config = EvaluateConfig(run=str(run), max_new_tokens=6, resamples=20, base=False, limit=3)
+    evaluate(config, QUIET)
+    few = answers_file(run).read_bytes()
+    evaluate(replace(config, limit=None), QUIET)
+    assert answers_file(run).read_bytes().startswith(few)
+    assert [record["row"] for record in read_lines(answers_file(run))[1:]] == list(range(ROWS))
+    assert len(evaluate(config, QUIET)["systems"]["tuned"]["examples"]) == 3
+
+
+def test_other_settings_are_refused_by_name_and_resume_never_answers_again(run):
+    config = EvaluateConfig(run=str(run), max_new_tokens=6, resamples=20, base=False, limit=3)
+    evaluate(config, QUIET)
+    with pytest.raises(ValueError, match=r"other settings: max_new_tokens 6 -> 7. Use --resume never"):
+        evaluate(replace(config, max_new_tokens=7), QUIET)
+    evaluate(replace(config, max_new_tokens=7, resume="never"), QUIET)
+    evaluate(replace(config, max_new_tokens=7, top_p=0.5), QUIET)  # which greedy decoding does not read
+    shutil.rmtree(run / "adapter")
+    train(read_options(run).replace(max_steps=9, run=str(run), resume="never"), QUIET)
+    with pytest.raises(ValueError, match="adapter .sha256. .* -> "):
+        evaluate(replace(config, max_new_tokens=7), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'{"row": 0, "answer": "a", "tokens": 1, "ended_by": "eos", "reference_loss": [1.0, 2]}\n' * 2,
+            "line 3 is no",
+        ),
+        (b'{"row": 99, "answer": "a", "tokens": 1, "ended_by": "eos", "reference_loss": [1.0, 2]}\n', "line 2 is no"),
+        (b'{"row": 0}\n', "line 2 is no answer"),
+        (b"[1]\n", "line 2 is no answer"),
+        (b'{"row": \n[1]\n', "line 2 is not JSON"),
+    ],
+)
+def test_a_damaged_file_of_answers_is_said_with_its_line(run, content, message):
+    config = EvaluateConfig(run=str(run), max_new_tokens=6, resamples=20, base=False, limit=3)
+    evaluate(config, QUIET)
+    head = answers_file(run).read_bytes().splitlines(keepends=True)[0]
+    answers_file(run).write_bytes(head + content)
+    with pytest.raises(ValueError, match=message):
+        evaluate(config, QUIET)
+
+
+def test_a_torn_last_line_is_answered_again(run):
+    config = EvaluateConfig(run=str(run), max_new_tokens=6, resamples=20, base=False, limit=5)
+    evaluate(config, QUIET)
+    whole = answers_file(run).read_bytes()
+    for length in (len(whole) - 30, len(whole) - 1):
+        answers_file(run).write_bytes(whole[:length])
+        evaluate(config, QUIET)
+        assert answers_file(run).read_bytes() == whole
+
+
+# --- runs that are not as they should be ---
+
+
+def test_a_run_that_did_not_end_is_evaluated_at_its_best_and_says_so(run):
+    shutil.rmtree(run / "adapter")
+    said = []
+    assert Run(EvaluateConfig(run=str(run)), said.append).adapter == run / "best" and "did not end" in said[0]
+    shutil.rmtree(run / "best"), shutil.rmtree(run / "last")
+    with pytest.raises(ValueError, match="no adapter/, best/ or last/ with weights; train it first"):
+        Run(EvaluateConfig(run=str(run)), QUIET)
+
+
+def test_a_run_without_questions_is_refused(run, tmp_path):
+    options = read_json(run / "config.json")
+    write_json(run / "config.json", options | {"test_data": None, "test_size": 0})
+    with pytest.raises(ValueError, match="no held-out rows"):
+        Run(EvaluateConfig(run=str(run)), QUIET)
+    write_json(tmp_path / "text.json", [{"text": "a story"}])
+    write_json(run / "config.json", options | {"test_data": str(tmp_path / "text.json")})
+    with pytest.raises(ValueError, match="there is nothing to answer"):
+        Run(EvaluateConfig(run=str(run)), QUIET)
+    with pytest.raises(ValueError, match="has no config.json; expected a run folder"):
+        Run(EvaluateConfig(run=str(tmp_path)), QUIET)
+    with pytest.raises(ValueError, match="is the folder of a model"):
+        Run(EvaluateConfig(run=str(hub.resolve("tiny-mistral"))), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of --run DIR and --predictions FILE"),
+        ({"run": "a", "predictions": "b", "references": "c"}, "give one of"),
+        ({"predictions": "b"}, "belong together"),
+        ({"run": "a", "other": "b"}, "--other FILE is compared with"),
+        ({"predictions": "b", "references": "c", "num_beams": 2}, "num_beams is about decoding"),
+        ({"run": "a", "metrics": "bleu,blue"}, "there is no 'blue'; expected some of bleu, corpus_bleu"),
+        ({"run": "a", "metrics": "perplexity"}, "perplexity needs --judge, a GPT-2"),
+        ({"run": "a", "metrics": "bertscore"}, "bertscore needs --encoder, a RoBERTa or BERT"),
+        ({"run": "a", "num_return_sequences": 2, "num_beams": 2}, "one answer a question"),
+        ({"run": "a", "limit": 0}, "limit is 0, expected a number above 0"),
+        ({"run": "a", "temperature": -1.0}, "temperature is -1.0"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_anything_is_read(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig(**options)
+
+
+def test_a_judge_or_an_encoder_that_is_not_there_is_said_before_anything_is_decoded(run, monkeypatch):
+    monkeypatch.setattr(module, "decode", lambda *args: pytest.fail("decoded"))
+    for options in ({"judge": "/nowhere"}, {"encoder": "/nowhere"}):
+        with pytest.raises(ValueError, match="the folder /nowhere does not exist; expected"):
+            evaluate(EvaluateConfig(run=str(run), **options), QUIET)
+
+
+# --- files that are read ---
+
+REFERENCES = ["a red hat", "", "naïve 猫 answer", "two words"]
+ANSWERS = ["a red cat", "x", "naïve 猫 answer", ""]
+KINDS = {
+    "a.txt": "a red cat\nx\nnaïve 猫 answer\n\n",
+    "a.json": json.dumps(ANSWERS),
+    "rows.json": json.dumps([{"instruction": "q", "input": "i", "output": text} for text in ANSWERS]),
+    "a.jsonl": "".join(json.dumps(text) + "\n" for text in ANSWERS),
+    "g.jsonl": '{"settings": {}}\n'
+    + "".join(json.dumps({"row": i, "answer": text, "ended_by": "eos"}) + "\n" for i, text in enumerate(ANSWERS)),
+    "both.jsonl": "".join(json.dumps({"output": "no", "answer": text}) + "\n" for text in ANSWERS),
+    "a.csv": 'output,other\na red cat,1\nx,2\nnaïve 猫 answer,3\n"",4\n',
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_scores_as_its_texts(name, tmp_path):
+    (tmp_path / name).write_text(KINDS[name])
+    write_json(tmp_path / "r.json", REFERENCES)
+    files = {"predictions": str(tmp_path / name), "references": str(tmp_path / "r.json")}
+    result = evaluate(EvaluateConfig(**files, resamples=20, out=str(tmp_path / "out.json")), QUIET)
+    system = result["systems"]["predictions"]
+    assert [e["answer"] for e in system["examples"]] == ANSWERS and result["comparisons"] == {}
+    bleu = np.mean([sentence_bleu(r, a) for r, a in zip(REFERENCES, ANSWERS, strict=True)])
+    assert system["metrics"]["bleu"]["value"] == pytest.approx(bleu, abs=1e-12)
+    assert ("ended" in system["metrics"]) == (name == "g.jsonl") and "reference_perplexity" not in system["metrics"]
+    assert read_json(tmp_path / "out.json") == result
+
+
+def test_two_files_are_compared_example_by_example(data_dir):
+    study = data_dir / "seed_results/data/section_2"
+    files = [study / f"{model}-finetuned_topk50_nb5_t1.json" for model in ("phi-2", "Mistral-7B", "Llama-2-7b-hf")]
+    options = dict(zip(("predictions", "other", "references"), map(str, files), strict=True))
+    result = evaluate(EvaluateConfig(**options, metrics="rouge_l", resamples=100), QUIET)
+    assert list(result["systems"]) == ["predictions", "other"]
+    values = [result["systems"][key]["metrics"]["rouge_l"]["value"] for key in ("predictions", "other")]
+    assert result["comparisons"]["rouge_l"]["difference"] == pytest.approx(values[0] - values[1])
+    same = evaluate(EvaluateConfig(**options | {"other": options["predictions"]}, metrics="bleu", resamples=50), QUIET)
+    assert same["comparisons"]["bleu"]["p_permutation"] == 1 and same["comparisons"]["bleu"]["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", '["a", "b"]', "p.json has 2 answers and .*r.json has 4 references, expected as many"),
+        ("p.json", '["a", "b", NaN, "d"]', "p.json, row 2 is a float, expected a text or an object: NaN"),
+        ("p.json", '["a", "b", null, "d"]', "p.json, row 2 is a NoneType"),
+        ("p.json", '[{"answer": "a"}, {"question": "b"}]', "p.json, row 1 has none of answer, output, .*question"),
+        ("p.json", '[{"answer": "a"}, {"answer": NaN}]', "p.json, row 1: answer is NaN, expected a text"),
+        ("p.json", '[{"answer": null}]', "p.json, row 0: answer is null, expected a text"),
+        ("p.json", "[]", "p.json has no rows"),
+        ("p.json", "", "p.json is empty"),
+        ("p.txt", "\n", "p.txt is empty"),
+        ("p.json", "{not json", "p.json is not JSON: line 1"),
+        ("p.json", '{"a": 1}', "p.json holds a dict, expected a list"),
+        ("p.jsonl", '"a"\n{"answer": \n', "p.jsonl, line 2 is not a JSON object"),
+        ("p.jsonl", '{"settings": {}}\n', "p.jsonl has no answers"),
+        ("p.png", "x", "p.png is a .png file"),
+        ("p.json", None, "p.json does not exist"),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_the_file_and_the_row(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    write_json(tmp_path / "r.json", REFERENCES)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(EvaluateConfig(predictions=str(tmp_path / name), references=str(tmp_path / "r.json")), QUIET)
+    assert "\n" not in str(error.value)
+
+
+def test_metrics_that_files_cannot_give_are_refused_by_name(tmp_path):
+    write_json(tmp_path / "r.json", REFERENCES)
+    for name, why in (("ended", "how each answer ended"), ("reference_perplexity", "--run only")):
+        with pytest.raises(ValueError, match=f"{name} needs .*{why}"):
+            files = {"predictions": str(tmp_path / "r.json"), "references": str(tmp_path / "r.json")}
+            evaluate(EvaluateConfig(**files, metrics=name), QUIET)
+
+
+def test_the_script_ends_with_2_and_one_line_on_bad_input(tmp_path):
+    write_json(tmp_path / "r.json", REFERENCES)
+    (tmp_path / "bad.json").write_text('["a", 1]')
+    files = ("--predictions", tmp_path / "bad.json", "--references", tmp_path / "r.json")
+    bad = subprocess.run(script(*files), capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "bad.json, row 1" in bad.stderr
+
+
+def test_the_table_has_a_line_for_each_metric_with_intervals_and_p(evaluated):
+    lines = scoring.table(evaluated["systems"], evaluated["comparisons"])
+    assert all(name in lines[0] for name in ("tiny-mistral-finetuned", "tiny-mistral", "difference", "p"))
+    [line] = [line for line in lines if line.startswith("ROUGE-1")]
+    metric, compared = (evaluated["systems"]["tuned"]["metrics"]["rouge_1"], evaluated["comparisons"]["rouge_1"])
+    assert f"{metric['value']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]" in line
+    assert line.endswith(f"{compared['p_permutation']:.4f}") and f"{compared['difference']:+.4f}" in line
+    assert any("all 14 examples agree" in line for line in lines)  # why a line has no interval

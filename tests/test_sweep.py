@@ -1,0 +1,290 @@
+"""scripts/sweep.py on an embedded model: the study's points, one load, nothing done twice, training points, errors."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minitune import evaluate as evaluating
+from minitune import hub
+from minitune import sweep as module
+from minitune.checkpoint import load_model
+from minitune.config import TrainConfig, parse
+from minitune.evaluate import EvaluateConfig, evaluate
+from minitune.files import read_json, write_json
+from minitune.generate import GenerateConfig, generate
+from minitune.metrics.significance import paired_permutation
+from minitune.sweep import STUDY, SweepConfig, decoding_points, sweep, table
+from minitune.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = lambda line: None
+ROWS = 6
+SHORT = {"max_new_tokens": (5,), "resamples": 50}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of a few steps on the embedded rows, with some of the held-out ones."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_json(folder / "test.json", read_json(hub.embedded_rows("test"))[:ROWS])
+    argv = ["--run", str(folder / "run"), "--max-steps", "6", "--samples", "0", "--data", "embedded"]
+    return train(parse(TrainConfig, [*argv, "--test-data", str(folder / "test.json")]), say=QUIET)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The decoding options of every batch that goes through the model, and how often a model was loaded."""
+    seen, decode, answerer = [], evaluating.decode, evaluating.Answerer
+    monkeypatch.setattr(evaluating, "decode", lambda m, p, config, t: seen.append(config) or decode(m, p, config, t))
+    monkeypatch.setattr(evaluating, "Answerer", lambda *args: seen.append("load") or answerer(*args))
+    return seen
+
+
+def names(config):
+    return [name for name, _, _ in decoding_points(config)[0]]
+
+
+def files(folder):
+    """{path: bytes} of the answers and scores of all points."""
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("sweep/*/generations/*"))}
+
+
+# --- the grid ---
+
+
+def test_the_grid_of_the_study_has_the_points_of_its_files(data_dir):
+    study = data_dir / "seed_results/data/section_3"
+    for model in ("Mistral-7B", "phi-2", "Llama-2-7b-hf"):
+        theirs = {p.name for p in study.glob(f"{model}-finetuned_*_score.json")}
+        assert theirs == {f"{model}-finetuned_{name}_score.json" for name in names(SweepConfig(run="x", study=True))}
+
+
+def test_the_lists_of_the_study_are_the_study():
+    points = decoding_points(SweepConfig(run="x", study=True))
+    assert len(points[0]) == 11 and points[1] == "topk50_nb5_t1"
+    assert points == decoding_points(SweepConfig(run="x", **STUDY))
+    for _, _, options in points[0]:
+        assert options.do_sample and options.max_new_tokens == 128 and options.samples == (options.temperature > 0)
+
+
+def test_axes_go_through_the_default_or_else_the_first_of_a_list():
+    assert names(SweepConfig(run="x", num_beams=(1, 2), top_k=(30, 50))) == [
+        "topk30_nb1_t1", "topk50_nb1_t1", "topk50_nb2_t1",
+    ]  # fmt: skip
+    assert names(SweepConfig(run="x", num_beams=(1,), top_p=(0.5, 0.9, 0.5))) == [
+        "topk50_nb1_t1_topp0.5", "topk50_nb1_t1_topp0.9",
+    ]  # fmt: skip
+
+
+def test_a_full_grid_has_every_combination():
+    found = names(SweepConfig(run="x", grid="full", num_beams=(1, 2), top_k=(30, 50), early_stopping=("no", "yes")))
+    assert len(found) == len(set(found)) == 8 and "topk30_nb2_t1_earlystoppingyes" in found
+
+
+def test_decodings_with_one_meaning_have_the_same_answers():
+    greedy = GenerateConfig(max_new_tokens=5)
+    assert replace(greedy, top_k=3, temperature=0.5, seed=4, length_penalty=2.0).meaning() == greedy.meaning()
+    assert replace(greedy, do_sample=True, temperature=0.0).meaning() == greedy.meaning()
+    drawn = replace(greedy, do_sample=True)
+    assert drawn.meaning() != greedy.meaning() and replace(drawn, top_k=3).meaning() != drawn.meaning()
+    assert replace(greedy, num_beams=2, length_penalty=2.0).meaning() != replace(greedy, num_beams=2).meaning()
+    model, prompts = load_model("tiny-mistral"), [[1, 5, 9], [1, 7]]
+    for config in (replace(drawn, num_beams=2, temperature=0.0, top_k=3), replace(drawn, length_penalty=2.0, top_k=9)):
+        assert config.meaning() != config
+        assert generate(model, prompts, config.meaning()) == generate(model, prompts, config)
+
+
+# --- points ---
+
+
+def test_every_point_is_what_evaluate_gives_for_its_options(run, tmp_path):
+    result = sweep(SweepConfig(run=str(run), num_beams=(2, 3), temperature=(0.7, 1.0), **SHORT), QUIET)
+    assert [point["name"] for point in result["points"]] == ["topk50_nb2_t1", "topk50_nb3_t1", "topk50_nb2_t0.7"]
+    assert read_json(run / "sweep" / "sweep.json") == result
+    for point in result["points"]:
+        folder = run / "sweep" / point["folder"]
+        options = {
+            "max_new_tokens": 5,
+            "resamples": 50,
+            "base": False,
+            "do_sample": True,
+            "out": str(tmp_path / "e.json"),
+        }
+        expected = evaluate(EvaluateConfig(run=str(run), **options, **point["options"]), QUIET)
+        assert read_json(folder / "evaluation.json") == expected
+        assert point["metrics"] == expected["systems"]["tuned"]["metrics"]
+        name = f"tiny-mistral-finetuned_{point['name']}"
+        assert (folder / "generations" / f"{name}_score.json").is_file()
+        answers = [example["answer"] for example in expected["systems"]["tuned"]["examples"]]
+        assert read_json(folder / "generations" / f"{name}.json") == answers
+
+
+def test_one_load_serves_all_points_and_equal_decodings_are_decoded_once(run, decoded):
+    config = SweepConfig(
+        run=str(run), top_k=(30, 50, 80), temperature=(0.5, 1.0), num_beams=(1, 2), do_sample=False, **SHORT
+    )
+    sweep(config, QUIET)
+    assert decoded[0] == "load" and [config.num_beams for config in decoded[1:]] == [1, 2]
+    lines = [path.read_bytes() for path in run.glob("sweep/*nb1*/generations/*.jsonl")]
+    assert len(lines) == 4 and len(set(lines)) == 1
+
+
+def test_the_base_answers_beside_every_point_where_asked(run):
+    sweep(SweepConfig(run=str(run), top_k=(30, 50), num_beams=(1,), base=True, **SHORT), QUIET)
+    point = read_json(run / "sweep" / "topk30_nb1_t1" / "evaluation.json")
+    assert list(point["systems"]) == ["tuned", "base"] and point["comparisons"]["bleu"]["n"] == ROWS
+
+
+def test_a_second_sweep_does_nothing_again_and_keeps_the_points_of_the_first(run, decoded):
+    first = sweep(SweepConfig(run=str(run), top_k=(30, 50), num_beams=(1,), **SHORT), QUIET)
+    before, loads = files(run), len(decoded)
+    assert sweep(SweepConfig(run=str(run), top_k=(30, 50), num_beams=(1,), **SHORT), QUIET) == first
+    assert files(run) == before and len(decoded) == loads
+    second = sweep(SweepConfig(run=str(run), temperature=(0.5, 1.0), num_beams=(1,), **SHORT), QUIET)
+    assert {p["name"] for p in second["points"]} == {"topk30_nb1_t1", "topk50_nb1_t1", "topk50_nb1_t0.5"}
+    other = sweep(SweepConfig(run=str(run), num_beams=(2, 3), max_new_tokens=(4,), resamples=50), QUIET)
+    assert {p["name"] for p in other["points"]} == {"topk50_nb2_t1", "topk50_nb3_t1"}  # answers of another length
+
+
+def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run, tmp_path):
+    options = {
+        "max_new_tokens": (30,),
+        "min_new_tokens": (30,),
+        "num_beams": (2, 3, 4),
+        "resamples": 50,
+        "batch_size": 1,
+    }
+    whole = shutil.copytree(run, tmp_path / "whole")
+    sweep(SweepConfig(run=str(whole), **options), QUIET)
+    argv = ["--run", run, "--max-new-tokens", 30, "--min-new-tokens", 30, "--num-beams", 2, 3, 4, "--resamples", 50]
+    command = [sys.executable, ROOT / "scripts" / "sweep.py", *argv, "--batch-size", 2]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(run.glob("sweep/topk50_nb3_t1/generations/*.jsonl")):  # the second point
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = files(run)
+    assert len(before) < len(files(whole)) and not (run / "sweep" / "sweep.json").exists()
+    sweep(SweepConfig(run=str(run), **options), QUIET)
+    assert files(run) == files(whole)
+
+
+def test_points_are_compared_with_the_middle_and_the_table_marks_them(run):
+    result = sweep(SweepConfig(run=str(run), num_beams=(1, 2), max_new_tokens=(1, 12), resamples=50), QUIET)
+    assert result["centre"] == "topk50_nb1_t1_maxnewtokens1"
+    middle, other = result["points"][0], result["points"][2]
+    assert middle["name"] == result["centre"] and "against_centre" not in middle
+    examples = [
+        read_json(run / "sweep" / p["folder"] / "evaluation.json")["systems"]["tuned"]["examples"]
+        for p in (other, middle)
+    ]
+    ended = [[e["scores"]["ended"] for e in side] for side in examples]
+    assert other["against_centre"]["ended"]["p_permutation"] == paired_permutation(*ended, resamples=50).p_value
+    other["against_centre"]["ended"]["p_permutation"] = 0.01
+    lines = table(result)
+    assert [line.split()[0] for line in lines[1:4]] == [point["name"] for point in result["points"]]
+    assert lines[3].endswith("*") and not lines[1].endswith("*") and "by chance alone" in lines[-1]
+
+
+# --- training ---
+
+
+def test_training_points_are_ordinary_runs_and_nothing_is_done_again(run, monkeypatch):
+    axes = ("lora_rank=2,4", "max_steps=3", "eval_every=3")
+    config = SweepConfig(run=str(run), train=axes, num_beams=(1,), **SHORT)
+    result = sweep(config, QUIET)
+    assert [point["name"] for point in result["points"]] == ["lora_rank2", "lora_rank4"]
+    for point, rank in zip(result["points"], (2, 4), strict=True):
+        folder = run / "sweep" / point["folder"]
+        assert read_json(folder / "config.json")["lora_rank"] == rank
+        assert read_json(folder / "config.json")["test_data"] == read_json(run / "config.json")["test_data"]
+        assert read_json(folder / "adapter" / "adapter_config.json")["r"] == rank
+        alone = evaluate(
+            EvaluateConfig(run=str(folder), max_new_tokens=5, do_sample=True, resamples=50, base=False), QUIET
+        )
+        assert alone["systems"]["tuned"]["metrics"] == point["metrics"]
+    monkeypatch.setattr(module, "train", lambda *args: pytest.fail("trained again"))
+    assert sweep(config, QUIET)["points"] == result["points"]
+
+
+def test_a_training_point_that_fails_is_listed_and_the_others_are_done(run, monkeypatch):
+    def fail_at_rank_2(options, say):
+        if options.lora_rank == 2:
+            raise FloatingPointError("step 1: the loss is nan")
+        return train(options, say)
+
+    monkeypatch.setattr(module, "train", fail_at_rank_2)
+    result = sweep(SweepConfig(run=str(run), train=("lora_rank=2,4", "max_steps=1"), num_beams=(1,), **SHORT), QUIET)
+    failed, done = result["points"]
+    assert failed["error"] == "step 1: the loss is nan" and "metrics" not in failed and "metrics" in done
+    assert any("failed" in line for line in table(result))
+
+
+def test_a_sweep_over_training_needs_no_run_before_it(tmp_path):
+    axes = ("model=tiny-phi", "learning_rate=1e-3,2e-3", "use_rslora=true", "lora_targets=q_proj+v_proj", "lora_rank=8")
+    points, middle = module.training_points(SweepConfig(run=str(tmp_path / "new"), train=axes))
+    assert [name for name, _, _ in points] == ["learning_rate0.001", "learning_rate0.002"] and middle == points[0][0]
+    options = points[1][2]
+    assert (options.model, options.learning_rate, options.use_rslora) == ("tiny-phi", 2e-3, True)
+    assert options.lora_targets == ("q_proj", "v_proj") and options.dtype == "fp32"  # the last of the model's recipe
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give --run DIR"),
+        ({"run": "x"}, "nothing is varied: give --study, or a list"),
+        ({"run": "x", "top_k": (30,)}, "nothing is varied"),
+        ({"run": "x", "top_k": (50, 50)}, "nothing is varied"),
+        ({"run": "x", "top_k": ()}, "top_k is an empty list"),
+        ({"run": "x", "study": True, "top_k": (30, 50)}, "--study is a grid of its own"),
+        ({"run": "x", "study": True, "do_sample": False}, "--study is a grid of its own"),
+        ({"run": "x", "top_k": (1, 2), "train": ("lora_rank=1,2",)}, "do one, then the other"),
+        ({"run": "x", "study": True, "metrics": "blue"}, "there is no 'blue'"),
+        ({"run": "x", "top_k": (1, "2")}, "top_k is"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [
+        ("lr=1e-4,2e-4", "--train lr=1e-4,2e-4: expected NAME=V1,V2 with an option of train.py"),
+        ("lora_rank", "--train lora_rank: expected NAME=V1,V2"),
+        ("run=a,b", "expected NAME=V1,V2"),
+        ("lora_rank=8,x", "'x' is no int, which lora_rank is"),
+        ("use_rslora=yes,no", "'yes' is no bool"),
+        ("schedule=linear,square", "'square' is not one of constant, linear, cosine"),
+        ("lora_rank=8", "--train varies nothing"),
+        ("lora_rank=8,0", "lora_rank is 0, expected a number above 0"),
+    ],
+)
+def test_wrong_training_options_are_said_before_anything_is_trained(axis, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sweep(SweepConfig(run=str(tmp_path / "none"), train=(axis,)), QUIET)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_point_that_cannot_be_decoded_is_said_before_a_model_loads(run, decoded):
+    with pytest.raises(ValueError, match="top_p is 2.0, expected a number above 0"):
+        sweep(SweepConfig(run=str(run), top_p=(0.5, 2.0), **SHORT), QUIET)
+    assert not decoded
