@@ -163,7 +163,7 @@ def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run
         "min_new_tokens": (30,),
         "num_beams": (2, 3, 4),
         "resamples": 50,
-        "batch_size": 1,
+        "batch_size": 2,
     }
     whole = shutil.copytree(run, tmp_path / "whole")
     sweep(SweepConfig(run=str(whole), **options), QUIET)
