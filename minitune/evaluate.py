@@ -6,7 +6,7 @@ metrics are those of minitune/scoring.py. Point by point, the sweep does the sam
 import functools
 import json
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
@@ -18,7 +18,7 @@ from minitune.answer import Answerer, ModelConfig, decoding_of
 from minitune.config import TrainConfig, arg, from_file, positive
 from minitune.device import choose_device, choose_dtype, environment
 from minitune.files import read_json, write_json, write_whole
-from minitune.generate import GenerateConfig, decode
+from minitune.generate import GenerateConfig, Prefix, decode
 from minitune.metrics.perplexity import sequence_nll
 from minitune.run_folder import append_line, file_sha256, hold, model_fingerprint, read_lines
 from minitune.scoring import ScoreConfig
@@ -145,6 +145,7 @@ class Run:
         }
         self.adapter_sha256 = file_sha256(self.adapter / "adapter_model.safetensors")
         self.losses = {}  # (is_tuned, row) -> [nats, tokens] of the reference
+        self.prefixes, self.prefix_room = {}, 0  # (is_tuned, rows) -> Prefix, and the bytes that they may still take
         self.known = {}  # (is_tuned, meaning of a decoding) -> {row: its answer}: what another point need not decode again
 
     @functools.cached_property
@@ -235,7 +236,8 @@ class Run:
                 if all(row in found for row in batch):
                     continue
                 prompts = [self.examples[row].ids[: self.examples[row].prompt_length] for row in batch]
-                answers, _ = decode(answerer.model, prompts, decoding, answerer.tokenizer)
+                with self.prefix_of(is_tuned, batch) as prefix:
+                    answers, _ = decode(answerer.model, prompts, decoding, answerer.tokenizer, prefix=prefix)
                 losses = self.reference_losses(is_tuned, batch)
                 for row, answer, loss in zip(batch, answers, losses, strict=True):
                     tokens += len(answer.ids)
@@ -247,6 +249,16 @@ class Run:
                 seconds = time.perf_counter() - started
                 bar.set_postfix(tokens_per_s=f"{tokens / seconds:.0f}", refresh=False)
         self.say(f"{file.stem}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")
+
+    @contextmanager
+    def prefix_of(self, is_tuned, batch):
+        """The Prefix of a batch, kept for the next decoding of it while there is room; None where none is kept."""
+        key = is_tuned, tuple(batch)
+        prefix = self.prefixes.get(key) or (Prefix() if self.prefix_room else None)
+        yield prefix
+        if prefix is not None and key not in self.prefixes and prefix.bytes() <= self.prefix_room:
+            self.prefixes[key] = prefix
+            self.prefix_room -= prefix.bytes()
 
     def reference_losses(self, is_tuned, batch):
         """[nats, tokens] of the held-out answer of each row, end token included as in the held-out loss of training."""

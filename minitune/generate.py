@@ -117,6 +117,20 @@ class Counts:
     accepted: int = 0
 
 
+@dataclass
+class Prefix:
+    """What the reading of some prompts left, for another decoding of the same prompts by the same model. decode() fills an empty
+    one, and takes a filled one in place of the reading."""
+
+    parts: list | None = None  # of each layer: {prompt: (keys, values)}
+    logits: torch.Tensor | None = None  # (B, V) after each prompt
+
+    def bytes(self):
+        """Memory of the keys and values."""
+        pairs = [pair for layer in self.parts for pair in layer.values()]
+        return sum(t.numel() * t.element_size() for pair in pairs for t in pair)
+
+
 def generate(model, prompts, config, tokenizer=None):
     """The new token ids of each prompt, without the one that ended it.
 
@@ -127,11 +141,12 @@ def generate(model, prompts, config, tokenizer=None):
 
 
 @torch.no_grad()
-def decode(model, prompts, config, tokenizer=None, on_token=None, memory=None):
+def decode(model, prompts, config, tokenizer=None, on_token=None, memory=None, prefix=None):
     """([Answer of each prompt, num_return_sequences of each side by side], Counts).
 
     tokenizer: for `stop`. on_token: called with each new id of a single answer as it comes (not with beams). memory: a
     cache.Memory of the conversation that the only prompt goes on with (not with beams); it then remembers the answer too.
+    prefix: a Prefix, where the same prompts are decoded several times.
     Raises ValueError on an empty prompt, one that leaves no room in the model's context, ids that the model does not have,
     and options that do not go together; FloatingPointError on NaN in the logits."""
     check(model, prompts, config, tokenizer, on_token, memory)
@@ -140,7 +155,7 @@ def decode(model, prompts, config, tokenizer=None, on_token=None, memory=None):
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        decoder = Decoder(model, config, tokenizer)
+        decoder = Decoder(model, config, tokenizer, prefix)
         return decoder.beams(prompts) if config.num_beams > 1 else decoder.rows(prompts, on_token, memory)
     finally:
         for module in training:
@@ -172,8 +187,8 @@ def check(model, prompts, config, tokenizer, on_token, memory):
 class Decoder:
     """The loops of decode(), over one model and its options."""
 
-    def __init__(self, model, config, tokenizer):
-        self.model, self.config, self.tokenizer = model, config, tokenizer
+    def __init__(self, model, config, tokenizer, prefix=None):
+        self.model, self.config, self.tokenizer, self.prefix = model, config, tokenizer, prefix
         self.eos = config.eos_ids if config.eos_ids is not None else getattr(model, "eos_ids", ())
         self.device = next(model.parameters()).device
         self.window = getattr(model.config, "sliding_window", None)
@@ -188,6 +203,10 @@ class Decoder:
         cache = Cache(
             self.model.config.num_hidden_layers, lengths, sequences, self.config.max_new_tokens, self.window, draft
         )
+        if self.prefix is not None and self.prefix.parts is not None:
+            for layer, parts in zip(cache.layers, self.prefix.parts, strict=True):
+                layer.parts = parts  # which are copied from, and not written to
+            return cache, self.prefix.logits
         start = memory.recall(cache, prompts[0]) if memory else 0
         last = {}
         for call in self.calls(lengths, start):
@@ -199,7 +218,10 @@ class Decoder:
                 if stop == lengths[i]:
                     last[i] = hidden[end - 1]
         hidden = torch.stack([last[i] for i in range(len(prompts))])
-        return cache, self.model.lm_head(hidden)
+        logits = self.model.lm_head(hidden)
+        if self.prefix is not None:
+            self.prefix.parts, self.prefix.logits = [layer.parts for layer in cache.layers], logits
+        return cache, logits
 
     def calls(self, lengths, start):
         """What of the prompts goes through the model at once, [(prompt, start, stop), ...]; the first begins at `start`.

@@ -37,6 +37,7 @@ Grid = make_dataclass(  # generate's options, with a list in place of each value
     [(f.name, tuple[f.type, ...], arg((CENTRE.get(f.name, f.default),), **f.metadata)) for f in AXES],
     frozen=True,
 )
+PREFIX_BYTES = 2**29  # of the keys and values of prompts, which all points share
 SHOWN = ("bleu", "rouge_l", "bertscore", "perplexity", "exact_match", "ended")  # columns of the table
 
 
@@ -90,7 +91,9 @@ def sweep(config, say=print):
     """Do every point of the grid that is not done yet. Returns what sweep.json holds."""
     points, centre = (training_points if config.train else decoding_points)(config)
     folder = Path(config.run) / "sweep"
-    run = None if config.train else Run(config, say)
+    if not config.train:
+        run = Run(config, say)
+        run.prefix_room = PREFIX_BYTES
     judges = scoring.Judges(config, say)
     found, results = [], {}
     for number, (name, options, point) in enumerate(points, 1):

@@ -17,7 +17,7 @@ from minitune.checkpoint import load_model
 from minitune.config import TrainConfig, parse
 from minitune.evaluate import EvaluateConfig, evaluate
 from minitune.files import read_json, write_json
-from minitune.generate import GenerateConfig, generate
+from minitune.generate import Decoder, GenerateConfig, generate
 from minitune.metrics.significance import paired_permutation
 from minitune.sweep import STUDY, SweepConfig, decoding_points, sweep, table
 from minitune.train import train
@@ -46,7 +46,11 @@ def run(trained, tmp_path):
 def decoded(monkeypatch):
     """The decoding options of every batch that goes through the model, and how often a model was loaded."""
     seen, decode, answerer = [], evaluating.decode, evaluating.Answerer
-    monkeypatch.setattr(evaluating, "decode", lambda m, p, config, t: seen.append(config) or decode(m, p, config, t))
+    monkeypatch.setattr(
+        evaluating,
+        "decode",
+        lambda m, p, config, *args, **options: seen.append(config) or decode(m, p, config, *args, **options),
+    )
     monkeypatch.setattr(evaluating, "Answerer", lambda *args: seen.append("load") or answerer(*args))
     return seen
 
@@ -138,6 +142,33 @@ def test_one_load_serves_all_points_and_equal_decodings_are_decoded_once(run, de
     assert decoded[0] == "load" and [config.num_beams for config in decoded[1:]] == [1, 2]
     lines = [path.read_bytes() for path in run.glob("sweep/*nb1*/generations/*.jsonl")]
     assert len(lines) == 4 and len(set(lines)) == 1
+
+
+@pytest.mark.parametrize("room", [0, 400_000, 2**29], ids=["none", "for some batches", "for all"])
+def test_prompts_are_read_once_for_all_points_while_there_is_room(room, run, monkeypatch):
+    """Of 3 batches, not all of which fit into 400 kB, at each of 3 points."""
+    read, calls = Decoder.read, []
+
+    def counted(decoder, *args):
+        calls.append(decoder.prefix is None or decoder.prefix.parts is None)
+        return read(decoder, *args)
+
+    monkeypatch.setattr(Decoder, "read", counted)
+    monkeypatch.setattr(module, "PREFIX_BYTES", room)
+    sweep(SweepConfig(run=str(run), num_beams=(1, 2, 3), batch_size=2, **SHORT), QUIET)
+    assert len(calls) == 9 and sum(calls) == (9 if room == 0 else 3 if room == 2**29 else sum(calls))
+    if room == 400_000:
+        assert 3 < sum(calls) < 9
+    found = {p.name: p.read_bytes() for p in run.glob("sweep/*/generations/*.jsonl")}
+    shutil.rmtree(run / "sweep")
+    for beams in (1, 2, 3):  # each by itself
+        config = EvaluateConfig(
+            run=str(run), num_beams=beams, do_sample=True, max_new_tokens=5, resamples=50, batch_size=2, base=False,
+            resume="never",
+        )  # fmt: skip
+        evaluate(config, QUIET)
+        [path] = run.glob(f"generations/*_nb{beams}_*.jsonl")
+        assert path.read_bytes() == found[path.name]
 
 
 def test_the_base_answers_beside_every_point_where_asked(run):
