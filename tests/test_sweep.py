@@ -188,6 +188,22 @@ def test_a_second_sweep_does_nothing_again_and_keeps_the_points_of_the_first(run
     assert {p["name"] for p in other["points"]} == {"topk50_nb2_t1", "topk50_nb3_t1"}  # answers of another length
 
 
+def test_a_point_is_scored_again_where_the_scoring_changed_and_answered_again_where_asked(run, decoded):
+    config = SweepConfig(run=str(run), top_k=(30, 50), num_beams=(1,), **SHORT)
+    sweep(config, QUIET)
+    loads = len(decoded)
+    for change in ({"resamples": 60}, {"limit": 4}, {"metrics": "bleu"}, {"base": True}):
+        points = sweep(replace(config, **change), QUIET)["points"]
+        stored = read_json(run / "sweep" / "topk30_nb1_t1" / "evaluation.json")
+        assert points[0]["metrics"] == stored["systems"]["tuned"]["metrics"]
+        settings = stored["settings"] | {"base": "base" in stored["systems"]}
+        assert {name: settings[name] for name in change} in (change, {"metrics": ["bleu"]})
+        assert (len(decoded) > loads) == ("base" in change)
+    loads = len(decoded)
+    sweep(replace(config, resume="never"), QUIET)
+    assert len(decoded) > loads
+
+
 def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run, tmp_path):
     options = {
         "max_new_tokens": (30,),
