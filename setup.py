@@ -9,7 +9,10 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["minitune", "minitune.*"]), "minitune_kernels"],
     package_dir={"minitune_kernels": "kernels"},
-    package_data={"minitune": ["embedded/*/*", "*.html"], "minitune_kernels": ["*.c", "*.h", "*.cu", "cubin/*"]},
+    package_data={
+        "minitune": ["embedded/*/*", "*.html", "reports/*.html"],
+        "minitune_kernels": ["*.c", "*.h", "*.cu", "cubin/*"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.5",

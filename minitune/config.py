@@ -13,7 +13,8 @@ from minitune.files import read_json
 
 
 def arg(default, help, **extra):
-    """A dataclass field with its help text. extra: choices=(...), the values allowed."""
+    """A dataclass field with its help text. extra: choices=(...), the values allowed; positional=True, a list that
+    is typed without --name and shown as metavar."""
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -37,7 +38,9 @@ def parse(cls, argv=None, description=None):
         help_text = f.metadata["help"] + ("" if shown is None else f" (default: {shown})")
         help_text = help_text.replace("%", "%%")
         common = {"default": argparse.SUPPRESS, "help": help_text}
-        if kind is bool:
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, type=kind, nargs="*", metavar=f.metadata["metavar"], **common)
+        elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif is_list:
             parser.add_argument(flag, type=kind, nargs="+", choices=f.metadata.get("choices"), **common)
@@ -49,7 +52,7 @@ def parse(cls, argv=None, description=None):
                 metavar=kind.__name__.upper() if "choices" not in f.metadata else None,
                 **common,
             )
-    typed = vars(parser.parse_args(argv))
+    typed = vars(parser.parse_intermixed_args(argv))  # options before, between and after what has no name
     path, _ = typed.pop("config"), typed.pop("debug")
     if path == "":
         parser.error("--config is empty; give a JSON file, or leave the option out")

@@ -197,14 +197,19 @@ def load_state(path, parameters, optimizer, scaler):
 
 def draw_curves(records, path):
     """curves.png: training and held-out loss over the steps, the learning rate below."""
-    import matplotlib
+    image = io.BytesIO()
+    curves(records).savefig(image, format="png", dpi=130)
+    write_whole(path, image.getvalue())
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def curves(records):
+    """The figure of curves.png, a matplotlib Figure, from the records of metrics.jsonl."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no state between figures
 
     train = [(r["step"], r["loss"], r["lr"]) for r in records if "loss" in r]
     held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=[3, 1], layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     if train:
         steps, losses, rates = zip(*train, strict=True)
         smooth, average = [], losses[0]
@@ -227,7 +232,4 @@ def draw_curves(records, path):
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130)
-    plt.close(figure)
-    write_whole(path, image.getvalue())
+    return figure

@@ -1,0 +1,90 @@
+"""The report: what the results of runs, or of the study's files, say. One HTML file, and Markdown and PNG files beside it."""
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitune.config import arg, check_types, positive
+from minitune.files import write_whole
+from minitune.reports import figures, page
+from minitune.reports.page import Section
+from minitune.reports.results import read_results
+from minitune.reports.runs import answers_section, curves_section, environment_section, sweep_section
+from minitune.reports.scores import comparisons_section, correlation_section, grades_section, scores_section
+from minitune.reports.words import count
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What to report."""
+
+    folders: tuple[str, ...] = arg(
+        (),
+        "run folders, or folders with run folders or with the study's files (MODEL_topk50_nb5_t1_score.json, ...) in them",
+        positional=True,
+        metavar="DIR",
+    )
+    out: str = arg("report.html", "HTML file to write; NAME.md, NAME_table.png, NAME_figure.png, ... go beside it")
+    answers: int = arg(3, "best and worst answers to show of each model; 0: none")
+    resamples: int = arg(5000, "draws of the bootstrap intervals and tests that are computed here")
+    seed: int = arg(0, "of these draws")
+
+    def __post_init__(self):
+        check_types(self)
+        positive(self, "resamples")
+        if not self.folders:
+            raise ValueError("no folder is given; name at least one run folder, or a folder with results in it")
+        if self.answers < 0 or self.seed < 0:
+            raise ValueError(f"answers is {self.answers} and seed {self.seed}, expected 0 or more")
+        if Path(self.out).suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"out is {self.out!r}, expected a name that ends with .html")
+
+
+def report(config, say=print):
+    """Write the report that `config` asks for; returns the Path of the HTML file.
+
+    Raises ValueError, with the file and the row, where results cannot be read or there are none."""
+    results = read_results(config.folders)
+    sections = write_sections(results, config)
+    out = Path(config.out)
+    found = (
+        (len(results.systems), "evaluated model"),
+        (len(results.points), "sweep point"),
+        (len(results.runs), "run folder"),
+    )
+    title = "Evaluation of fine-tuned models"
+    summary = [
+        f"{', '.join(count(n, noun) for n, noun in found if n)}. Read from "
+        f"{', '.join(f'`{name}`' for name in config.folders)} on {datetime.date.today()}.",
+        *results.notes,
+    ]
+    write_whole(out, page.as_html(title, summary, sections))
+    write_whole(out.with_suffix(".md"), page.as_markdown(title, summary, sections, out.stem))
+    written = [out, out.with_suffix(".md")]
+    for name, figure in page.pictures(sections).items():
+        written.append(out.with_name(f"{out.stem}_{name}.png"))
+        write_whole(written[-1], figures.png(figure))
+    for note in results.notes:
+        say(note)
+    for path in results.not_understood:
+        say(f"not understood, left out: {path}")
+    say(f"wrote {', '.join(map(str, written))}")
+    return out
+
+
+def write_sections(results, config):
+    """The Sections of the report for some Results. What has no data is one line of the last section."""
+    missing = []
+    found = [
+        scores_section(results, config, missing),
+        grades_section(results, config, missing),
+        comparisons_section(results, missing),
+        sweep_section(results, missing),
+        curves_section(results, missing),
+        answers_section(results, config, missing),
+        correlation_section(results, config, missing),
+        environment_section(results, missing),
+    ]
+    if missing:
+        found.append(Section("Not in this report", missing))
+    return [section for section in found if section]

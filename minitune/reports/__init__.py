@@ -1,0 +1,1 @@
+"""A report of runs or of the study's files: reading, statistics, drawing, the page. minitune/report.py puts it together."""

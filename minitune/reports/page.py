@@ -1,0 +1,285 @@
+"""A page of sections with text, tables, charts and answers, as one HTML file that opens offline, and as Markdown.
+
+Nothing here knows what the page is about. Every text is escaped here: answers of models may hold HTML or Markdown."""
+
+import html
+import re
+import string
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+from minitune.reports import figures
+
+LONG = 700  # characters of an answer that are shown at once
+SHORT = 20  # rows of a table that a phone shows one below the other
+
+
+class Cell(NamedTuple):
+    text: str
+    value: float | None = None  # the number behind `text`, kept with all its digits
+    below: tuple = ()  # smaller lines under it
+
+
+class Table(NamedTuple):
+    caption: str
+    header: list  # of str; the first column names the rows
+    rows: list  # of lists of Cell or str
+    note: str = ""  # how it was made, under it
+    picture: str = ""  # it is also a PNG, whose name ends so
+    has_words: bool = False  # in its cells, not numbers
+
+
+class Chart(NamedTuple):
+    caption: str
+    alt: str  # what it shows, for those who do not see it
+    drawings: list  # Figures side by side, one below the other on a phone
+    titles: tuple = ()  # of the drawings
+    legend: tuple = ()  # labels, in the order of figures.style
+    picture: str = ""  # the name of its PNG ends so
+    whole: object = None  # the Figure of this PNG, where the drawings are parts of it
+
+
+class Part(NamedTuple):
+    label: str
+    text: str
+    faint: str = ""  # scores, a comment
+
+
+class Card(NamedTuple):
+    title: str
+    parts: list  # of Part
+
+
+class Cards(NamedTuple):
+    columns: list  # of (heading, [Card]), side by side
+
+
+class Folded(NamedTuple):
+    title: str
+    blocks: list
+    is_open: bool = False
+
+
+class Section(NamedTuple):
+    title: str
+    blocks: list  # of str (a paragraph; `code` in it), Table, Chart, Cards, Folded
+
+
+def as_html(title, summary, sections):
+    """The page as a str. summary: paragraphs for its top."""
+    frame = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    counter = iter(range(10**6))
+    shown = []
+    for section in sections:
+        blocks = "\n".join(block_html(block, counter) for block in section.blocks)
+        anchor = slug(section.title)
+        shown.append(
+            f'<section aria-labelledby="{anchor}">\n<h2 id="{anchor}">{inline(section.title)}</h2>\n{blocks}\n</section>'
+        )
+    links = "".join(f'<li><a href="#{slug(s.title)}">{inline(s.title)}</a></li>' for s in sections)
+    return frame.substitute(
+        title=escape(title),
+        summary="\n".join(f"<p>{inline(line)}</p>" for line in summary),
+        links=links,
+        sections="\n".join(shown),
+    )
+
+
+def block_html(block, counter):
+    if isinstance(block, str):
+        return f"<p>{inline(block)}</p>"
+    if isinstance(block, Folded):
+        inside = "\n".join(block_html(b, counter) for b in block.blocks)
+        return (
+            f"<details{' open' if block.is_open else ''}><summary>{inline(block.title)}</summary>\n{inside}\n</details>"
+        )
+    if isinstance(block, Table):
+        return table_html(block)
+    if isinstance(block, Chart):
+        return chart_html(block, counter)
+    columns = []
+    for heading, cards in block.columns:
+        columns.append(f'<div class="column"><h3>{inline(heading)}</h3>{"".join(map(card_html, cards))}</div>')
+    return f'<div class="columns">{"".join(columns)}</div>'
+
+
+def table_html(table):
+    """A table that scrolls sideways by itself; a short one becomes a list of its rows on a phone, where the roles keep it a
+    table for those who listen."""
+    head = "".join(f'<th scope="col" role="columnheader">{inline(name)}</th>' for name in table.header)
+    body = []
+    for first, *rest in table.rows:
+        cells = "".join(
+            f'<td role="cell" data-label="{escape(name)}">{cell_html(cell)}</td>'
+            for name, cell in zip(table.header[1:], rest, strict=True)
+        )
+        body.append(f'<tr role="row"><th scope="row" role="rowheader">{cell_html(first)}</th>{cells}</tr>')
+    kinds = [kind for kind, is_so in (("words", table.has_words), ("short", len(table.rows) <= SHORT)) if is_so]
+    note = f'<p class="faint">{inline(table.note)}</p>' if table.note else ""
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.caption)}">'
+        f'<table role="table" class="{" ".join(kinds)}"><caption>{inline(table.caption)}</caption>\n'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>\n<tbody role="rowgroup">\n'
+        + "\n".join(body)
+        + f"\n</tbody></table></div>{note}"
+    )
+
+
+def cell_html(cell):
+    if isinstance(cell, str):
+        return inline(cell)
+    text = inline(cell.text)
+    if cell.value is not None:
+        text = f'<data value="{cell.value!r}" title="{cell.value!r}">{text}</data>'
+    return text + "".join(f"<small>{inline(line)}</small>" for line in cell.below)
+
+
+def chart_html(chart, counter):
+    drawings = []
+    for number, drawing in enumerate(chart.drawings):
+        alt = chart.alt if len(chart.drawings) == 1 else f"{chart.alt} Part {number + 1} of {len(chart.drawings)}."
+        title = f"<h3>{inline(chart.titles[number])}</h3>" if chart.titles else ""
+        drawings.append(
+            f'<div class="drawing">{title}{figures.inline_svg(drawing, f"f{next(counter)}-", escape(alt))}</div>'
+        )
+    keys = "".join(f"<li>{sample(number)} {inline(label)}</li>" for number, label in enumerate(chart.legend))
+    legend = f'<ul class="legend">{keys}</ul>' if keys else ""
+    caption = f"<figcaption>{inline(chart.caption)}</figcaption>"
+    return f'<figure>{legend}<div class="drawings">{"".join(drawings)}</div>{caption}</figure>'
+
+
+def sample(number):
+    """A piece of the line of this number, for a legend."""
+    _, marker, dashes = figures.style(number)
+    shapes = {
+        "o": '<circle cx="20" cy="7" r="4"/>',
+        "s": '<path d="M16 3h8v8h-8z"/>',
+        "^": '<path d="M20 2l5 9h-10z"/>',
+        "D": '<path d="M20 2l5 5-5 5-5-5z"/>',
+        "v": '<path d="M20 12l5-9h-10z"/>',
+        "P": '<path d="M18 2h4v3h3v4h-3v3h-4v-3h-3v-4h3z"/>',
+    }
+    dashed = " ".join(f"{1.5 * d:g}" for d in dashes)
+    return (
+        f'<svg class="key" viewBox="0 0 40 14" aria-hidden="true" style="color: var(--c{number % len(figures.PALETTE)})">'
+        f'<path d="M0 7h40" fill="none" stroke="currentColor" stroke-width="2" stroke-dasharray="{dashed}"/>'
+        f'<g fill="currentColor">{shapes[marker]}</g></svg>'
+    )
+
+
+def card_html(card):
+    parts = []
+    for part in card.parts:
+        faint = f' <span class="faint">{escape(part.faint)}</span>' if part.faint else ""
+        parts.append(f"<dt>{escape(part.label)}{faint}</dt><dd>{long_html(part.text)}</dd>")
+    return f"<article><h4>{escape(card.title)}</h4><dl>{''.join(parts)}</dl></article>"
+
+
+def long_html(text):
+    if not text.strip():
+        return '<span class="faint">(empty)</span>'
+    if len(text) <= LONG + 100:
+        return f'<div class="text" dir="auto">{escape(text)}</div>'
+    return (
+        f'<div class="text" dir="auto">{escape(text[:LONG])} …</div>'
+        f'<details><summary>all {len(text):,} characters</summary><div class="text" dir="auto">{escape(text)}</div></details>'
+    )
+
+
+def visible(text):
+    """text without what cannot be written or would disturb the page: control characters become U+2400 pictures, lone
+    surrogates and characters that turn the direction of the text U+FFFD."""
+    kept = []
+    for c in text:
+        if ord(c) < 32 and c not in "\n\t":
+            c = "" if c == "\r" else chr(0x2400 + ord(c))
+        elif unicodedata.category(c) in ("Cc", "Cs") or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069":
+            c = c if c in "\n\t" else "\ufffd"
+        kept.append(c)
+    return "".join(kept)
+
+
+def escape(text):
+    return html.escape(visible(str(text)))
+
+
+def inline(text):
+    """Escaped, with `code` in backticks."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def slug(title):
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def pictures(sections):
+    """{end of the name: Figure} of the tables and charts that want a PNG beside the page."""
+    found = {}
+    for block in (block for section in sections for block in section.blocks):
+        if isinstance(block, Table) and block.picture:
+            lines = [
+                [cell if isinstance(cell, str) else "\n".join([cell.text, *cell.below]) for cell in r]
+                for r in block.rows
+            ]
+            found[block.picture] = figures.table_figure(block.header, lines, f"{block.caption}. {block.note}")
+        if isinstance(block, Chart) and block.picture:
+            found[block.picture] = block.whole or block.drawings[0]
+    return found
+
+
+def as_markdown(title, summary, sections, stem):
+    """The page as Markdown, a str. stem: the names of the PNG files begin with it, as in STEM_table.png."""
+    parts = [f"# {mark(title)}", *[mark_code(line) for line in summary]]
+    for section in sections:
+        parts.append(f"## {mark_code(section.title)}")
+        parts += [block_markdown(block, stem) for block in section.blocks]
+    return "\n\n".join(parts) + "\n"
+
+
+def block_markdown(block, stem):
+    if isinstance(block, str):
+        return mark_code(block)
+    if isinstance(block, Folded):
+        return "\n\n".join([f"### {mark_code(block.title)}", *[block_markdown(b, stem) for b in block.blocks]])
+    if isinstance(block, Table):
+        lines = [block.header, ["---"] + ["---:"] * (len(block.header) - 1), *block.rows]
+        rows = ["| " + " | ".join(cell_markdown(cell) for cell in line) + " |" for line in lines]
+        return "\n\n".join(filter(None, [mark_code(block.caption), "\n".join(rows), mark_code(block.note)]))
+    if isinstance(block, Chart):
+        return f"![{mark(block.alt)}](<{stem}_{block.picture}.png>)\n\n{mark_code(block.caption)}"
+    parts = []
+    for heading, cards in block.columns:
+        parts.append(f"#### {mark(heading)}")
+        for card in cards:
+            parts.append(f"**{mark(card.title)}**")
+            parts += [f"{mark(p.label)} {mark(p.faint)}\n\n{fenced(p.text)}" for p in card.parts]
+    return "\n\n".join(parts)
+
+
+def cell_markdown(cell):
+    if isinstance(cell, str):
+        return cell if set(cell) <= set("-:") else mark_code(cell)
+    return "<br>".join(mark_code(line) for line in (cell.text, *cell.below))
+
+
+def mark(text):
+    """One line of Markdown without markup of its own."""
+    text = " ".join(visible(str(text)).split())
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(text, quote=False))
+
+
+def mark_code(text):
+    """As mark(), with `code` in backticks."""
+    return "".join(f"`{part}`" if i % 2 else mark_spaced(part) for i, part in enumerate(str(text).split("`")))
+
+
+def mark_spaced(text):
+    lead, tail = (" " if text[:1] == " " else ""), (" " if text[-1:] == " " else "")
+    return f"{lead}{mark(text)}{tail}" if text.strip() else text
+
+
+def fenced(text):
+    """text in a fence that is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{visible(text)}\n{fence}"

@@ -1,0 +1,203 @@
+"""The sections of a report that show what runs did: decoding options, training curves, answers, environment."""
+
+from minitune.reports import figures
+from minitune.reports.page import Card, Cards, Cell, Chart, Folded, Part, Section, Table
+from minitune.reports.results import sweep_lines, table_lines
+from minitune.reports.study_files import GRADES, PARAMETERS
+from minitune.reports.words import (
+    FIGURE,
+    GRADE_NAMES,
+    METRICS,
+    count,
+    example_run,
+    flat,
+    interval_words,
+    metric,
+    options_words,
+    shown,
+    with_arrow,
+)
+from minitune.run_folder import curves
+
+RANKING = ("bertscore", "rouge_l", "token_f1", "chrf", "bleu")  # what orders answers that nobody graded
+
+
+def sweep_section(results, missing):
+    """The study's figure: each metric against each option of decoding, one line a model."""
+    lines = [line for line in sweep_lines(results.points) if any(len(row) > 1 for row in line.points.values())]
+    if not lines:
+        missing.append(
+            f"Scores against top_k, num_beams and temperature: `python scripts/sweep.py --run {example_run(results)} --study`"
+        )
+        return None
+    names = [line.name + (" (base)" if line.role == "base" else "") for line in lines]
+    labels = [f"{n} ({line.group.name})" if names.count(n) > 1 else n for n, line in zip(names, lines, strict=True)]
+    data = [
+        (label, {p: [(s.options[p], s.scores) for s in row] for p, row in line.points.items()})
+        for label, line in zip(labels, lines, strict=True)
+    ]
+    scored = {name for line in lines for row in line.points.values() for s in row for name in s.scores}
+    chosen = [n for n in FIGURE if n in scored] or [n for n in METRICS if n in scored][:4]
+    rows = {n: with_arrow(n) for n in chosen}
+    columns = {p: p for p in PARAMETERS if any(len(line.points[p]) > 1 for line in lines)}
+    drawings = [figures.sweep_figure(data, rows, {p: p}, legend=False) for p in columns]
+    centres = list(dict.fromkeys(options_words(line.centre) for line in lines))
+    has_intervals = any(
+        s.low is not None for _, along in data for row in along.values() for _, ss in row for s in ss.values()
+    )
+    caption = f"Each column moves one option; the others stay at {' or '.join(centres)}. " + (
+        "Vertical bars: 95 % intervals over the examples."
+        if has_intervals
+        else "The scores are means without intervals."
+    )
+    alt = f"Lines of {', '.join(metric(n).label for n in chosen)} against {', '.join(columns)} for {', '.join(labels)}."
+    titles = tuple(f"Against `{p}`" for p in columns)
+    whole = figures.sweep_figure(data, rows, columns)
+    blocks = [Chart(caption, alt, drawings, titles, tuple(labels), picture="figure", whole=whole)]
+    blocks += repeated_words(results)
+    points = []
+    for label, line in zip(labels, lines, strict=True):
+        own = [p for p in results.points if (p.group, p.name, p.role) == line[:3]]
+        for point in sorted(own, key=lambda p: tuple(-1 if v is None else v for v in p.setting())):
+            found = [(n, point.scores.get(n)) for n in chosen]
+            cells = [
+                Cell(shown(n, score.value), score.value, interval_words(n, score)) if score else "–"
+                for n, score in found
+            ]
+            points.append([label, *[f"{v:g}" if v is not None else "–" for v in point.setting()], *cells])
+    header = ["Model", *PARAMETERS, *rows.values()]
+    blocks.append(Folded(f"All {len(points)} points as a table", [Table("Points of the sweeps", header, points)]))
+    return Section("Decoding options", blocks)
+
+
+def repeated_words(results):
+    """How far the scores of a setting lie apart that was decoded twice: once for the table, once in the sweep."""
+    found = {}
+    for system in results.systems:
+        for point in results.points:
+            same = [(s.name, s.role, s.setting()) for s in (point, system)]
+            if same[0] == same[1] and point is not system:
+                for name in FIGURE:
+                    if name in system.scores and name in point.scores:
+                        apart = abs(system.scores[name].value - point.scores[name].value)
+                        found[name] = max(found.get(name, 0.0), apart)
+    if not any(found.values()):
+        return []
+    parts = ", ".join(f"{metric(name).label} {shown(name, apart)}" for name, apart in found.items())
+    return [
+        "The setting of the table is a point of the sweep too, decoded another time. The largest differences between the two: "
+        f"{parts}. Steps of a line that are not larger show nothing."
+    ]
+
+
+def curves_section(results, missing):
+    """Training and held-out loss of every run."""
+    charts = []
+    for run in results.runs:
+        losses = [line["loss"] for line in run.lines if "loss" in line]
+        held_out = [(line["eval_loss"], line["step"]) for line in run.lines if "eval_loss" in line]
+        if losses or held_out:
+            parts = [f"training loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last"] if losses else []
+            parts += [f"lowest held-out loss {min(held_out)[0]:.3f} at step {min(held_out)[1]:,}"] if held_out else []
+            caption = f"{run.folder.name}: {'; '.join(parts)}."
+            alt = f"Loss and learning rate over the steps of {caption}"
+            charts.append(Chart(caption, alt, [curves(run.lines)], picture=f"curves_{len(charts) + 1}"))
+    if not charts:
+        missing.append(
+            "Training curves: `python scripts/train.py --run DIR` writes `metrics.jsonl` into its run folder"
+        )
+        return None
+    return Section("Training", charts)
+
+
+def answers_section(results, config, missing):
+    """The best and the worst answers of each model, side by side."""
+    lines = [(label, s, base) for label, s, base in table_lines(results.systems) if ranking(s)[1]]
+    if not lines or not config.answers:
+        if config.answers:
+            command = f"`python scripts/evaluate.py --run {example_run(results)}`"
+            missing.append(f"Best and worst answers: {command} keeps each answer with its scores")
+        return None
+    blocks = []
+    for label, system, base in lines:
+        what, values = ranking(system)
+        order = sorted(range(len(values)), key=lambda row: (-values[row], row))
+        most = max(1, min(config.answers, len(order) // 2))
+        best, worst = order[:most], order[::-1][:most]
+        words = f"Ordered by {what}."
+        if (ties := sum(v == values[order[0]] for v in values)) > most:
+            words += (
+                f" {ties} of {len(values)} answers share the best value, {values[order[0]]:.3g}; the first are shown."
+            )
+        columns = [("Best", best)] + ([("Worst", worst)] if len(order) > 1 else [])
+        cards = [(heading, [answer_card(row, system, base) for row in rows]) for heading, rows in columns]
+        blocks.append(Folded(label, [words, Cards(cards)], is_open=not blocks))
+    return Section("Best and worst answers", blocks)
+
+
+def ranking(system):
+    """(what orders the answers of a System, in words, the value of each); no values where nothing does."""
+    if not system.examples:
+        return "", []
+    if system.grades:
+        return "the human grade", system.grades.of_examples()
+    for name in RANKING:
+        if all(name in e["scores"] for e in system.examples):
+            return metric(name).label, [e["scores"][name] for e in system.examples]
+    return "", []
+
+
+def answer_card(row, system, base):
+    example = system.examples[row]
+    parts = [Part("Prompt", example["prompt"])] if example.get("prompt") else []
+    parts += [Part("Input", example["input"])] if example.get("input") else []
+    parts += [Part("Reference", example["reference"])] if example.get("reference") else []
+    parts.append(Part(system.name, example["answer"], scores_words(system, row)))
+    if system.grades and system.grades.comments[row]:
+        parts.append(Part("Comment of the grader", system.grades.comments[row]))
+    if base and row < len(base.examples):
+        parts.append(
+            Part(
+                base.name if base.name != system.name else "base", base.examples[row]["answer"], scores_words(base, row)
+            )
+        )
+    return Card(f"row {row}", parts)
+
+
+def scores_words(system, row):
+    """The scores of one answer, in one line."""
+    words = [f"{metric(n).label} {shown(n, v)}" for n, v in system.examples[row]["scores"].items()]
+    if system.grades:
+        grades = system.grades.rows[row]
+        words = [f"{GRADE_NAMES[name]} {grades[name]:g}" for name in GRADES] + words
+    if system.examples[row].get("ended_by") == "length":
+        words.append("cut at the longest length")
+    return " · ".join(words)
+
+
+def environment_section(results, missing):
+    """Where the numbers come from: files, settings, versions, machine."""
+    blocks = []
+    for group in dict.fromkeys(s.group for s in results.systems + results.points):
+        own = [s for s in results.systems + results.points if s.group == group]
+        if own[0].role == "published":
+            size = f"{count(len({s.name for s in own}), 'model')}, {count(len(own), 'setting')} of decoding"
+            blocks.append(f"`{group}`: the study's files, {size}. Options from the files' names, scores as published.")
+    tables = []
+    for run in results.runs:
+        rows = [[f"evaluation: {k}", flat(v)] for k, v in (run.settings or {}).items()]
+        rows += [[k, flat(v)] for k, v in (run.environment or {}).items()]
+        if rows:
+            tables.append(Table(f"{run.folder}", ["", "value"], rows, has_words=True))
+    blocks += tables if len(tables) < 2 else [Folded(t.caption, [t]) for t in tables]
+    if not tables:
+        missing.append(
+            "The environment: these files do not say on which machine and with which versions they were made; a run folder does, "
+            "in `environment.json`"
+        )
+    if unread := results.not_understood:
+        shown_paths = ", ".join(f"`{path}`" for path in unread[:10]) + (
+            f" and {len(unread) - 10} more" if len(unread) > 10 else ""
+        )
+        blocks.append(f"Not understood, and left out: {shown_paths}.")
+    return Section("Environment and sources", blocks) if blocks else None

@@ -1,0 +1,261 @@
+"""The sections of a report with scores: the study's table, human grades, tuned against base, metrics beside human grades.
+
+Here numbers get intervals and p-values; the values of the metrics themselves come from evaluation.json or the study's files."""
+
+from itertools import combinations
+from typing import NamedTuple
+
+from minitune.metrics.correlation import correlate
+from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
+from minitune.reports.page import Cell, Folded, Section, Table
+from minitune.reports.results import table_lines
+from minitune.reports.study_files import AVERAGES, GRADES
+from minitune.reports.words import (
+    FIGURE,
+    GRADE_NAMES,
+    METRICS,
+    TABLE,
+    count,
+    example_run,
+    interval_words,
+    metric,
+    options_words,
+    p_words,
+    shown,
+    superscript,
+    with_arrow,
+)
+
+FILE_OF_GRADES = (  # see study_files.py
+    "a list of `index`, `grammatical_correctness`, `coherence`, `correctness_of_answer` and `comment`, one for each answer"
+)
+
+
+def scores_section(results, config, missing):
+    """The study's table: one line a model, base beside tuned."""
+    pairs = table_lines(results.systems)
+    scored = [(label, with_grades(system, config), with_grades(base, config)) for label, system, base in pairs]
+    columns = [name for name in TABLE if any(name in s or name in b for _, s, b in scored)]
+    where = example_run(results)
+    if absent := [METRICS[name].label for name in TABLE[:4] if name not in columns]:
+        missing.append(f"{', '.join(absent)}: `python scripts/evaluate.py --run {where}`")
+    if not columns:
+        return None
+    notes, rows = [], []
+    settings = [options_words(system.options) for _, system, _ in pairs]
+    for (label, own, of_base), setting in zip(scored, settings, strict=True):
+        below = (setting,) if setting and len(set(settings)) > 1 else ()
+        cells = [score_cell(name, own.get(name), of_base.get(name), notes) for name in columns]
+        rows.append([Cell(label, below=below), *cells])
+    common = [f"Decoded with {settings[0]}."] if len(set(settings)) == 1 and settings[0] else []
+    note = " ".join([*common, how_computed(results, config, scored), *footnotes(notes)])
+    header = ["Model", *[with_arrow(name) for name in columns]]
+    caption = "Scores of the answers to the held-out prompts (↑ higher is better, ↓ lower is better)"
+    blocks = [Table(caption, header, rows, note.strip(), picture="table")]
+    others = [name for name in METRICS if name not in TABLE] + sorted(
+        {name for _, s, b in scored for name in (*s, *b)} - set(METRICS)
+    )
+    if others := [name for name in others if any(name in s or name in b for _, s, b in scored)]:
+        notes, rows = [], []
+        for name in others:
+            rows.append([with_arrow(name), *[score_cell(name, s.get(name), b.get(name), notes) for _, s, b in scored]])
+        note = " ".join(footnotes(notes))
+        table = Table("Other metrics, one column a model", ["Metric", *[label for label, _, _ in pairs]], rows, note)
+        blocks.append(Folded("Other metrics", [table]) if len(others) > 4 else table)
+    return Section("Scores", blocks)
+
+
+def with_grades(system, config):
+    """{metric: Interval} of a System with its human evaluation; {} of None."""
+    if system is None:
+        return {}
+    if not system.grades:
+        return system.scores
+    drawn = bootstrap_interval(system.grades.of_examples(), resamples=config.resamples, seed=config.seed)
+    return {**system.scores, "human": drawn._replace(value=system.grades.averages()[AVERAGES[-1]])}
+
+
+def footnotes(notes):
+    return [f"{superscript(number)} {note}." for number, note in enumerate(notes, 1)]
+
+
+def score_cell(name, score, of_base, notes):
+    """A cell: the value, its interval, and the same of the base model. New notes are added to `notes` and numbered."""
+    if score is None and of_base is None:
+        return "–"
+    lines = []
+    for found in (score, of_base):
+        text = shown(name, found.value) if found else "–"
+        if found and found.note and found.n:  # n is 0 in published scores, of which the table's note speaks
+            notes += [found.note] if found.note not in notes else []
+            text += superscript(notes.index(found.note) + 1)
+        lines.append((text, interval_words(name, found) if found else ()))
+    (text, interval), (base, base_interval) = lines
+    below = [*interval, *([f"base {base}", *base_interval] if of_base else [])]
+    return Cell(text, score.value if score else None, tuple(below))
+
+
+def how_computed(results, config, scored):
+    """How the intervals of the table came about, in sentences."""
+    words = []
+    for run in results.runs:
+        if run.settings:
+            draws, seed = run.settings.get("resamples"), run.settings.get("seed")
+            words.append(
+                "In brackets: 95 % bootstrap intervals over the examples, as evaluation.json gives them "
+                f"({draws} draws, seed {seed})."
+            )
+    words = list(dict.fromkeys(words))
+    if any(s.role == "published" and s.scores for s in results.systems):
+        published = ", ".join(METRICS[name].label for name in FIGURE if any(name in s for _, s, _ in scored))
+        words.append(
+            f"{published} are as published: means without the values of the answers one by one, so they have no interval."
+        )
+    if graded := [s for s in results.systems if s.grades]:
+        sizes = sorted({len(s.grades.rows) for s in graded})
+        words.append(
+            f"Human evaluation: mean of three grades over {' or '.join(map(str, sizes))} answers, recomputed from the grades; in "
+            "brackets its 95 % bootstrap interval over the answers (BCa, widened to Student's distribution; "
+            f"{config.resamples} draws, seed {config.seed})."
+        )
+    words.append("An interval shows the chance of which prompts were drawn, not that of training or of decoding again.")
+    return " ".join(words)
+
+
+def grades_section(results, config, missing):
+    """The human grades one by one, the check against what was published, and the differences between models."""
+    graded = [(label, s) for label, s, _ in table_lines(results.systems) if s.grades]
+    graded += [(f"{base.name} (base)", base) for _, _, base in table_lines(results.systems) if base and base.grades]
+    if not graded:
+        missing.append(
+            "Human evaluation, and the correlation of the metrics with it: grade the answers of `generations/NAME.json`, put the "
+            f"grades beside it as `NAME_HE.json` ({FILE_OF_GRADES}), and write the report again"
+        )
+        return None
+    rows, checks = [], []
+    for label, system in graded:
+        grades, averages = system.grades, system.grades.averages()
+        cells = [label]
+        for name, values in [*((n, [row[n] for row in grades.rows]) for n in GRADES), ("human", grades.of_examples())]:
+            drawn = bootstrap_interval(values, resamples=config.resamples, seed=config.seed)
+            average = averages[AVERAGES[-1] if name == "human" else f"average_{name}"]
+            cells.append(Cell(shown("human", average), average, interval_words("human", drawn)))
+        rows.append([*cells, str(len(grades.rows))])
+        checks.append(check_words(label, grades, averages))
+    header = ["Model", *[GRADE_NAMES[name] for name in GRADES], "average", "answers"]
+    note = f"In brackets: 95 % bootstrap intervals over the answers ({config.resamples} draws, seed {config.seed})."
+    blocks = [Table("Means of the human grades", header, rows, note), *checks]
+    pairs = []
+    for (label, one), (other_label, other) in combinations(graded, 2):
+        if one.group == other.group and len(one.grades.rows) == len(other.grades.rows):
+            a, b = one.grades.of_examples(), other.grades.of_examples()
+            found = paired_bootstrap(a, b, resamples=config.resamples, seed=config.seed)
+            swapped = paired_permutation(a, b, resamples=2 * config.resamples, seed=config.seed)
+            pairs.append(difference_row(f"{label} minus {other_label}", "human", found, found.p_value, swapped.p_value))
+    if pairs:
+        header = ["Pair", "difference", "p, bootstrap", "p, permutation", "answers"]
+        note = (
+            "Paired by prompt. p: how likely a difference as large would be if the two models were alike (two-sided); "
+            f"not corrected for {count(len(pairs), 'pair')}: with a threshold of 0.05, compare the smallest p with "
+            f"{0.05 / len(pairs):.2g}."
+        )
+        blocks.append(
+            Table(
+                "Differences of the human evaluation",
+                header,
+                pairs,
+                note if len(pairs) > 1 else note.split(";")[0] + ".",
+            )
+        )
+    return Section("Human evaluation", blocks)
+
+
+def check_words(label, grades, averages):
+    """Whether the averages of the grades are those that were published, to the last digit."""
+    if grades.published is None:
+        return f"{label}: averages computed from `{grades.path.name}`: {averages[AVERAGES[-1]]!r}; none are published beside it."
+    wrong = [name for name in AVERAGES if averages[name] != grades.published[name]]
+    if not wrong:
+        return f"{label}: the average {averages[AVERAGES[-1]]!r} and its three parts equal the published ones to the last digit."
+    parts = "; ".join(f"`{name}` is {averages[name]!r}, published is {grades.published[name]!r}" for name in wrong)
+    return f"{label}: the published averages differ from those of the grades in `{grades.path.name}`: {parts}."
+
+
+class Difference(NamedTuple):
+    difference: float
+    low: float | None
+    high: float | None
+    n: int | None
+
+
+def comparisons_section(results, missing):
+    """Tuned minus base of every run that has both, with p-values."""
+    tables = []
+    for run in results.runs:
+        if not run.comparisons:
+            continue
+        rows = []
+        for name in [*(n for n in METRICS if n in run.comparisons), *sorted(set(run.comparisons) - set(METRICS))]:
+            c = run.comparisons[name]
+            found = Difference(c["difference"], c.get("low"), c.get("high"), c.get("n"))
+            label = with_arrow(name)
+            rows.append(difference_row(label, name, found, c["p_bootstrap"], c["p_permutation"]))
+        notes = [f"{metric(n).label}: {c['note']}." for n, c in run.comparisons.items() if c.get("note")]
+        note = (
+            "In brackets: 95 % paired bootstrap interval. p: how likely a difference as large would be if the two were alike "
+            f"(two-sided); not corrected for {count(len(rows), 'metric')}."
+        )
+        names = {s.role: s.name for s in results.systems if s.group == run.folder}
+        roles = "tuned minus base" if "tuned" in names else "the predictions minus the others"
+        caption = f"{names.get('tuned') or run.folder.name}, {roles} on the same prompts"
+        header = ["Metric", "difference", "p, bootstrap", "p, permutation", "examples"]
+        tables.append(Table(caption, header, rows, " ".join([note, *notes])))
+    if not tables:
+        missing.append(
+            "Tuned against base, with p-values: `python scripts/evaluate.py --run "
+            f"{example_run(results)}` answers the same prompts with both"
+        )
+        return None
+    return Section("Tuned against base", tables)
+
+
+def difference_row(label, name, found, p_bootstrap, p_permutation, n=None):
+    difference = Cell(shown(name, found.difference, sign="+"), found.difference, interval_words(name, found))
+    return [label, difference, p_words(p_bootstrap), p_words(p_permutation), str(n or found.n or "–")]
+
+
+def correlation_section(results, config, missing):
+    """How each metric ranks the answers of a model beside how people do."""
+    tables = []
+    for label, system, _ in table_lines(results.systems):
+        names = [n for n in METRICS if any(n in e["scores"] for e in system.examples)]
+        if not system.grades or not names:
+            continue
+        human, rows = system.grades.of_examples(), []
+        for name in names:
+            both = [(e["scores"][name], h) for e, h in zip(system.examples, human, strict=True) if name in e["scores"]]
+            cells = []
+            for method in ("spearman", "kendall"):
+                found = correlate(*zip(*both, strict=True), method, resamples=config.resamples, seed=config.seed)
+                if found.value is None:
+                    cells += [Cell("–", below=(found.note,)), "–"]
+                    continue
+                below = () if found.low is None else (f"[{found.low:.2f}, {found.high:.2f}]",)
+                cells += [Cell(f"{found.value:.2f}", found.value, below), p_words(found.p_value)]
+            rows.append([with_arrow(name), *cells, str(len(both))])
+        note = (
+            "1: the metric ranks the answers as people do, 0: as chance does; a metric marked ↓ should be negative. In brackets: "
+            f"95 % percentile bootstrap ({config.resamples} draws, seed {config.seed}). p: of no correlation, two-sided, not "
+            "corrected for the number of metrics."
+        )
+        header = ["Metric", "Spearman's rho", "p", "Kendall's tau-b", "p", "answers"]
+        tables.append(Table(f"{label}: correlation with the mean human grade", header, rows, note))
+    if not tables:
+        if any(s.grades for s in results.systems):
+            missing.append(
+                "Correlation of each metric with the human grades: it needs the scores of the answers one by one, which the "
+                "study's files do not have. `python scripts/evaluate.py --predictions NAME.json --references FILE` computes "
+                "them; put `NAME_HE.json` beside the `generations/NAME.json` that it writes"
+            )
+        return None
+    return Section("Metrics beside human grades", tables)

@@ -1,0 +1,86 @@
+"""What a report calls things, and how it writes numbers."""
+
+import json
+from typing import NamedTuple
+
+from minitune.reports.study_files import PARAMETERS
+
+
+class Metric(NamedTuple):
+    label: str
+    arrow: str  # ↑ higher is better, ↓ lower is better
+    digits: int
+
+
+METRICS = {
+    "bleu": Metric("BLEU", "↑", 3),
+    "rouge_l": Metric("ROUGE-L", "↑", 3),
+    "bertscore": Metric("BERTScore", "↑", 3),
+    "perplexity": Metric("Perplexity", "↓", 2),
+    "human": Metric("Human evaluation", "↑", 3),
+    "corpus_bleu": Metric("corpus BLEU", "↑", 1),
+    "chrf": Metric("chrF", "↑", 1),
+    "rouge_1": Metric("ROUGE-1", "↑", 3),
+    "rouge_2": Metric("ROUGE-2", "↑", 3),
+    "rouge_lsum": Metric("ROUGE-Lsum", "↑", 3),
+    "exact_match": Metric("exact match", "↑", 3),
+    "token_f1": Metric("token F1", "↑", 3),
+    "perplexity_tokens": Metric("perplexity, token-weighted", "↓", 2),
+    "reference_perplexity": Metric("perplexity of the references", "↓", 2),
+    "length_ratio": Metric("length ratio", "", 2),
+    "ended": Metric("share that ended", "↑", 3),
+}
+TABLE = ("bleu", "rouge_l", "bertscore", "perplexity", "human")  # the study's columns
+FIGURE = TABLE[:4]
+GRADE_NAMES = {"grammatical_correctness": "grammar", "coherence": "coherence", "correctness_of_answer": "correctness"}
+
+
+def metric(name):
+    """The Metric of this name; one that minitune does not know is called as it is."""
+    return METRICS.get(name, Metric(name, "", 3))
+
+
+def with_arrow(name):
+    """A metric's label and which way is better."""
+    return f"{metric(name).label}\u00a0{metric(name).arrow}".strip()
+
+
+def shown(name, value, sign=""):
+    """A number with the digits of its metric, as text; a minus, not a hyphen."""
+    return f"{value:{sign}.{metric(name).digits}f}".replace("-", "−")
+
+
+def interval_words(name, found):
+    """A tuple with the interval of something that has low and high, as text; empty where there is none."""
+    return (
+        () if found.low is None or found.high is None else (f"[{shown(name, found.low)}, {shown(name, found.high)}]",)
+    )
+
+
+def p_words(p):
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def options_words(options):
+    return ", ".join(f"{name} {options[name]:g}" for name in PARAMETERS if options.get(name) is not None)
+
+
+def superscript(number):
+    return "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(d)] for d in str(number))
+
+
+def count(number, noun):
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def flat(value):
+    """A value of a JSON object in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {flat(v)}" for k, v in value.items() if v is not None)
+    if isinstance(value, list):
+        return ", ".join(map(flat, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def example_run(results):
+    return str(results.runs[0].folder) if results.runs else "DIR"

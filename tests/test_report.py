@@ -1,0 +1,403 @@
+"""scripts/report.py: the study's numbers to the last digit, run folders, one page that opens offline, bad input in one line."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from minitune.metrics.correlation import correlate
+from minitune.metrics.significance import bootstrap_interval, paired_bootstrap
+from minitune.report import ReportConfig, report
+from minitune.reports import page
+from minitune.reports.results import read_results, sweep_lines
+from minitune.reports.study_files import GRADES, parse_name
+
+ROOT = Path(__file__).resolve().parents[1]
+NASTY = '<script>alert(1)</script><img src="https://example.org/x.png" onerror=alert(2)> & | ` \u202e \x07 \ud800 ```'
+VOID = {"meta", "br", "wbr", "img", "input", "hr", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and keeps the ids, the values of <data> and every attribute that names a resource."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.values, self.targets, self.tags, self.words = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.note(tag, dict(attributes))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.note(tag, dict(attributes))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def note(self, tag, attributes):
+        self.tags.append((tag, attributes))
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.values += [float(attributes["value"])] if tag == "data" else []
+        self.targets += [
+            v for k, v in attributes.items() if k in ("src", "href", "xlink:href", "data", "action", "srcset")
+        ]
+
+
+def check_page(text):
+    """A Page that is whole, opens offline and names no id twice."""
+    found = Page(text)
+    assert text.startswith("<!doctype html>") and all(target.startswith("#") for target in found.targets)
+    assert not {"script", "link", "iframe", "object", "img"} & {tag for tag, _ in found.tags}
+    style = " ".join(re.findall(r"<style>(.*?)</style>", text, re.S)) + " ".join(
+        a.get("style") or "" for _, a in found.tags
+    )
+    assert "@import" not in style and not re.search(r"url\((?!#)", style)
+    assert len(found.ids) == len(set(found.ids)) and {t[1:] for t in found.targets} <= set(found.ids)
+    charts = [a for tag, a in found.tags if tag == "svg" and a.get("class") != "key"]
+    assert all(a["role"] == "img" and a["aria-label"] for a in charts)
+    return found
+
+
+def put(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def examples(count, shift=0.0):
+    return [
+        {
+            "prompt": f"question {i}",
+            "reference": f"answer {i}",
+            "answer": NASTY if i == 4 else f"answer {i + (i % 3 == 0)}" * (1 + i),
+            "tokens": 4,
+            "ended_by": "eos",
+            "scores": {"bleu": (i % 4) / 5 + shift, "rouge_l": (7 * i % count) / count, "exact_match": None},
+        }
+        for i in range(count)
+    ]
+
+
+def evaluation(decoding, count=8, shift=0.2):
+    found = bootstrap_interval([e["scores"]["bleu"] for e in examples(count, shift)])
+    bleu = {"value": found.value, "low": found.low, "high": found.high, "n": count, "note": None}
+    alone = {"value": 0.5, "low": None, "high": None, "n": count, "note": "all 8 examples agree"}
+    tuned = {
+        "bleu": bleu,
+        "perplexity": {"value": 7.25, "low": 6.5, "high": 8.125, "n": count, "note": None},
+        "ended": alone,
+    }
+    return {
+        "format": 1,
+        "date": "2026-11-24",
+        "environment": {"python": "3.11", "packages": {"torch": "2.13"}},
+        "settings": {"model": "tiny-mistral", "adapter": "adapter", "data": "rows.json", "metrics": ["bleu"],
+                     "decoding": decoding, "resamples": 300, "seed": 4, "judge": None, "encoder": None},
+        "systems": {
+            "tuned": {"name": "tiny <b>", "metrics": tuned, "examples": examples(count, shift)},
+            "base": {"name": "tiny <b>", "metrics": {"bleu": {**bleu, "value": 0.125}}, "examples": examples(count)},
+        },
+        "comparisons": {"bleu": {"difference": 0.2, "low": 0.1, "high": 0.3, "p_bootstrap": 0.0005, "p_permutation": 0.0123,
+                                 "n": count, "note": None}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder as training, evaluation, a sweep and human grading leave it."""
+    folder = tmp_path / "runs" / "mine"
+    options = {"top_k": 50, "num_beams": 5, "temperature": 1.0, "seed": 0}
+    put(folder / "evaluation.json", evaluation(options))
+    moved = [{"top_k": 30}, {"top_k": 80}, {"num_beams": 2}, {"temperature": 0.0}, {}]
+    for i, change in enumerate(moved):
+        put(folder / "sweep" / f"point{i}" / "evaluation.json", evaluation({**options, **change}, shift=0.1 * i))
+    put(folder / "sweep" / "sweep.json", {"points": [{"name": str(i)} for i in range(6)]})
+    put(folder / "environment.json", {"device": "a CPU", "packages": {"torch": "2.13", "cuda": None}})
+    lines = [{"step": i, "loss": 3.0 / i, "lr": 1e-3} for i in range(1, 9)] + [
+        {"step": 8, "eval_loss": 0.75, "loss": None}
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    put(folder / "generations" / "tiny_topk50_nb5_t1.json", [e["answer"] for e in examples(8, 0.2)])
+    grades = [{"index": i + 1, **dict.fromkeys(GRADES, (i % 4) / 4), "comment": "fine"} for i in range(8)]
+    put(folder / "generations" / "tiny_topk50_nb5_t1_HE.json", grades)
+    return folder
+
+
+def write(folders, tmp_path, **changes):
+    lines, out = [], tmp_path / "out" / "r.html"
+    config = ReportConfig(tuple(map(str, folders)), str(out), **{"resamples": 300, **changes})
+    assert report(config, lines.append) == out
+    return out.read_text(encoding="utf-8"), out.with_suffix(".md").read_text(encoding="utf-8"), lines
+
+
+@pytest.fixture(scope="session")
+def study(data_dir):
+    return data_dir / "seed_results"
+
+
+@pytest.fixture(scope="session")
+def study_report(study, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return folder, *write([study], folder)
+
+
+def test_the_table_holds_the_numbers_of_the_study_and_human_averages_to_the_last_digit(study, study_report):
+    _, text, markdown, _ = study_report
+    values = Page(text).values
+    published = sorted((study / "data" / "section_2").glob("*_score.json"))
+    assert len(published) == 6
+    for path in published:
+        for key, value in json.loads(path.read_text()).items():
+            assert value in values, (path.name, key)
+            if key == "human_evaluation_average":
+                assert repr(value) in markdown
+    for path in (study / "data" / "section_3").glob("*_score.json"):
+        assert set(json.loads(path.read_text()).values()) <= set(values), path.name
+    assert text.count("equal the published ones to the last digit") == 3
+    assert "| phi-2-finetuned | 0.470 | 0.605 | 0.931 | 19.01 | 0.895<br>" in markdown
+
+
+def test_the_figure_moves_one_option_at_a_time_through_the_published_scores(study, study_report):
+    folder = study_report[0]
+    lines = sweep_lines(read_results([study]).points)
+    assert [line.name for line in lines] == ["Llama-2-7b-hf-finetuned", "Mistral-7B-finetuned", "phi-2-finetuned"]
+    for line in lines:
+        assert line.centre == {"top_k": 50, "num_beams": 5, "temperature": 1.0}
+        along = {name: [p.options[name] for p in row] for name, row in line.points.items()}
+        assert along == {"top_k": [30, 40, 50, 60, 80], "num_beams": [2, 4, 5, 6], "temperature": [0, 0.5, 0.7, 1]}
+        for point in (p for row in line.points.values() for p in row):
+            k, b, t = point.setting()
+            stored = json.loads((study / f"data/section_3/{line.name}_topk{k}_nb{b}_t{t:g}_score.json").read_text())
+            assert [point.scores[n].value for n in ("perplexity", "bleu", "rouge_l", "bertscore")] == list(
+                stored.values()
+            )
+            assert point.scores["bleu"].low is None
+    for name in ("table", "figure"):
+        assert (folder / "out" / f"r_{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_page_of_the_study_opens_offline_and_is_well_formed(study_report):
+    _, text, markdown, _ = study_report
+    found = check_page(text)
+    assert len([t for t, a in found.tags if t == "svg" and a.get("class") != "key"]) == 3
+    for tag, attributes in found.tags:
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+    assert "Training curves" in markdown.split("## Not in this report")[1]
+    assert "sweep.py" not in text  # there is one
+
+
+def test_human_intervals_and_differences_are_those_of_significance(study, study_report):
+    values, graded = Page(study_report[1]).values, [s.grades.of_examples() for s in read_results([study]).systems]
+    assert paired_bootstrap(graded[0], graded[1], resamples=300).difference in values
+    found = bootstrap_interval(graded[2], resamples=300)
+    assert f"[{found.low:.3f}, {found.high:.3f}]" in study_report[1]
+
+
+def test_a_published_average_that_is_wrong_is_said(study, tmp_path):
+    for path in (study / "data" / "section_2").glob("phi-2*"):
+        shutil.copy(path, tmp_path)
+    path = next(tmp_path.glob("*_HE_score.json"))
+    path.write_text(path.read_text().replace("0.8950617283950617", "0.8950617283950618"))
+    (tmp_path / "phi-2_topk50_nb5.json").write_text("[]")
+    text, markdown, lines = write([tmp_path], tmp_path)
+    assert "is 0.8950617283950617, published is 0.8950617283950618" in text
+    assert "phi-2_topk50_nb5.json" in text and any(
+        "not understood" in line and "phi-2_topk50_nb5.json" in line for line in lines
+    )
+
+
+def test_names_of_the_study_are_read_strictly():
+    options = {"top_k": 50, "num_beams": 5, "temperature": 0.7}
+    assert parse_name("Llama-2-7b_topk9_x_topk50_nb5_t0.7_HE_score.json") == (
+        "Llama-2-7b_topk9_x",
+        options,
+        "_HE_score",
+    )
+    assert parse_name("m_topk50_nb5_t0.7.json") == ("m", options, "")
+    for name in ("m_topk50_nb5.json", "m_topk50_nb5_t0.7_scores.json", "_topk50_nb5_t1.json", "m_topk5.5_nb5_t1.json",
+                 "m_topk50_nb5_t1.json.bak", "m_topk50_nb5_t1_he.json", "m_topk50_nb5_t.json"):  # fmt: skip
+        assert parse_name(name) is None, name
+
+
+def test_a_run_folder_gives_every_section(run, tmp_path):
+    text, markdown, lines = write([run], tmp_path)
+    found = check_page(text)
+    sections = re.findall(r"^## (.*)", markdown, re.M)
+    assert sections == ["Scores", "Human evaluation", "Tuned against base", "Decoding options", "Training",
+                        "Best and worst answers", "Metrics beside human grades", "Environment and sources",
+                        "Not in this report"]  # fmt: skip
+    assert "ROUGE-L, BERTScore: `python scripts/evaluate.py --run" in markdown
+    assert {7.25, 0.2} <= set(found.values) and "base 0.125" in text and "[6.50, 8.12]" in text
+    assert "&lt; 0.001" in text and "0.012" in text and "+0.200" in text
+    assert "all 8 examples agree" in text and "300 draws, seed 4" in text
+    assert any("5 of the 6 points" in line for line in lines) and "2.13" in text and "a CPU" in text
+    assert (
+        len([t for t, a in found.tags if t == "svg" and a.get("class") != "key"]) == 4
+    )  # three options, one run's curves
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["r.html", "r.md", "r_curves_1.png", "r_figure.png", "r_table.png"]
+    assert all(f"(<{name}>)" in markdown for name in names if name.endswith("png") and "table" not in name)
+
+
+def test_correlation_with_human_grades_is_that_of_correlation(run, tmp_path):
+    values = Page(write([run], tmp_path)[0]).values
+    bleu, human = [e["scores"]["bleu"] for e in examples(8, 0.2)], [(i % 4) / 4 for i in range(8)]
+    rouge = [e["scores"]["rouge_l"] for e in examples(8)]
+    for method in ("spearman", "kendall"):
+        assert correlate(bleu, human, method).value in values and correlate(rouge, human, method).value in values
+
+
+def test_answers_cannot_become_markup(run, tmp_path):
+    text, markdown, _ = write([run], tmp_path)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "tiny &lt;b&gt;" in text
+    assert "\u202e" not in text and "\x07" not in text and "\u2407" in text
+    inside = markdown.split("````text\n")  # the answer holds three backticks, so its fence has four
+    assert len(inside) > 1 and inside[1].startswith("<script>") and "<script>" not in inside[0]
+
+
+def test_best_and_worst_answers_follow_the_grades_or_a_metric(run, tmp_path):
+    text, markdown, _ = write([run], tmp_path, answers=1)
+    best, worst = (re.search(rf"#### {which}\n\n\*\*row (\d+)", markdown)[1] for which in ("Best", "Worst"))
+    assert (best, worst) == ("3", "4") and "Ordered by the human grade. 2 of 8 answers share the best value" in text
+    shutil.rmtree(run / "generations")
+    text, markdown, _ = write([run], tmp_path, answers=1)
+    assert "Ordered by ROUGE-L." in text and re.search(r"#### Best\n\n\*\*row 1\b|#### Best\n\n\*\*row 7\b", markdown)
+    assert "Best and worst" not in write([run], tmp_path, answers=0)[1]
+
+
+def test_a_folder_of_runs_and_a_sweep_without_an_evaluation(run, tmp_path):
+    (run / "evaluation.json").unlink()
+    shutil.rmtree(run / "generations")
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    text, markdown, _ = write([run.parent], tmp_path)
+    assert "(mine)" in text and "(other)" in text and "4 evaluated models, 20 sweep points, 2 run folders" in text
+    found = [s for s in read_results([run]).systems if s.role == "tuned"]
+    assert [s.setting() for s in found] == [(50, 5, 1.0)]  # the centre of the sweep
+
+
+def test_what_has_no_data_is_a_line_that_says_what_to_run(run, tmp_path):
+    for path in (run / "evaluation.json", run / "metrics.jsonl"):
+        path.unlink()
+    shutil.rmtree(run / "sweep")
+    text, markdown, _ = write([run], tmp_path)
+    assert re.findall(r"^## (.*)", markdown, re.M) == ["Environment and sources", "Not in this report"]
+    for command in ("evaluate.py --run", "sweep.py --run", "train.py --run"):
+        assert command in markdown
+    assert str(run) in markdown.split("## Not in this report")[1]
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+EVALUATION, LOSSES, GRADED = "evaluation.json", "metrics.jsonl", "generations/tiny_topk50_nb5_t1_HE.json"
+tuned = lambda stored: stored["systems"]["tuned"]
+base = lambda stored: stored["systems"]["base"]
+BAD_RUNS = {  # the file, its new text or how its value is spoiled, words of the error
+    "an empty file": (EVALUATION, "", "evaluation.json", "line 1"),
+    "not JSON": (EVALUATION, '{"systems": ', "evaluation.json", "not valid JSON"),
+    "a list": (EVALUATION, "[]", "evaluation.json", "list"),
+    "no systems": (EVALUATION, lambda e: e.pop("systems"), "evaluation.json", "systems"),
+    "no system": (EVALUATION, lambda e: e["systems"].clear(), "evaluation.json", "systems is empty"),
+    "no answer": (EVALUATION, lambda e: base(e)["examples"][3].pop("answer"), "base, row 3", "answer"),
+    "NaN in a metric": (
+        EVALUATION,
+        lambda e: tuned(e)["metrics"]["bleu"].update(low=math.nan),
+        "tuned: bleu.low",
+        "nan",
+    ),
+    "NaN in a row": (
+        EVALUATION,
+        lambda e: tuned(e)["examples"][2]["scores"].update(bleu=math.nan),
+        "tuned, row 2: bleu",
+        "nan",
+    ),
+    "text for a score": (
+        EVALUATION,
+        lambda e: tuned(e)["examples"][2]["scores"].update(bleu="high"),
+        "row 2",
+        "'high'",
+    ),
+    "other lengths": (EVALUATION, lambda e: base(e)["examples"].pop(), "tuned 8, base 7", "evaluation.json"),
+    "a comparison": (
+        EVALUATION,
+        lambda e: e["comparisons"]["bleu"].pop("p_bootstrap"),
+        "comparisons.bleu",
+        "p_bootstrap",
+    ),
+    "a point": ("sweep/point1/evaluation.json", "{}", "point1", "settings"),
+    "no step": (LOSSES, '{"step": 1}\n{"loss": 2}\n', "metrics.jsonl, row 1", "step"),
+    "infinite loss": (LOSSES, '{"step": 1, "loss": Infinity, "lr": 1}\n', "row 0: loss", "inf"),
+    "no losses": (LOSSES, "", "metrics.jsonl", "empty"),
+    "fewer grades": (GRADED, lambda grades: grades.pop(), "7 grades", "8 answers"),
+    "a grade missing": (GRADED, lambda grades: grades[5].pop("coherence"), "row 5", "coherence"),
+    "a grade twice": (GRADED, lambda grades: grades[5].update(index=5), "row 5", "expected 6"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_a_broken_run_is_one_line_with_file_and_row(case, run, tmp_path):
+    name, spoil, *words = BAD_RUNS[case]
+    if callable(spoil):
+        stored = json.loads((run / name).read_text())
+        spoil(stored)
+        put(run / name, stored)
+    else:
+        (run / name).write_text(spoil)
+    with pytest.raises(ValueError) as error:
+        write([run], tmp_path)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "out").exists()
+
+
+SCORED = "m_topk50_nb5_t1_score.json"
+BAD_STUDIES = {
+    "a missing score": ({SCORED: {"BLEU": 0.1}}, "m_topk50_nb5_t1_score.json", "Perplexity, ROUGE-L, BERTScore"),
+    "NaN": ({SCORED: {"Perplexity": math.nan, "BLEU": 0.1, "ROUGE-L": 0, "BERTScore": 0}}, "Perplexity is nan"),
+    "an answer that is a number": ({"m_topk50_nb5_t1.json": ["a", 3]}, "m_topk50_nb5_t1.json, row 1", "3"),
+    "no answers": ({"m_topk50_nb5_t1.json": []}, "m_topk50_nb5_t1.json", "one at least"),
+    "other prompts": ({"m_topk50_nb5_t1.json": ["a", "b"], "instructions3.json": ["a", "b", "c"]}, "2 answers", "3 prompts"),
+    "nothing": ({}, "has no results", "evaluation.json"),
+    "nothing understood": ({"other.json": {}}, "has no results", "_score.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_STUDIES)
+def test_a_broken_study_is_one_line_with_file_and_row(case, tmp_path):
+    files, *words = BAD_STUDIES[case]
+    (tmp_path / "in").mkdir()
+    for name, value in files.items():
+        (tmp_path / "in" / name).write_text(json.dumps(value))
+    with pytest.raises(ValueError) as error:
+        write([tmp_path / "in"], tmp_path)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def test_the_script_takes_folders_before_and_after_its_options_and_exits_2_on_bad_input(run, tmp_path):
+    out = tmp_path / "made" / "page.html"
+    call = lambda *argv: subprocess.run(
+        [sys.executable, ROOT / "scripts" / "report.py", *map(str, argv)], capture_output=True, text=True, cwd=tmp_path
+    )
+    shutil.rmtree(run / "sweep")
+    done = call(run, "--out", out, "--resamples", 50, run.parent)
+    assert done.returncode == 0 and out.exists() and str(out) in done.stdout, done.stderr
+    wrong = call("--out", out, tmp_path / "absent")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "absent" in wrong.stderr
+    assert call().returncode == 2
+
+
+def test_visible_keeps_what_can_be_written():
+    assert page.visible("a\r\n\tb\x00\ud800\u2066é漢😀") == "a\n\tb␀\ufffd\ufffdé漢😀"
+    page.escape(NASTY).encode()
