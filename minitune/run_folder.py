@@ -202,13 +202,13 @@ def draw_curves(records, path):
     write_whole(path, image.getvalue())
 
 
-def curves(records):
-    """The figure of curves.png, a matplotlib Figure, from the records of metrics.jsonl."""
+def curves(records, figsize=(7, 5)):
+    """The figure of curves.png, a matplotlib Figure, from the records of metrics.jsonl. figsize: in inches."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no state between figures
 
     train = [(r["step"], r["loss"], r["lr"]) for r in records if "loss" in r]
     held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=figsize, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     if train:
         steps, losses, rates = zip(*train, strict=True)

@@ -124,7 +124,7 @@ def run(tmp_path):
     moved = [{"top_k": 30}, {"top_k": 80}, {"num_beams": 2}, {"temperature": 0.0}, {}]
     for i, change in enumerate(moved):
         put(folder / "sweep" / f"point{i}" / "evaluation.json", evaluation({**options, **change}, shift=0.1 * i))
-    put(folder / "sweep" / "sweep.json", {"points": [{"name": str(i)} for i in range(6)]})
+    put(folder / "sweep" / "sweep.json", {"points": [{"folder": f"point{i}", "options": {}} for i in range(6)]})
     put(folder / "environment.json", {"device": "a CPU", "packages": {"torch": "2.13", "cuda": None}})
     lines = [{"step": i, "loss": 3.0 / i, "lr": 1e-3} for i in range(1, 9)] + [
         {"step": 8, "eval_loss": 0.75, "loss": None}
@@ -240,7 +240,7 @@ def test_a_run_folder_gives_every_section(run, tmp_path):
     assert sections == ["Scores", "Human evaluation", "Tuned against base", "Decoding options", "Training",
                         "Best and worst answers", "Metrics beside human grades", "Environment and sources",
                         "Not in this report"]  # fmt: skip
-    assert "ROUGE-L, BERTScore: `python scripts/evaluate.py --run" in markdown
+    assert re.search(r"ROUGE-L, BERTScore: `python scripts/evaluate.py --run \S+ --encoder DIR`", markdown)
     assert {7.25, 0.2} <= set(found.values) and "base 0.125" in text and "[6.50, 8.12]" in text
     assert "&lt; 0.001" in text and "0.012" in text and "+0.200" in text
     assert "all 8 examples agree" in text and "300 draws, seed 4" in text
@@ -288,6 +288,49 @@ def test_a_folder_of_runs_and_a_sweep_without_an_evaluation(run, tmp_path):
     assert "(mine)" in text and "(other)" in text and "4 evaluated models, 20 sweep points, 2 run folders" in text
     found = [s for s in read_results([run]).systems if s.role == "tuned"]
     assert [s.setting() for s in found] == [(50, 5, 1.0)]  # the centre of the sweep
+
+
+def test_a_sweep_is_what_its_list_says(run, tmp_path):
+    options = [{"top_p": 0.5}, {"top_p": 0.9}, {"top_p": 1.0, "early_stopping": "yes"}]
+    points = [{"folder": f"point{i}", "options": {"top_k": 50, **o}} for i, o in enumerate(options)]
+    put(
+        run / "sweep" / "sweep.json",
+        {"kind": "decoding", "points": [*points, {"folder": "gone", "options": {}, "error": "no"}]},
+    )
+    for i in range(3):
+        put(
+            run / "sweep" / f"point{i}" / "evaluation.json",
+            evaluation({"top_k": 50, "num_beams": 5, "temperature": 1.0}),
+        )
+    results = read_results([run])
+    assert [p.options["top_p"] for line in sweep_lines(results.points) for p in line.points["top_p"]] == [
+        0.5,
+        0.9,
+        1.0,
+    ] * 2
+    assert "Against <code>top_p</code>" in write([run], tmp_path)[0]
+
+
+def test_a_sweep_over_training_is_a_line_a_run(run, tmp_path):
+    for name in ("lr1", "lr2"):
+        shutil.copytree(run, run / "sweep" / name, ignore=shutil.ignore_patterns("sweep"))
+    points = [{"folder": name, "options": {"learning_rate": 0.1}} for name in ("lr1", "lr2")]
+    put(run / "sweep" / "sweep.json", {"kind": "training", "points": points})
+    text, markdown, _ = write([run], tmp_path)
+    assert all(f"tiny &lt;b&gt; ({name})" in text for name in ("mine", "lr1", "lr2"))
+    assert "6 evaluated models, 3 run folders" in text and "sweep.py --run" in markdown
+
+
+def test_scores_that_were_not_computed_are_left_out(run, tmp_path):
+    stored = evaluation({})
+    stored["settings"]["decoding"] = None  # two files were compared
+    stored["comparisons"]["bleu"].update(difference=None, p_bootstrap=None, p_permutation=None, note="nothing in both")
+    tuned(stored)["metrics"]["perplexity"]["value"] = None
+    put(run / "evaluation.json", stored)
+    text, markdown, _ = write([run], tmp_path)
+    assert "| BLEU ↑ | – | – | – | 8 |" in markdown.replace("\u00a0", " ") and "BLEU: nothing in both." in text
+    put(tmp_path / "in" / SCORED, {"Perplexity": None, "BLEU": 0.25, "ROUGE-L": None, "BERTScore": None})
+    assert Page(write([tmp_path / "in"], tmp_path)[0]).values == [0.25]
 
 
 def test_what_has_no_data_is_a_line_that_says_what_to_run(run, tmp_path):

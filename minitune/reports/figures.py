@@ -32,14 +32,19 @@ def sweep_figure(lines, metrics, parameters, legend=True):
 
     figure = Figure(figsize=(0.4 + 2.9 * len(parameters), 0.9 + 1.75 * len(metrics)), layout="constrained")
     grid = figure.subplots(len(metrics), len(parameters), squeeze=False, sharey="row", sharex="col")
+    scores = [score for _, along in lines for row in along.values() for _, found in row for score in found.values()]
+    has_intervals = any(
+        score.low is not None for score in scores
+    )  # then lines step aside, so that bars can be told apart
     for column, (parameter, title) in enumerate(parameters.items()):
         values = sorted({x for _, along in lines for x, _ in along[parameter]})
         for row, (metric, heading) in enumerate(metrics.items()):
             axes = grid[row][column]
             for number, (_, along) in enumerate(lines):
                 shown = [(x, scores[metric]) for x, scores in along[parameter] if metric in scores]
-                draw_line(axes, shown, number)
-            axes.set_title(heading, loc="left", fontsize=9.5, fontweight="bold")
+                apart = 0.012 * (values[-1] - values[0]) * (number - (len(lines) - 1) / 2) if has_intervals else 0.0
+                draw_line(axes, [(x + apart, score) for x, score in shown], number)
+            axes.set_title(heading.replace("$", r"\$"), loc="left", fontsize=9.5, fontweight="bold")
             axes.set_ylim(*span(lines, metric))
             axes.set_xticks(values, [f"{v:g}" for v in values])
             axes.tick_params(labelsize=9, length=3)
@@ -51,7 +56,7 @@ def sweep_figure(lines, metrics, parameters, legend=True):
         handles, labels = [], []
         for number, (label, _) in enumerate(lines):
             handles.append(draw_line(grid[0][0], [], number))
-            labels.append(label)
+            labels.append(label.replace("$", r"\$"))  # else matplotlib reads a formula
         figure.legend(
             handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False, handlelength=3.5
         )

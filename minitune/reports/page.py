@@ -171,7 +171,8 @@ def sample(number):
 def card_html(card):
     parts = []
     for part in card.parts:
-        faint = f' <span class="faint">{escape(part.faint)}</span>' if part.faint else ""
+        pieces = "".join(f"<span>{escape(piece)}</span> " for piece in part.faint.split(" · ") if piece)
+        faint = f' <span class="faint pieces">{pieces}</span>' if part.faint else ""
         parts.append(f"<dt>{escape(part.label)}{faint}</dt><dd>{long_html(part.text)}</dd>")
     return f"<article><h4>{escape(card.title)}</h4><dl>{''.join(parts)}</dl></article>"
 

@@ -89,8 +89,8 @@ def read_results(folders):
     for line in sweep_lines(results.points):  # a sweep without an evaluation of its own lends its centre to the table
         same = [s for s in results.systems if (s.name, s.role) == (line.name, line.role)]
         if not any(s.group == line.group or s.role == "published" for s in same):
-            row = line.points[PARAMETERS[0]]
-            results.systems += [s for s in row if s.options[PARAMETERS[0]] == line.centre[PARAMETERS[0]]][:1]
+            middle = [s for row in line.points.values() for s in row if line.centre.items() <= s.options.items()]
+            results.systems += middle[:1]
     return results
 
 
@@ -171,22 +171,39 @@ def read_run(folder, results):
         systems, stored = read_evaluation(folder / "evaluation.json", folder)
         run.settings, run.comparisons = stored["settings"], stored["comparisons"]
         run.environment = run.environment or stored.get("environment")
-        for path in sorted((folder / "generations").glob("*_HE.json")):
+        for path in [*sorted(folder.glob("*_HE.json")), *sorted((folder / "generations").glob("*_HE.json"))]:
             match_grades(path, systems, results)
         results.systems += systems
     results.runs.append(run)
-    listed = []
-    for path in (folder / "sweep.json", folder / "sweep" / "sweep.json"):
-        if path.exists():
-            stored = read_json(path)
-            listed = stored.get("points", []) if isinstance(stored, dict) else stored
-            if not isinstance(listed, list):
-                raise ValueError(f"{path} holds {show(stored)}, expected a list of points")
-    done = sorted((folder / "sweep").glob("*/evaluation.json"))
-    for path in done:
-        results.points += read_evaluation(path, folder)[0]
-    if len(listed) > len(done):
-        results.notes.append(f"{len(done)} of the {len(listed)} points of the sweep in {folder} are evaluated so far")
+    read_sweep(folder, results)
+
+
+def read_sweep(run, results):
+    """Add the points of a run's sweep: those that sweep/sweep.json lists, or every folder with an evaluation.json where there
+    is no list. A point of a sweep over training is a run of its own."""
+    folder, options, kind = run / "sweep", {}, "decoding"
+    done = [path.parent for path in sorted(folder.glob("*/evaluation.json"))]
+    if (path := folder / "sweep.json").exists():
+        stored = read_json(path)
+        need(stored, ("points",), path)
+        if not isinstance(stored["points"], list):
+            raise ValueError(f"{path}: points is {show(stored['points'])}, expected a list")
+        for row, point in enumerate(stored["points"]):
+            need(point, ("folder", "options"), f"{path}, row {row}")
+            need(point["options"], (), f"{path}, row {row}: options")
+            options[folder / str(point["folder"])] = point["options"]
+        done = [point for point in options if (point / "evaluation.json").exists()]
+        kind = stored.get("kind", kind)
+        if len(done) < len(options):
+            results.notes.append(f"{len(done)} of the {len(options)} points of the sweep in {run} have an evaluation.")
+    for point in done:
+        if kind == "training":
+            read_run(point, results)
+            continue
+        for system in read_evaluation(point / "evaluation.json", run)[0]:
+            varied = {name: system.options[name] for name in PARAMETERS if name in system.options}
+            system.options = varied | options.get(point, {})
+            results.points.append(system)
 
 
 def read_metrics(path):
@@ -214,6 +231,9 @@ def read_evaluation(path, group):
     need(stored["systems"], (), f"{path}: systems")
     if not stored["systems"]:
         raise ValueError(f"{path}: systems is empty, expected one at least")
+    for name in PARAMETERS:
+        if options.get(name) is not None:
+            number(options[name], f"{path}: settings.decoding.{name}")
     systems, sizes = [], {}
     for role, record in stored["systems"].items():
         where = f"{path}: {role}"
@@ -268,12 +288,12 @@ def read_example(record, where):
 
 
 def match_grades(path, systems, results):
-    """Give the grades of generations/NAME_HE.json to the system whose answers are those in generations/NAME.json."""
+    """Give the grades of NAME_HE.json to the system whose answers are those in NAME.json beside it."""
     beside = path.with_name(path.name.replace("_HE.json", ".json"))
     answers = study_files.read_texts(beside)
     owner = next((s for s in systems if [e["answer"] for e in s.examples] == answers), None)
     if owner is None:
-        results.notes.append(f"{path} grades answers that evaluation.json does not have; it is left out")
+        results.notes.append(f"{path} grades answers that evaluation.json does not have; it is left out.")
     else:
         owner.grades = grades_of(path, owner, beside)
 
@@ -284,17 +304,22 @@ def sweep_lines(points):
     The centre has the most frequent value of every option."""
     lines = []
     for key in dict.fromkeys((p.group, p.name, p.role) for p in points):
-        own = [p for p in points if (p.group, p.name, p.role) == key and None not in p.setting()]
-        if not own:
-            continue
-        centre = {name: Counter(p.options[name] for p in own).most_common(1)[0][0] for name in PARAMETERS}
+        own = [p for p in points if (p.group, p.name, p.role) == key]
+        axes = [*PARAMETERS, *dict.fromkeys(name for p in own for name in p.options if name not in PARAMETERS)]
+        axes = [name for name in axes if all(is_number(p.options.get(name)) for p in own)]
+        centre = {name: Counter(p.options[name] for p in own).most_common(1)[0][0] for name in axes}
         along = {}
-        for name in PARAMETERS:
-            others = [other for other in PARAMETERS if other != name]
+        for name in axes:
+            others = [other for other in axes if other != name]
             row = [p for p in own if all(p.options[other] == centre[other] for other in others)]
             along[name] = sorted(row, key=lambda p: p.options[name])
-        lines.append(Line(*key, centre, along))
+        if any(len(row) > 1 for row in along.values()):
+            lines.append(Line(*key, centre, along))
     return lines
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def table_lines(systems):

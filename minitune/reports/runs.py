@@ -3,7 +3,7 @@
 from minitune.reports import figures
 from minitune.reports.page import Card, Cards, Cell, Chart, Folded, Part, Section, Table
 from minitune.reports.results import sweep_lines, table_lines
-from minitune.reports.study_files import GRADES, PARAMETERS
+from minitune.reports.study_files import GRADES
 from minitune.reports.words import (
     FIGURE,
     GRADE_NAMES,
@@ -19,12 +19,13 @@ from minitune.reports.words import (
 )
 from minitune.run_folder import curves
 
+ON_A_CARD = (*FIGURE, "exact_match", "length_ratio")  # scores that are shown with an answer
 RANKING = ("bertscore", "rouge_l", "token_f1", "chrf", "bleu")  # what orders answers that nobody graded
 
 
 def sweep_section(results, missing):
     """The study's figure: each metric against each option of decoding, one line a model."""
-    lines = [line for line in sweep_lines(results.points) if any(len(row) > 1 for row in line.points.values())]
+    lines = sweep_lines(results.points)
     if not lines:
         missing.append(
             f"Scores against top_k, num_beams and temperature: `python scripts/sweep.py --run {example_run(results)} --study`"
@@ -32,14 +33,15 @@ def sweep_section(results, missing):
         return None
     names = [line.name + (" (base)" if line.role == "base" else "") for line in lines]
     labels = [f"{n} ({line.group.name})" if names.count(n) > 1 else n for n, line in zip(names, lines, strict=True)]
+    axes = list(dict.fromkeys(name for line in lines for name in line.centre))
+    columns = {p: p for p in axes if any(len(line.points.get(p, ())) > 1 for line in lines)}
     data = [
-        (label, {p: [(s.options[p], s.scores) for s in row] for p, row in line.points.items()})
+        (label, {p: [(s.options[p], s.scores) for s in row] for p in columns for row in [line.points.get(p, [])]})
         for label, line in zip(labels, lines, strict=True)
     ]
     scored = {name for line in lines for row in line.points.values() for s in row for name in s.scores}
     chosen = [n for n in FIGURE if n in scored] or [n for n in METRICS if n in scored][:4]
     rows = {n: with_arrow(n) for n in chosen}
-    columns = {p: p for p in PARAMETERS if any(len(line.points[p]) > 1 for line in lines)}
     drawings = [figures.sweep_figure(data, rows, {p: p}, legend=False) for p in columns]
     centres = list(dict.fromkeys(options_words(line.centre) for line in lines))
     has_intervals = any(
@@ -58,14 +60,15 @@ def sweep_section(results, missing):
     points = []
     for label, line in zip(labels, lines, strict=True):
         own = [p for p in results.points if (p.group, p.name, p.role) == line[:3]]
-        for point in sorted(own, key=lambda p: tuple(-1 if v is None else v for v in p.setting())):
+        values = {id(p): [p.options[name] if name in line.centre else None for name in axes] for p in own}
+        for point in sorted(own, key=lambda p: [-1 if v is None else v for v in values[id(p)]]):
             found = [(n, point.scores.get(n)) for n in chosen]
             cells = [
                 Cell(shown(n, score.value), score.value, interval_words(n, score)) if score else "–"
                 for n, score in found
             ]
-            points.append([label, *[f"{v:g}" if v is not None else "–" for v in point.setting()], *cells])
-    header = ["Model", *PARAMETERS, *rows.values()]
+            points.append([label, *["–" if v is None else f"{v:g}" for v in values[id(point)]], *cells])
+    header = ["Model", *axes, *rows.values()]
     blocks.append(Folded(f"All {len(points)} points as a table", [Table("Points of the sweeps", header, points)]))
     return Section("Decoding options", blocks)
 
@@ -101,7 +104,9 @@ def curves_section(results, missing):
             parts += [f"lowest held-out loss {min(held_out)[0]:.3f} at step {min(held_out)[1]:,}"] if held_out else []
             caption = f"{run.folder.name}: {'; '.join(parts)}."
             alt = f"Loss and learning rate over the steps of {caption}"
-            charts.append(Chart(caption, alt, [curves(run.lines)], picture=f"curves_{len(charts) + 1}"))
+            charts.append(
+                Chart(caption, alt, [curves(run.lines, figsize=(5.4, 4.4))], picture=f"curves_{len(charts) + 1}")
+            )
     if not charts:
         missing.append(
             "Training curves: `python scripts/train.py --run DIR` writes `metrics.jsonl` into its run folder"
@@ -166,7 +171,8 @@ def answer_card(row, system, base):
 
 def scores_words(system, row):
     """The scores of one answer, in one line."""
-    words = [f"{metric(n).label} {shown(n, v)}" for n, v in system.examples[row]["scores"].items()]
+    scores = system.examples[row]["scores"]
+    words = [f"{metric(n).label} {shown(n, scores[n])}" for n in ON_A_CARD if n in scores]
     if system.grades:
         grades = system.grades.rows[row]
         words = [f"{GRADE_NAMES[name]} {grades[name]:g}" for name in GRADES] + words
@@ -185,11 +191,11 @@ def environment_section(results, missing):
             blocks.append(f"`{group}`: the study's files, {size}. Options from the files' names, scores as published.")
     tables = []
     for run in results.runs:
-        rows = [[f"evaluation: {k}", flat(v)] for k, v in (run.settings or {}).items()]
-        rows += [[k, flat(v)] for k, v in (run.environment or {}).items()]
-        if rows:
-            tables.append(Table(f"{run.folder}", ["", "value"], rows, has_words=True))
-    blocks += tables if len(tables) < 2 else [Folded(t.caption, [t]) for t in tables]
+        facts = [(f"evaluation: {key}", value) for key, value in (run.settings or {}).items()]
+        facts += list((run.environment or {}).items())
+        if rows := [[key, flat(value)] for key, value in facts if value not in (None, [], {})]:
+            tables.append(Table(f"What {run.folder} says of itself", ["Fact", "Value"], rows, has_words=True))
+    blocks += [Folded(table.caption, [table]) for table in tables]
     if not tables:
         missing.append(
             "The environment: these files do not say on which machine and with which versions they were made; a run folder does, "

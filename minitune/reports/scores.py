@@ -19,6 +19,7 @@ from minitune.reports.words import (
     example_run,
     interval_words,
     metric,
+    minus,
     options_words,
     p_words,
     shown,
@@ -26,6 +27,7 @@ from minitune.reports.words import (
     with_arrow,
 )
 
+JUDGES = {"bertscore": "--encoder", "perplexity": "--judge"}  # options of evaluate.py that name a model
 FILE_OF_GRADES = (  # see study_files.py
     "a list of `index`, `grammatical_correctness`, `coherence`, `correctness_of_answer` and `comment`, one for each answer"
 )
@@ -36,9 +38,10 @@ def scores_section(results, config, missing):
     pairs = table_lines(results.systems)
     scored = [(label, with_grades(system, config), with_grades(base, config)) for label, system, base in pairs]
     columns = [name for name in TABLE if any(name in s or name in b for _, s, b in scored)]
-    where = example_run(results)
-    if absent := [METRICS[name].label for name in TABLE[:4] if name not in columns]:
-        missing.append(f"{', '.join(absent)}: `python scripts/evaluate.py --run {where}`")
+    if absent := [name for name in FIGURE if name not in columns]:
+        judges = [f" {JUDGES[name]} DIR" for name in absent if name in JUDGES]
+        command = f"`python scripts/evaluate.py --run {example_run(results)}{''.join(judges)}`"
+        missing.append(f"{', '.join(METRICS[name].label for name in absent)}: {command}")
     if not columns:
         return None
     notes, rows = [], []
@@ -220,6 +223,8 @@ def comparisons_section(results, missing):
 
 
 def difference_row(label, name, found, p_bootstrap, p_permutation, n=None):
+    if found.difference is None:
+        return [label, "–", "–", "–", str(n or found.n or "–")]
     difference = Cell(shown(name, found.difference, sign="+"), found.difference, interval_words(name, found))
     return [label, difference, p_words(p_bootstrap), p_words(p_permutation), str(n or found.n or "–")]
 
@@ -240,22 +245,22 @@ def correlation_section(results, config, missing):
                 if found.value is None:
                     cells += [Cell("–", below=(found.note,)), "–"]
                     continue
-                below = () if found.low is None else (f"[{found.low:.2f}, {found.high:.2f}]",)
-                cells += [Cell(f"{found.value:.2f}", found.value, below), p_words(found.p_value)]
+                below = () if found.low is None else (minus(f"[{found.low:.2f}, {found.high:.2f}]"),)
+                cells += [Cell(minus(f"{found.value:.2f}"), found.value, below), p_words(found.p_value)]
             rows.append([with_arrow(name), *cells, str(len(both))])
         note = (
             "1: the metric ranks the answers as people do, 0: as chance does; a metric marked ↓ should be negative. In brackets: "
             f"95 % percentile bootstrap ({config.resamples} draws, seed {config.seed}). p: of no correlation, two-sided, not "
             "corrected for the number of metrics."
         )
-        header = ["Metric", "Spearman's rho", "p", "Kendall's tau-b", "p", "answers"]
+        header = ["Metric", "Spearman's rho", "p of rho", "Kendall's tau-b", "p of tau-b", "answers"]
         tables.append(Table(f"{label}: correlation with the mean human grade", header, rows, note))
     if not tables:
         if any(s.grades for s in results.systems):
             missing.append(
                 "Correlation of each metric with the human grades: it needs the scores of the answers one by one, which the "
-                "study's files do not have. `python scripts/evaluate.py --predictions NAME.json --references FILE` computes "
-                "them; put `NAME_HE.json` beside the `generations/NAME.json` that it writes"
+                "study's files do not have. `python scripts/evaluate.py --predictions DIR/NAME.json --references FILE "
+                "--out DIR/evaluation.json` computes them where `NAME_HE.json` is beside `NAME.json`"
             )
         return None
     return Section("Metrics beside human grades", tables)

@@ -84,10 +84,10 @@ def read_texts(path):
 
 
 def read_scores(path):
-    """{metric: float} of a _score.json, by minitune's names."""
+    """{metric: float} of a _score.json, by minitune's names, without those that are null: they were not computed."""
     stored = read_json(path)
     need(stored, SCORES, path)
-    return {name: number(stored[key], f"{path}: {key}") for key, name in SCORES.items()}
+    return {name: number(stored[key], f"{path}: {key}") for key, name in SCORES.items() if stored[key] is not None}
 
 
 def read_grades(path):

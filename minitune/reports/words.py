@@ -47,7 +47,7 @@ def with_arrow(name):
 
 def shown(name, value, sign=""):
     """A number with the digits of its metric, as text; a minus, not a hyphen."""
-    return f"{value:{sign}.{metric(name).digits}f}".replace("-", "−")
+    return minus(f"{value:{sign}.{metric(name).digits}f}")
 
 
 def interval_words(name, found):
@@ -62,7 +62,16 @@ def p_words(p):
 
 
 def options_words(options):
-    return ", ".join(f"{name} {options[name]:g}" for name in PARAMETERS if options.get(name) is not None)
+    """Options of decoding in words. Where nothing is drawn, top_k and temperature do nothing and are not named."""
+    drawn = options.get("do_sample") is not False
+    names = [*(PARAMETERS if drawn else ["num_beams"]), "max_new_tokens"]
+    words = [f"{name} {options[name]:g}" for name in names if isinstance(options.get(name), (int, float))]
+    return ", ".join(words if drawn else [*words, "no sampling"])
+
+
+def minus(text):
+    """text with a minus where it has a hyphen."""
+    return text.replace("-", "−")
 
 
 def superscript(number):
@@ -76,7 +85,7 @@ def count(number, noun):
 def flat(value):
     """A value of a JSON object in one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{k} {flat(v)}" for k, v in value.items() if v is not None)
+        return ", ".join(f"{k} {flat(v)}" for k, v in value.items() if v not in (None, [], {}))
     if isinstance(value, list):
         return ", ".join(map(flat, value))
     return value if isinstance(value, str) else json.dumps(value)
