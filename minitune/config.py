@@ -34,7 +34,7 @@ def parse(cls, argv=None, description=None):
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for f in fields(cls):
         flag, (kind, is_list, _) = "--" + f.name.replace("_", "-"), field_type(cls, f)
-        shown = " ".join(map(str, f.default)) if is_list and f.default else f.default
+        shown = (" ".join(map(str, f.default)) or None) if is_list and f.default is not None else f.default
         help_text = f.metadata["help"] + ("" if shown is None else f" (default: {shown})")
         help_text = help_text.replace("%", "%%")
         common = {"default": argparse.SUPPRESS, "help": help_text}

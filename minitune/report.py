@@ -1,6 +1,7 @@
 """The report: what the results of runs, or of the study's files, say. One HTML file, and Markdown and PNG files beside it."""
 
 import datetime
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,15 @@ def report(config, say=print):
     write_whole(out, page.as_html(title, summary, sections))
     write_whole(out.with_suffix(".md"), page.as_markdown(title, summary, sections, out.stem))
     written = [out, out.with_suffix(".md")]
-    for name, figure in page.pictures(sections).items():
-        written.append(out.with_name(f"{out.stem}_{name}.png"))
-        write_whole(written[-1], figures.png(figure))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name, figure in page.pictures(sections).items():
+            written.append(out.with_name(f"{out.stem}_{name}.png"))
+            write_whole(written[-1], figures.png(figure))
+    for warning in {str(w.message) for w in caught if "missing from font" not in str(w.message)}:
+        say(f"while drawing: {warning}")
+    if any("missing from font" in str(w.message) for w in caught):
+        say("the PNG files show boxes for letters that matplotlib's font does not have; the page shows them")
     for note in results.notes:
         say(note)
     for path in results.not_understood:

@@ -380,6 +380,7 @@ BAD_RUNS = {  # the file, its new text or how its value is spoiled, words of the
         "comparisons.bleu",
         "p_bootstrap",
     ),
+    "another format": (EVALUATION, lambda e: e.update(format=2), "evaluation.json", "format 2"),
     "a point": ("sweep/point1/evaluation.json", "{}", "point1", "settings"),
     "no step": (LOSSES, '{"step": 1}\n{"loss": 2}\n', "metrics.jsonl, row 1", "step"),
     "infinite loss": (LOSSES, '{"step": 1, "loss": Infinity, "lr": 1}\n', "row 0: loss", "inf"),

@@ -145,8 +145,9 @@ def inline_svg(figure, prefix, alt):
     text = image.getvalue()
     text = re.sub(r"<(metadata|style)\b.*?</\1>|<style[^>]*/>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.S)
     view = re.search(r'viewBox="([^"]+)"', text)[1]
-    alt = f'<svg viewBox="{view}" role="img" aria-label="{alt}">'
-    text = alt + text[text.index(">") + 1 :]
+    widest = round(1.6 * float(view.split()[2]))  # else a chart that has a row to itself would shout
+    start = f'<svg viewBox="{view}" role="img" aria-label="{alt}" style="max-width: {widest}px">'
+    text = start + text[text.index(">") + 1 :]
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}", text).replace("xlink:href", "href")
     text = re.sub(r"font-family:[^;\"]*|font: ([^'\";]*?)('DejaVu[^;\"]*)", lambda m: family(m), text)

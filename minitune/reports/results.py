@@ -107,9 +107,13 @@ def read_folder(folder, results, prompts):
         read_study(folder, studied, prompts, results)
     for name in names:
         path = folder / name
-        if path.is_dir() and not name.startswith(".") and not path.is_symlink():
+        if name.startswith(".") or path.is_symlink() and not path.is_file():
+            continue  # a link could lead round in a circle
+        if path.is_dir():
             read_folder(path, results, prompts)
-        elif name.endswith(".json") and name not in studied and name not in KNOWN and path != prompts:
+        elif (
+            name.endswith(".json") and path.is_file() and name not in studied and name not in KNOWN and path != prompts
+        ):
             results.not_understood.append(path)
 
 
@@ -225,6 +229,8 @@ def read_evaluation(path, group):
     """([System], the whole object) of an evaluation.json."""
     stored = read_json(path)
     need(stored, ("settings", "systems", "comparisons"), path)
+    if stored.get("format", 1) != 1:
+        raise ValueError(f"{path} has the format {show(stored['format'])}, expected 1; a newer minitune may read it")
     need(stored["settings"], ("decoding",), f"{path}: settings")
     options = stored["settings"]["decoding"] or {}
     need(options, (), f"{path}: settings.decoding")

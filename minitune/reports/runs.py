@@ -104,9 +104,7 @@ def curves_section(results, missing):
             parts += [f"lowest held-out loss {min(held_out)[0]:.3f} at step {min(held_out)[1]:,}"] if held_out else []
             caption = f"{run.folder.name}: {'; '.join(parts)}."
             alt = f"Loss and learning rate over the steps of {caption}"
-            charts.append(
-                Chart(caption, alt, [curves(run.lines, figsize=(5.4, 4.4))], picture=f"curves_{len(charts) + 1}")
-            )
+            charts.append(Chart(caption, alt, [curves(run.lines, figsize=(5, 4))], picture=f"curves_{len(charts) + 1}"))
     if not charts:
         missing.append(
             "Training curves: `python scripts/train.py --run DIR` writes `metrics.jsonl` into its run folder"
