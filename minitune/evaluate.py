@@ -135,6 +135,10 @@ class Run:
         if self.test.row_format == "text":
             raise ValueError(f"{self.folder} was trained on text rows, which ask nothing: there is nothing to answer")
         self.examples = self.test.examples[: config.limit]
+        if "/" in self.name(True) or self.name(True) == self.name(False):
+            raise ValueError(
+                f"name is {config.name!r}, expected one without / that is not the base's {self.name(False)}"
+            )
         device = choose_device(config.device)
         dtype, _ = choose_dtype(config.dtype or self.options.dtype, device)
         self.facts = {
@@ -236,8 +240,13 @@ class Run:
                 if all(row in found for row in batch):
                     continue
                 prompts = [self.examples[row].ids[: self.examples[row].prompt_length] for row in batch]
-                with self.prefix_of(is_tuned, batch) as prefix:
-                    answers, _ = decode(answerer.model, prompts, decoding, answerer.tokenizer, prefix=prefix)
+                try:
+                    with self.prefix_of(is_tuned, batch) as prefix:
+                        answers, _ = decode(answerer.model, prompts, decoding, answerer.tokenizer, prefix=prefix)
+                except ValueError as error:
+                    raise ValueError(f"held-out rows {batch[0]} to {batch[-1]}: {error}") from None
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(f"{file} has {len(found)} answers; the same command goes on") from None
                 losses = self.reference_losses(is_tuned, batch)
                 for row, answer, loss in zip(batch, answers, losses, strict=True):
                     tokens += len(answer.ids)

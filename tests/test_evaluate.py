@@ -302,6 +302,57 @@ def test_a_torn_last_line_is_answered_again(run):
         assert answers_file(run).read_bytes() == whole
 
 
+@pytest.mark.parametrize("name", ["a/b", "tiny-mistral"])
+def test_a_name_that_cannot_be_of_a_file_of_its_own_is_refused(name, run):
+    with pytest.raises(ValueError, match="name is .*expected one without / that is not the base's tiny-mistral"):
+        Run(EvaluateConfig(run=str(run), name=name), QUIET)
+    assert Run(EvaluateConfig(run=str(run), name="mine"), QUIET).name(True) == "mine"
+
+
+def test_prompt_completion_rows_are_asked_as_they_were_trained(run, tmp_path):
+    rows = [{"prompt": "1 + 1 =", "completion": " 2"}, {"prompt": "2 + 2 =", "completion": " 4"}]
+    write_json(tmp_path / "rows.json", rows)
+    write_json(run / "config.json", read_json(run / "config.json") | {"test_data": str(tmp_path / "rows.json")})
+    result = evaluate(EvaluateConfig(run=str(run), max_new_tokens=4, resamples=10, base=False), QUIET)
+    examples = result["systems"]["tuned"]["examples"]
+    assert [(e["prompt"], e["reference"]) for e in examples] == [(r["prompt"], r["completion"]) for r in rows]
+    tokenizer = load_tokenizer(hub.resolve("tiny-mistral"))
+    model = load_model("tiny-mistral", adapter=run / "adapter")
+    decoding = GenerateConfig(max_new_tokens=4, eos_ids=tuple(tokenizer.eos_ids))
+    [ids] = generate(model, [tokenizer.encode(rows[0]["prompt"])], decoding)
+    assert examples[0]["answer"] == tokenizer.decode(ids)
+
+
+def test_ctrl_c_says_what_is_there_and_a_prompt_without_room_its_rows(run, monkeypatch):
+    config = EvaluateConfig(run=str(run), max_new_tokens=4, batch_size=4)
+    decode, calls = module.decode, []
+
+    def fail_at_the_second(error):
+        def failing(*args, **options):
+            calls.append(1)
+            if len(calls) == 2:
+                raise error
+            return decode(*args, **options)
+
+        return failing
+
+    monkeypatch.setattr(module, "decode", fail_at_the_second(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt, match="jsonl has 4 answers; the same command goes on"):
+        evaluate(config, QUIET)
+    calls.clear()
+    monkeypatch.setattr(module, "decode", fail_at_the_second(ValueError("prompt 0 has 999 tokens")))
+    with pytest.raises(ValueError, match="held-out rows 8 to 11: prompt 0 has 999 tokens"):
+        evaluate(config, QUIET)
+
+
+def test_a_value_that_is_not_finite_is_null_with_a_note():
+    rows = scoring.Rows(np.array([1.0, math.inf, 2.0]))
+    found = scoring.measure(rows, 10, 0)
+    assert found == {"value": None, "low": None, "high": None, "n": 3, "note": "not finite in 1 of 3 examples"}
+    assert scoring.compare(rows, rows, 10, 0)["note"] == "not finite in every example"
+    assert scoring.scores_of_example({"perplexity": rows}, 1) == {}
+
+
 # --- runs that are not as they should be ---
 
 
