@@ -4,6 +4,7 @@ Answers stream into generations/NAME.jsonl, so that a kill loses none that was w
 metrics are those of minitune/scoring.py. Point by point, the sweep does the same through Run."""
 
 import functools
+import hashlib
 import json
 import time
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from minitune import data, hub, lora, scoring
 from minitune.answer import Answerer, ModelConfig, decoding_of
 from minitune.config import TrainConfig, arg, from_file, positive
 from minitune.device import choose_device, choose_dtype, environment
-from minitune.files import read_json, write_json, write_whole
+from minitune.files import prove_writable, read_json, write_json, write_whole
 from minitune.generate import GenerateConfig, Prefix, decode
 from minitune.metrics.perplexity import sequence_nll
 from minitune.run_folder import append_line, file_sha256, hold, model_fingerprint, read_lines
@@ -76,6 +77,8 @@ class EvaluateConfig(DecodeConfig, GenerateConfig):
 
 def evaluate(config, say=print):
     """Answer or read, score, write evaluation.json and print a table. Returns what evaluation.json holds."""
+    if config.out is not None:
+        prove_writable(config.out)
     if config.run is not None:
         run = Run(config, say)
         return run.evaluate(config, run.folder, scoring.Judges(config, say), config.base, config.out, say)
@@ -147,7 +150,8 @@ class Run:
             "quantize": self.options.quantize,
             "compute dtype": str(dtype).removeprefix("torch."),
         }
-        self.adapter_sha256 = file_sha256(self.adapter / "adapter_model.safetensors")
+        parts = [str(file_sha256(self.adapter / name)) for name in ("adapter_config.json", "adapter_model.safetensors")]
+        self.adapter_sha256 = hashlib.sha256("".join(parts).encode()).hexdigest()
         self.losses = {}  # (is_tuned, row) -> [nats, tokens] of the reference
         self.prefixes, self.prefix_room = {}, 0  # (is_tuned, rows) -> Prefix, and the bytes that they may still take
         self.known = {}  # (is_tuned, meaning of a decoding) -> {row: its answer}: what another point need not decode again
@@ -205,10 +209,21 @@ class Run:
             "facts": self.facts | {"adapter (sha256)": self.adapter_sha256},
         }
 
+    def answer_settings(self, is_tuned, decoding):
+        """The same for the answers alone, of one system."""
+        settings = self.facts | {"adapter (sha256)": self.adapter_sha256 if is_tuned else None}
+        return settings | {"decoding": json.loads(json.dumps(asdict(decoding.meaning())))}
+
+    def check_answers(self, config, folder, with_base, point):
+        """Raises ValueError where `folder` holds answers of other settings than evaluate() would give."""
+        decoding = decoding_of(config, self.tokenizer)
+        for is_tuned in (True, False)[: 1 + with_base]:
+            file = folder / "generations" / f"{self.name(is_tuned)}_{point}.jsonl"
+            read_answers(file, self.answer_settings(is_tuned, decoding), len(self.test.examples))
+
     def answers(self, is_tuned, decoding, file):
         """The records of one system, in order: those in `file`, and the others decoded and appended to it."""
-        settings = self.facts | {"adapter (sha256)": self.adapter_sha256 if is_tuned else None}
-        settings |= {"decoding": json.loads(json.dumps(asdict(decoding.meaning())))}
+        settings = self.answer_settings(is_tuned, decoding)
         if self.config.resume == "never":
             file.unlink(missing_ok=True)
         found = self.known.setdefault((is_tuned, decoding.meaning()), {})
@@ -383,6 +398,11 @@ def read_systems(config):
                 (r[k] for r in (given, row) for k in ("instruction", "prompt") if isinstance(r.get(k), str)), None
             )
             record = {"prompt": prompt, "input": given.get("input"), "reference": reference, "answer": answer}
+            for fact, kind in (("tokens", int), ("ended_by", str)):
+                if not isinstance(row.get(fact), kind | None) or isinstance(row.get(fact), bool):
+                    raise ValueError(
+                        f"{path}, row {len(records)}: {fact} is {row[fact]!r}, expected {kind.__name__} or null"
+                    )
             records.append(record | {"tokens": row.get("tokens"), "ended_by": row.get("ended_by")})
         name = Path(path).stem
         systems[key] = path if any(name == other for other, _ in systems.values()) else name, records[: config.limit]
@@ -406,5 +426,9 @@ def read_texts(path, keys):
             raise ValueError(f"{path}, row {number} has none of {', '.join(keys)}: {data.show(row)}")
         if not isinstance(row[key], str):
             raise ValueError(f"{path}, row {number}: {key} is {data.show(row[key])}, expected a text")
+        try:
+            row[key].encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}, row {number}: {key} has half a character (a lone surrogate)") from None
         found.append((row[key], row))
     return found

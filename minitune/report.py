@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitune.config import arg, check_types, positive
-from minitune.files import write_whole
+from minitune.files import prove_writable, write_whole
 from minitune.reports import figures, page
 from minitune.reports.page import Section
 from minitune.reports.results import read_results
@@ -48,6 +48,7 @@ def report(config, say=print):
     results = read_results(config.folders)
     sections = write_sections(results, config)
     out = Path(config.out)
+    prove_writable(out)
     found = (
         (len(results.systems), "evaluated model"),
         (len(results.points), "sweep point"),

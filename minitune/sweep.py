@@ -94,6 +94,9 @@ def sweep(config, say=print):
     if not config.train:
         run = Run(config, say)
         run.prefix_room = PREFIX_BYTES
+        if config.resume == "auto":
+            for name, _, point in points:  # before the first is decoded: the last may be hours away
+                run.check_answers(point, folder / name, config.base, name)
     judges = scoring.Judges(config, say)
     found, results = [], {}
     for number, (name, options, point) in enumerate(points, 1):
@@ -108,6 +111,8 @@ def sweep(config, say=print):
             continue
         results[name] = result["systems"]["tuned"]
         found.append(entry | {"metrics": results[name]["metrics"]})
+    if not results:
+        raise ValueError(f"no point was finished; the first: {found[0]['error']}")
     for entry in found:
         if entry["name"] in results and centre in results and entry["name"] != centre:
             entry["against_centre"] = against(results[entry["name"]], results[centre], config.resamples)
@@ -266,7 +271,10 @@ def train_point(options, folder, config, judges, say):
                 return stored
     try:
         train(options, say)
-    except FloatingPointError as error:  # a rate that is too high: the other points may do well
+    except (
+        FloatingPointError,
+        ValueError,
+    ) as error:  # a rate that is too high, a target that is none: others may do well
         say(f"{folder.name} failed: {error}")
         return str(error)
     return evaluate_point(Run(point, say), point, folder, config, judges)

@@ -503,3 +503,35 @@ def test_the_table_has_a_line_for_each_metric_with_intervals_and_p(evaluated):
     assert f"{metric['value']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]" in line
     assert line.endswith(f"{compared['p_permutation']:.4f}") and f"{compared['difference']:+.4f}" in line
     assert any("all 14 examples agree" in line for line in lines)  # why a line has no interval
+
+
+BAD_FACTS = {"tokens": ('"tokens": NaN', "tokens is nan"), "ended_by": ('"ended_by": 5', "ended_by is 5")}
+
+
+@pytest.mark.parametrize("name", BAD_FACTS)
+def test_a_fact_of_another_kind_is_said_with_its_row(name, tmp_path):
+    fact, message = BAD_FACTS[name]
+    (tmp_path / "a.json").write_text('[{"answer": "x"}, {"answer": "y", %s}]' % fact)
+    (tmp_path / "r.json").write_text('["x", "y"]')
+    config = EvaluateConfig(predictions=str(tmp_path / "a.json"), references=str(tmp_path / "r.json"))
+    with pytest.raises(ValueError, match=f"a.json, row 1: {message}"):
+        evaluate(config, lambda line: None)
+
+
+def test_half_a_character_and_a_place_that_cannot_be_written_are_said_before_any_scoring(tmp_path):
+    (tmp_path / "a.json").write_text('["x", "y \\ud800"]')
+    (tmp_path / "r.json").write_text('["x", "y"]')
+    files = {"predictions": str(tmp_path / "a.json"), "references": str(tmp_path / "r.json")}
+    with pytest.raises(ValueError, match="a.json, row 1: answer has half a character"):
+        evaluate(EvaluateConfig(**files), lambda line: None)
+    with pytest.raises(ValueError, match="is a folder, expected a file to write"):
+        evaluate(EvaluateConfig(**files, out=str(tmp_path)), lambda line: None)
+
+
+def test_another_scaling_in_the_adapters_config_is_another_model(run):
+    config = EvaluateConfig(run=str(run), max_new_tokens=4, limit=2, base=False, resamples=100)
+    evaluate(config, QUIET)
+    path = run / "adapter" / "adapter_config.json"
+    write_json(path, read_json(path) | {"lora_alpha": 1})
+    with pytest.raises(ValueError, match=r"adapter \(sha256\)"):
+        evaluate(config, QUIET)

@@ -260,3 +260,18 @@ def test_a_correlation_that_does_not_exist_says_why():
 def test_above_a_thousand_examples_the_interval_is_fishers():
     x, y = np.random.default_rng(10).random((2, 1001))
     assert correlate(x, y) == correlate(x, y, interval="fisher")
+
+
+def test_p_of_few_examples_counts_every_order():
+    assert correlate([1, 2, 3], [1, 2, 3]).p_value == pytest.approx(1 / 3)
+    x, y = [1, 5, 2, 4, 3, 9, 7], [2, 4, 1, 5, 3, 6, 7]
+    found = stats.permutation_test((y,), lambda y: stats.spearmanr(x, y).statistic, permutation_type="pairings",
+                                   n_resamples=np.inf, random_state=0)  # fmt: skip
+    assert correlate(x, y).p_value == pytest.approx(found.pvalue)
+    assert correlate(x, y, "kendall").p_value == pytest.approx(stats.kendalltau(x, y, method="exact").pvalue)
+
+
+def test_one_difference_in_every_example_has_no_bootstrap_p():
+    found = paired_bootstrap([1, 2], [2, 3])
+    assert found.difference == -1 and found.p_value is None and found.low is None
+    assert paired_permutation([1, 2], [2, 3]).p_value == 0.5

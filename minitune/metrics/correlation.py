@@ -1,5 +1,6 @@
 """Whether a metric ranks answers as people do: Spearman's rho and Kendall's tau-b, with intervals, from few and tied grades."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 BOOTSTRAP_LIMIT = 1000  # examples; above, both intervals agree and Kendall's bootstrap would want (n, n) numbers
+EXACT_LIMIT = 8  # examples up to which every order is tried
 FISHER_VARIANCE = {  # of atanh(value): Bonett and Wright 2000; Fieller, Hartley and Pearson 1957
     "spearman": lambda value, n: (1 + value**2 / 2) / (n - 3),
     "kendall": lambda value, n: 0.437 / (n - 4),
@@ -46,11 +48,25 @@ def correlate(metric, human, method="spearman", interval=None, level=0.95, resam
         return Correlation(None, None, None, None, n, f"{' and '.join(constant)} is the same in all {n} examples")
     found = (stats.spearmanr if method == "spearman" else stats.kendalltau)(x, y)
     value, p_value = float(found.statistic), float(found.pvalue)
+    if n <= EXACT_LIMIT:
+        p_value = exact_p_value(x, y, value, method)
     if interval is None:
         interval = "bootstrap" if n <= BOOTSTRAP_LIMIT else "fisher"
     between = bootstrap if interval == "bootstrap" else fisher
     low, high, note = between(x, y, value, method, level, resamples, seed)
     return Correlation(value, low, high, p_value, n, note)
+
+
+def exact_p_value(x, y, value, method):
+    """How many of all orders of y give a correlation as large, either way: for few examples, where approximations fail."""
+    orders = np.array(list(itertools.permutations(range(len(y)))))
+    if method == "spearman":
+        found = spearman_of(np.broadcast_to(x, orders.shape), y[orders])
+    else:
+        signs = [np.sign(v[:, None] - v) for v in (x, y)]
+        above = np.array([(signs[0] * signs[1][np.ix_(order, order)]).sum() for order in orders])
+        found = above / math.sqrt((signs[0] ** 2).sum() * (signs[1] ** 2).sum())
+    return float((np.abs(found) >= abs(value) - 1e-12).mean())
 
 
 def fisher(x, y, value, method, level, resamples, seed):

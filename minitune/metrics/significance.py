@@ -54,6 +54,8 @@ def paired_bootstrap(rows_a, rows_b, score=None, level=0.95, resamples=5000, see
     extreme = np.abs(replicates - difference) >= abs(difference) - rounding(replicates, difference)
     low, high, n, note = limits(difference, replicates, left_out, len(both), level, method, widen)
     p_value = (int(extreme.sum()) + 1) / (len(replicates) + 1) if n > 1 else 1.0
+    if low is None and n > 1 and difference:
+        p_value = None  # the same difference in every example: drawing them again says nothing of chance
     return Comparison(difference, low, high, p_value, n, note)
 
 

@@ -201,7 +201,7 @@ def read_sweep(run, results):
         if len(done) < len(options):
             results.notes.append(f"{len(done)} of the {len(options)} points of the sweep in {run} have an evaluation.")
     for point in done:
-        if kind == "training":
+        if kind == "training" or (point / "adapter").is_dir():  # the latter where a sweep was stopped before its end
             read_run(point, results)
             continue
         for system in read_evaluation(point / "evaluation.json", run)[0]:

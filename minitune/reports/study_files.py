@@ -7,7 +7,6 @@
     instructions27.json                list of prompts, one for each answer of every file below its folder
 The name is the only place where these files keep the decoding options, so it is read strictly."""
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +58,18 @@ def parse_name(name):
 
 def number(value, where):
     """value as it is. Raises ValueError, with `where`, unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{where} is {value!r}, expected a finite number")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) < 1e300:  # JSON's whole numbers have no end
+        raise ValueError(f"{where} is {show(value)}, expected a finite number")
     return value
 
 
 def need(record, keys, where):
     """Raises ValueError unless `record` is an object with these keys."""
     if not isinstance(record, dict):
-        raise ValueError(f"{where} is a {type(record).__name__}, expected an object with {', '.join(keys)}")
+        raise ValueError(
+            f"{where} is a {type(record).__name__}, expected an object{' with ' * bool(keys)}{', '.join(keys)}"
+        )
     if missing := [key for key in keys if key not in record]:
         raise ValueError(f"{where} has no {', '.join(missing)}; it has {', '.join(record) or 'no keys'}")
 
