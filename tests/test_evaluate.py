@@ -511,7 +511,7 @@ BAD_FACTS = {"tokens": ('"tokens": NaN', "tokens is nan"), "ended_by": ('"ended_
 @pytest.mark.parametrize("name", BAD_FACTS)
 def test_a_fact_of_another_kind_is_said_with_its_row(name, tmp_path):
     fact, message = BAD_FACTS[name]
-    (tmp_path / "a.json").write_text('[{"answer": "x"}, {"answer": "y", %s}]' % fact)
+    (tmp_path / "a.json").write_text('[{"answer": "x"}, {"answer": "y", ' + fact + "}]")
     (tmp_path / "r.json").write_text('["x", "y"]')
     config = EvaluateConfig(predictions=str(tmp_path / "a.json"), references=str(tmp_path / "r.json"))
     with pytest.raises(ValueError, match=f"a.json, row 1: {message}"):

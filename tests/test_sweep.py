@@ -339,7 +339,7 @@ def test_a_point_that_cannot_be_decoded_is_said_before_a_model_loads(run, decode
 
 def test_answers_of_other_settings_are_said_before_the_first_point_is_decoded(run, decoded):
     options = {"run": str(run), "num_beams": (1,), "temperature": (1.0,), "limit": 2, "base": False, "resamples": 50}
-    sweep(SweepConfig(**options, top_k=(50,), max_new_tokens=(3,)), QUIET)
+    sweep(SweepConfig(**options, top_k=(50, 60), max_new_tokens=(3,)), QUIET)
     decoded.clear()
     with pytest.raises(ValueError, match="max_new_tokens 3 -> 4"):
         sweep(SweepConfig(**options, top_k=(10, 50), max_new_tokens=(4,)), QUIET)
@@ -348,7 +348,9 @@ def test_answers_of_other_settings_are_said_before_the_first_point_is_decoded(ru
 
 def test_a_training_point_with_a_wrong_option_leaves_the_others_their_table(tmp_path):
     axis = ("lora_targets=q_proj,nope", "max_steps=1", "samples=0", "model=tiny-llama")
-    config = SweepConfig(run=str(tmp_path / "run"), train=axis, limit=2, max_new_tokens=(2,), num_beams=(1,), resamples=50)
+    config = SweepConfig(
+        run=str(tmp_path / "run"), train=axis, limit=2, max_new_tokens=(2,), num_beams=(1,), resamples=50
+    )
     points = sweep(config, QUIET)["points"]
     assert ["metrics" in point for point in points] == [True, False] and "nope" in points[1]["error"]
     config = replace(config, train=("lora_targets=nope,none", *axis[1:]))
