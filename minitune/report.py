@@ -25,7 +25,11 @@ class ReportConfig:
         positional=True,
         metavar="DIR",
     )
-    out: str = arg("report.html", "HTML file to write; NAME.md, NAME_table.png, NAME_figure.png, ... go beside it")
+    out: str | None = arg(
+        None,
+        "HTML file to write; NAME.md, NAME_table.png, NAME_figure.png, ... go beside it; not set: report.html in the run "
+        "folder, or here where it is of several",
+    )
     answers: int = arg(3, "best and worst answers to show of each model; 0: none")
     resamples: int = arg(5000, "draws of the bootstrap intervals and tests that are computed here")
     seed: int = arg(0, "of these draws")
@@ -37,8 +41,15 @@ class ReportConfig:
             raise ValueError("no folder is given; name at least one run folder, or a folder with results in it")
         if self.answers < 0 or self.seed < 0:
             raise ValueError(f"answers is {self.answers} and seed {self.seed}, expected 0 or more")
-        if Path(self.out).suffix.lower() not in (".html", ".htm"):
+        if self.out is not None and Path(self.out).suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"out is {self.out!r}, expected a name that ends with .html")
+
+
+def default_out(folders):
+    """report.html in the only folder, if that is a run's; else in the working folder."""
+    run = Path(folders[0])
+    is_run = len(folders) == 1 and any((run / name).is_file() for name in ("config.json", "evaluation.json"))
+    return (run if is_run else Path()) / "report.html"
 
 
 def report(config, say=print):
@@ -47,7 +58,7 @@ def report(config, say=print):
     Raises ValueError, with the file and the row, where results cannot be read or there are none."""
     results = read_results(config.folders)
     sections = write_sections(results, config)
-    out = Path(config.out)
+    out = Path(config.out or default_out(config.folders))
     prove_writable(out)
     found = (
         (len(results.systems), "evaluated model"),

@@ -13,7 +13,7 @@ import pytest
 
 from minitune.metrics.correlation import correlate
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap
-from minitune.report import ReportConfig, report
+from minitune.report import ReportConfig, default_out, report
 from minitune.reports import page
 from minitune.reports.results import read_results, sweep_lines
 from minitune.reports.study_files import GRADES, parse_name
@@ -445,3 +445,9 @@ def test_the_script_takes_folders_before_and_after_its_options_and_exits_2_on_ba
 def test_visible_keeps_what_can_be_written():
     assert page.visible("a\r\n\tb\x00\ud800\u2066é漢😀") == "a\n\tb␀\ufffd\ufffdé漢😀"
     page.escape(NASTY).encode()
+
+
+def test_a_report_of_one_run_lies_in_it_and_one_of_several_in_the_working_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_out([str(run)]) == run / "report.html"
+    assert default_out([str(run), str(run)]) == default_out([str(run.parent)]) == Path("report.html")
