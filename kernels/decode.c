@@ -1,5 +1,5 @@
 /* The operations of a decoding step on a CPU, where torch's calls cost more than their arithmetic: RMSNorm, RoPE, SwiGLU,
- * attention over the key-value cache, and the product of few rows with a bf16 weight.
+ * GELU, attention over the key-value cache, LoRA, products of few rows with a weight, and the most likely tokens.
  *
  * Built and called by decode.py, whose docstrings say what each computes. Everything sums in fp32. dtype: FP32 or BF16; a value
  * that torch would round to bf16 on its way is rounded here too. */
@@ -17,7 +17,7 @@ typedef struct {          // of an attention; the fields of decode.py's Shape
 
 struct Job {
   int dtype;
-  const void *x, *y, *z;  // inputs, as each function says
+  const void *x, *y, *z;  // inputs, in the order of each function's arguments
   void *out;
   int64_t M, N, K;
   const void *weight, *bias;  // (N, K) and (N); or an RMSNorm's (K)
@@ -27,8 +27,10 @@ struct Job {
   const Shape *shape;
   void *prompt_k, *prompt_v, *new_k, *new_v;  // (B, H_kv, P, D) and (R, H_kv, capacity, D)
   int *failed;
-  int64_t *ids;
-  float *low;
+  int64_t *ids;           // (M, K) of the most likely tokens
+  const float *A, *B;     // of LoRA: (rank, K) and (N, rank)
+  float *low, scaling;    // (M, rank)
+  int64_t rank;
 };
 
 enum { BATCH = 256 };  // logits that are looked at together
@@ -513,12 +515,11 @@ INLINE float dot_rounded(const void *x, int as, int64_t at, const float *weight,
   return sum_16(sum) + rest;
 }
 
-/* Rows begin .. end of A, to j->low (M, r). */
+/* Rows begin .. end of A, to j->low (M, rank). */
 INLINE void go_down(const Job *j, int64_t begin, int64_t end, int dtype) {
   for (int64_t r = begin; r < end; r++)
     for (int64_t m = 0; m < j->M; m++)
-      j->low[m * j->T + r] =
-          rounded(dot_rounded(j->x, dtype, m * j->K, (const float *)j->y + r * j->K, dtype, 1, j->K), dtype);
+      j->low[m * j->rank + r] = rounded(dot_rounded(j->x, dtype, m * j->K, j->A + r * j->K, dtype, 1, j->K), dtype);
 }
 EACH_LEVEL(go_down)
 
@@ -526,7 +527,7 @@ EACH_LEVEL(go_down)
 INLINE void go_up(const Job *j, int64_t begin, int64_t end, int dtype) {
   for (int64_t n = begin; n < end; n++)
     for (int64_t m = 0; m < j->M; m++) {
-      const float more = dot_rounded(j->low, FP32, m * j->T, (const float *)j->z + n * j->T, dtype, j->eps, j->T);
+      const float more = dot_rounded(j->low, FP32, m * j->rank, j->B + n * j->rank, dtype, j->scaling, j->rank);
       store(j->out, dtype, m * j->N + n, load(j->out, dtype, m * j->N + n) + more);
     }
 }
@@ -537,7 +538,8 @@ int decode_lora(int level, int threads, int dtype, const void *x, const float *A
                 int64_t M, int64_t N, int64_t K, int64_t r) {
   float *low = malloc((size_t)(M * r) * sizeof *low);
   if (!low) return -1;
-  Job job = {.dtype = dtype, .x = x, .y = A, .z = B, .eps = scaling, .out = out, .low = low, .M = M, .N = N, .K = K, .T = r};
+  Job job = {.dtype = dtype, .x = x, .A = A, .B = B, .scaling = scaling, .low = low, .out = out, .M = M, .N = N, .K = K,
+             .rank = r};
   parallel(go_down_for(level), &job, r, M * r * K < SERIAL ? 1 : threads);
   parallel(go_up_for(level), &job, N, M * r * N < SERIAL ? 1 : threads);
   free(low);
