@@ -17,6 +17,7 @@ from minitune_kernels import cache
 
 COMMON = Path(__file__).with_name("common.h")
 FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC")
+loaded = []  # the libraries of this process
 LEVELS = ("portable C", "AVX2", "AVX-512", "AVX-512 with bf16", "AMX")
 
 
@@ -61,6 +62,9 @@ def build(source, flags=FLAGS, folder=None):
 def load(path):
     """The library at `path`. Raises NoCompiler."""
     try:
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoCompiler(f"the built library cannot be loaded: {error}; delete it to build it again") from None
+    library.record.argtypes, library.record.restype = (ctypes.c_void_p,), None  # of common.h; see tape.py
+    loaded.append(library)
+    return library

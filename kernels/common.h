@@ -4,6 +4,7 @@ One binary holds every instruction set; a function's `level` chooses among them 
 does the work of one thread; `parallel` hands out the ranges. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,13 +31,103 @@ enum { FP32, FP16, BF16 };                          // dtypes
 typedef struct Job Job;  // what a file's functions work on
 typedef void (*Work)(const Job *, int64_t begin, int64_t end);
 
-static void parallel(Work work, const Job *job, int64_t count, int threads) {
+typedef struct {  // a piece of work, to be handed out
+  Work work;
+  const Job *job;
+  int64_t count;
+  int threads;
+  int is_apart;  // the next one does not need what this one writes: no thread waits for the others
+} Step;
+
+typedef struct Block {  // scratch memory of a tape
+  void *memory;
+  size_t size;
+  int is_lent;
+  struct Block *next;
+} Block;
+
+typedef struct {  // the steps of many calls, to be run again by one; see tape.py
+  Step *steps;
+  int64_t length, room;
+  int threads, failed;
+  Block *blocks;
+} Tape;
+
+static __thread Tape *tape;  // NULL: nothing is recorded
+
+/* Called of each library that is to write its steps to one tape. */
+void record(Tape *to) { tape = to; }
+
+static void run(const Step *steps, int64_t length, int threads) {
   if (threads == 1) {
-    work(job, 0, count);
+    for (int64_t i = 0; i < length; i++) steps[i].work(steps[i].job, 0, steps[i].count);
     return;
   }
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int t = 0; t < threads; t++) work(job, count * t / threads, count * (t + 1) / threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), all = omp_get_num_threads();
+    for (int64_t i = 0; i < length; i++) {
+      const Step s = steps[i];
+      const int parts = s.threads < all ? s.threads : all;
+      if (thread < parts) s.work(s.job, s.count * thread / parts, s.count * (thread + 1) / parts);
+      const int is_alone = parts == 1 && i + 1 < length && steps[i + 1].threads == 1;  // the same thread goes on
+      if (!s.is_apart && !is_alone) {
+#pragma omp barrier
+      }
+    }
+  }
+}
+
+/* Runs the steps, and writes them to the tape that records, with jobs of `job_size` bytes. */
+static void perform(const Step *steps, int64_t length, size_t job_size) {
+  int threads = 1;
+  for (int64_t i = 0; i < length; i++) threads = steps[i].threads > threads ? steps[i].threads : threads;
+  run(steps, length, threads);
+  if (!tape) return;
+  if (tape->length + length > tape->room) {
+    const int64_t room = 2 * tape->room + length;
+    Step *more = realloc(tape->steps, (size_t)room * sizeof *more);
+    if (!more) {
+      tape->failed = 1;
+      return;
+    }
+    tape->steps = more, tape->room = room;
+  }
+  for (int64_t i = 0; i < length; i++) {
+    void *job = malloc(job_size);
+    if (!job) {
+      tape->failed = 1;
+      return;
+    }
+    memcpy(job, steps[i].job, job_size);
+    tape->steps[tape->length] = steps[i];
+    tape->steps[tape->length++].job = job;
+  }
+  if (threads > tape->threads) tape->threads = threads;
+}
+
+#define parallel(work, job, count, threads) perform(&(const Step){work, job, count, threads, 0}, 1, sizeof *(job))
+
+/* Memory at a multiple of 64 bytes until give_back(): a tape's own where one records. NULL where there is none. */
+static void *borrow(size_t size) {
+  size = (size + 63) / 64 * 64;
+  if (!tape) return aligned_alloc(64, size);
+  for (Block *b = tape->blocks; b; b = b->next)
+    if (!b->is_lent && b->size >= size) return b->is_lent = 1, b->memory;
+  Block *block = malloc(sizeof *block);
+  void *memory = aligned_alloc(64, size);
+  if (!block || !memory) {
+    free(block), free(memory);
+    return NULL;
+  }
+  *block = (Block){memory, size, 1, tape->blocks};
+  tape->blocks = block;
+  return memory;
+}
+
+static void give_back(void *memory) {
+  if (!tape) free(memory);
+  else for (Block *b = tape->blocks; b; b = b->next) b->is_lent &= b->memory != memory;
 }
 
 static int highest_level(void) {

@@ -1,5 +1,6 @@
-/* The operations of a decoding step on a CPU, where torch's calls cost more than their arithmetic: RMSNorm, RoPE, SwiGLU,
- * GELU, attention over the key-value cache, LoRA, products of few rows with a weight, and the most likely tokens.
+/* The operations of a decoding step on a CPU, where torch's calls cost more than their arithmetic: norms, RoPE, SwiGLU,
+ * GELU, attention over the key-value cache, LoRA, products of few rows with a weight, and the most likely tokens; and the tape
+ * that runs many of them by one call.
  *
  * Built and called by decode.py, whose docstrings say what each computes. Everything sums in fp32. dtype: FP32 or BF16; a value
  * that torch would round to bf16 on its way is rounded here too. */
@@ -20,10 +21,10 @@ struct Job {
   const void *x, *y, *z;  // inputs, in the order of each function's arguments
   void *out;
   int64_t M, N, K;
-  const void *weight, *bias;  // (N, K) and (N); or an RMSNorm's (K)
+  const void *weight, *bias;  // (N, K) and (N); or a norm's (K)
   float eps;
-  const void *cos, *sin;  // (rows or 1, T, D / 2)
-  int64_t H, T, D, row_stride, head_stride, token_stride, table_stride;
+  const void *cos, *sin;  // (rows or 1, T, turned / 2)
+  int64_t H, T, D, turned, row_stride, head_stride, token_stride, table_stride;
   const Shape *shape;
   void *prompt_k, *prompt_v, *new_k, *new_v;  // (B, H_kv, P, D) and (R, H_kv, capacity, D)
   int *failed;
@@ -77,18 +78,17 @@ int decode_level(void) { return highest_level(); }
 // --- RMSNorm: rows begin .. end of x (M, K) ---------------------------------------------------------------------
 
 INLINE void norm(const Job *j, int64_t begin, int64_t end, int dtype) {
+  const void *const x = j->x, *const weight = j->weight;
+  void *const out = j->out;
+  const int64_t K = j->K;
   for (int64_t m = begin; m < end; m++) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < j->K; k++) {
-      const float value = load(j->x, dtype, m * j->K + k);
-      sum += value * value;
-    }
-    const float scale = 1 / sqrtf(sum / j->K + j->eps);
+    for (int64_t k = 0; k < K; k++) sum += load(x, dtype, m * K + k) * load(x, dtype, m * K + k);
+    const float scale = 1 / sqrtf(sum / K + j->eps);
 #pragma omp simd
-    for (int64_t k = 0; k < j->K; k++)
-      store(j->out, dtype, m * j->K + k,
-            load(j->weight, dtype, k) * rounded(load(j->x, dtype, m * j->K + k) * scale, dtype));
+    for (int64_t k = 0; k < K; k++)
+      store(out, dtype, m * K + k, load(weight, dtype, k) * rounded(load(x, dtype, m * K + k) * scale, dtype));
   }
 }
 EACH_LEVEL(norm)
@@ -99,42 +99,96 @@ void decode_norm(int level, int threads, int dtype, const void *x, const void *w
   parallel(norm_for(level), &job, M, M * K < SERIAL ? 1 : threads);
 }
 
-// --- RoPE: tokens begin .. end of x (rows, H, T, D), by strides; out lies as (rows, T, H, D) --------------------------
+// --- LayerNorm: (x - mean) / sqrt(variance + eps) * weight + bias, rows begin .. end of x (M, K) -----------------------------
+
+INLINE void center(const Job *j, int64_t begin, int64_t end, int dtype) {
+  const void *const x = j->x, *const weight = j->weight, *const bias = j->bias;
+  void *const out = j->out;
+  const int64_t K = j->K;
+  for (int64_t m = begin; m < end; m++) {
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < K; k++) sum += load(x, dtype, m * K + k);
+    const float mean = sum / K;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t k = 0; k < K; k++) {
+      const float value = load(x, dtype, m * K + k) - mean;
+      squares += value * value;
+    }
+    const float scale = 1 / sqrtf(squares / K + j->eps);
+#pragma omp simd
+    for (int64_t k = 0; k < K; k++)
+      store(out, dtype, m * K + k, (load(x, dtype, m * K + k) - mean) * scale * load(weight, dtype, k) + load(bias, dtype, k));
+  }
+}
+EACH_LEVEL(center)
+
+void decode_layer_norm(int level, int threads, int dtype, const void *x, const void *weight, const void *bias, void *out,
+                       int64_t M, int64_t K, float eps) {
+  Job job = {.dtype = dtype, .x = x, .weight = weight, .bias = bias, .out = out, .M = M, .K = K, .eps = eps};
+  parallel(center_for(level), &job, M, M * K < SERIAL ? 1 : threads);
+}
+
+// --- x (M, K) + y, which repeats after N elements: elements begin .. end; out may be x -------------------------------------
+
+INLINE void add(const Job *j, int64_t begin, int64_t end, int dtype) {
+  const void *const x = j->x, *const y = j->y;
+  void *const out = j->out;
+  for (int64_t i = begin, stop; i < end; i = stop) {
+    const int64_t at = i % j->N, back = i - at;
+    stop = end < back + j->N ? end : back + j->N;
+#pragma omp simd
+    for (int64_t k = i; k < stop; k++) store(out, dtype, k, load(x, dtype, k) + load(y, dtype, k - back));
+  }
+}
+EACH_LEVEL(add)
+
+void decode_add(int level, int threads, int dtype, const void *x, const void *y, void *out, int64_t count, int64_t N) {
+  Job job = {.dtype = dtype, .x = x, .y = y, .out = out, .N = N};
+  parallel(add_for(level), &job, count, count < SERIAL ? 1 : threads);
+}
+
+// --- RoPE of the first `turned` of D dims: tokens begin .. end of x (rows, H, T, D), by strides; out lies as (rows, T, H, D)
 
 INLINE void turn(const Job *j, int64_t begin, int64_t end, int dtype) {
-  const int64_t half = j->D / 2, size = dtype == BF16 ? 2 : 4;
+  const int64_t half = j->turned / 2, size = dtype == BF16 ? 2 : 4;
   for (int64_t token = begin; token < end; token++) {
-    const int64_t row = token / j->T, t = token % j->T, table = row * j->table_stride + t * half;
+    const int64_t row = token / j->T, t = token % j->T, table = (row * j->table_stride + t * half) * size;
+    const char *const cos = (const char *)j->cos + table, *const sin = (const char *)j->sin + table;
     for (int64_t h = 0; h < j->H; h++) {
       const char *x = (const char *)j->x + (row * j->row_stride + h * j->head_stride + t * j->token_stride) * size;
       char *out = (char *)j->out + (token * j->H + h) * j->D * size;
 #pragma omp simd
       for (int64_t d = 0; d < half; d++) {
-        const float c = load(j->cos, dtype, table + d), s = load(j->sin, dtype, table + d);
+        const float c = load(cos, dtype, d), s = load(sin, dtype, d);
         const float low = load(x, dtype, d), high = load(x, dtype, half + d);
         store(out, dtype, d, rounded(low * c, dtype) - rounded(high * s, dtype));
         store(out, dtype, half + d, rounded(high * c, dtype) + rounded(low * s, dtype));
       }
+      memcpy(out + 2 * half * size, x + 2 * half * size, (j->D - 2 * half) * size);
     }
   }
 }
 EACH_LEVEL(turn)
 
 void decode_turn(int level, int threads, int dtype, const void *x, const void *cos, const void *sin, void *out, int64_t rows,
-                 int64_t H, int64_t T, int64_t D, int64_t row_stride, int64_t head_stride, int64_t token_stride,
-                 int64_t table_stride) {
-  Job job = {.dtype = dtype, .x = x, .cos = cos, .sin = sin, .out = out, .H = H, .T = T, .D = D, .row_stride = row_stride,
-             .head_stride = head_stride, .token_stride = token_stride, .table_stride = table_stride};
+                 int64_t H, int64_t T, int64_t D, int64_t turned, int64_t row_stride, int64_t head_stride,
+                 int64_t token_stride, int64_t table_stride) {
+  Job job = {.dtype = dtype, .x = x, .cos = cos, .sin = sin, .out = out, .H = H, .T = T, .D = D, .turned = turned,
+             .row_stride = row_stride, .head_stride = head_stride, .token_stride = token_stride,
+             .table_stride = table_stride};
   parallel(turn_for(level), &job, rows * T, rows * T * H * D < SERIAL ? 1 : threads);
 }
 
 // --- SwiGLU: silu(x) * y, elements begin .. end -------------------------------------------------------------------
 
 INLINE void gate(const Job *j, int64_t begin, int64_t end, int dtype) {
+  const void *const x = j->x, *const y = j->y;
+  void *const out = j->out;
 #pragma omp simd
   for (int64_t i = begin; i < end; i++) {
-    const float value = load(j->x, dtype, i);
-    store(j->out, dtype, i, rounded(value / (1 + exp_of(-value)), dtype) * load(j->y, dtype, i));
+    const float value = load(x, dtype, i);
+    store(out, dtype, i, rounded(value / (1 + exp_of(-value)), dtype) * load(y, dtype, i));
   }
 }
 EACH_LEVEL(gate)
@@ -192,40 +246,106 @@ INLINE float sum_16(Float16 v) {
   return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
-/* scores[k] = q . the key at place[k] of `cache`, both of D elements. */
-INLINE void add_scores(const float *q, const void *cache, int dtype, const int64_t *place, int64_t count, int64_t D,
-                       float *scores) {
-  for (int64_t k = 0; k < count; k++) {
-    Float16 sum = {0};
-    float rest = 0;
-    int64_t d = 0;
-    for (; d + 16 <= D; d += 16) sum += load_16(q, FP32, d) * load_16(cache, dtype, place[k] + d);
-    for (; d < D; d++) rest += q[d] * load(cache, dtype, place[k] + d);
-    scores[k] = sum_16(sum) + rest;
-  }
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Bits16){__VA_ARGS__})
+#endif
+
+/* Sums of neighbours: of a and of b, in turn. */
+INLINE Float16 add_ones(Float16 a, Float16 b) {
+  return SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
-/* sums (D) += shares[k] * the value at place[k] of `cache`. */
-INLINE void add_values(const float *shares, const void *cache, int dtype, const int64_t *place, int64_t count, int64_t D,
-                       float *sums) {
-  int64_t d = 0;
-  for (; d + 64 <= D; d += 64) {
-    Float16 sum[4];
-    memcpy(sum, sums + d, sizeof sum);
-    for (int64_t k = 0; k < count; k++)
-      for (int i = 0; i < 4; i++) sum[i] += shares[k] * load_16(cache, dtype, place[k] + d + 16 * i);
-    memcpy(sums + d, sum, sizeof sum);
-  }
+/* Sums of neighbouring pairs: two of a, two of b, in turn. */
+INLINE Float16 add_twos(Float16 a, Float16 b) {
+  return SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+         SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+/* The sums of the 16 elements of each of four vectors, each in the order of the others. */
+INLINE Float4 sums_16(const Float16 *v) {
+  const Float16 all = add_twos(add_ones(v[0], v[1]), add_ones(v[2], v[3]));  // parts of the four sums, four times
+  Float8 half[2];
+  memcpy(half, &all, sizeof half);
+  half[0] += half[1];
+  Float4 quarter[2];
+  memcpy(quarter, half, sizeof quarter);
+  return quarter[0] + quarter[1];
+}
+
+/* scores[i * stride + k] = query i of q (queries, D) times the key at place[k] of `cache`: up to four keys. */
+INLINE void score_four(const float *q, const int queries, const void *cache, int dtype, const int64_t *place, int count,
+                       int64_t D, float *scores, int64_t stride) {
+  int64_t at[4], d = 0;
+  for (int k = 0; k < 4; k++) at[k] = place[k < count ? k : count - 1];
+  Float16 sums[2][4] = {0};
+  float rest[2][4] = {0};
   for (; d + 16 <= D; d += 16) {
-    Float16 sum = load_16(sums, FP32, d);
-    for (int64_t k = 0; k < count; k++) sum += shares[k] * load_16(cache, dtype, place[k] + d);
-    memcpy(sums + d, &sum, sizeof sum);
+    Float16 keys[4];
+    for (int k = 0; k < 4; k++) keys[k] = load_16(cache, dtype, at[k] + d);
+    for (int i = 0; i < queries; i++) {
+      const Float16 own = load_16(q, FP32, i * D + d);
+      for (int k = 0; k < 4; k++) sums[i][k] += own * keys[k];
+    }
   }
   for (; d < D; d++)
-    for (int64_t k = 0; k < count; k++) sums[d] += shares[k] * load(cache, dtype, place[k] + d);
+    for (int i = 0; i < queries; i++)
+      for (int k = 0; k < 4; k++) rest[i][k] += q[i * D + d] * load(cache, dtype, at[k] + d);
+  for (int i = 0; i < queries; i++) {
+    const Float4 four = sums_16(sums[i]);
+    for (int k = 0; k < count; k++) scores[i * stride + k] = four[k] + rest[i][k];
+  }
 }
 
-enum { TOGETHER = 128 };  // keys of a prompt that stay in the L1 cache while each sequence's queries meet them
+/* The same for all keys and queries; what a query gets does not depend on how many there are. */
+INLINE void add_scores(const float *q, int64_t queries, const void *cache, int dtype, const int64_t *place, int64_t count,
+                       int64_t D, float *scores, int64_t stride) {
+  for (int64_t k = 0; k < count; k += 4) {
+    const int keys = count - k < 4 ? (int)(count - k) : 4;
+    int64_t i = 0;
+    for (; i + 2 <= queries; i += 2)
+      score_four(q + i * D, 2, cache, dtype, place + k, keys, D, scores + i * stride + k, stride);
+    if (i < queries) score_four(q + i * D, 1, cache, dtype, place + k, keys, D, scores + i * stride + k, stride);
+  }
+}
+
+/* sums (queries, D) += shares[i * stride + k] * the value at place[k] of `cache`. */
+INLINE void add_values_of(const float *shares, int64_t stride, const int queries, const void *cache, int dtype,
+                          const int64_t *place, int64_t count, int64_t D, float *sums) {
+  int64_t d = 0;
+  for (; d + 64 <= D; d += 64) {
+    Float16 sum[2][4];
+    for (int i = 0; i < queries; i++) memcpy(sum[i], sums + i * D + d, sizeof sum[i]);
+    for (int64_t k = 0; k < count; k++)
+      for (int part = 0; part < 4; part++) {
+        const Float16 value = load_16(cache, dtype, place[k] + d + 16 * part);
+        for (int i = 0; i < queries; i++) sum[i][part] += shares[i * stride + k] * value;
+      }
+    for (int i = 0; i < queries; i++) memcpy(sums + i * D + d, sum[i], sizeof sum[i]);
+  }
+  for (int i = 0; i < queries; i++) {
+    int64_t e = d;
+    for (; e + 16 <= D; e += 16) {
+      Float16 sum = load_16(sums, FP32, i * D + e);
+      for (int64_t k = 0; k < count; k++) sum += shares[i * stride + k] * load_16(cache, dtype, place[k] + e);
+      memcpy(sums + i * D + e, &sum, sizeof sum);
+    }
+    for (; e < D; e++)
+      for (int64_t k = 0; k < count; k++) sums[i * D + e] += shares[i * stride + k] * load(cache, dtype, place[k] + e);
+  }
+}
+
+INLINE void add_values(const float *shares, int64_t stride, int64_t queries, const void *cache, int dtype,
+                       const int64_t *place, int64_t count, int64_t D, float *sums) {
+  int64_t i = 0;
+  for (; i + 2 <= queries; i += 2)
+    add_values_of(shares + i * stride, stride, 2, cache, dtype, place, count, D, sums + i * D);
+  if (i < queries) add_values_of(shares + i * stride, stride, 1, cache, dtype, place, count, D, sums + i * D);
+}
+
+enum { TOGETHER = 128 };  // values of a prompt that stay in the L1 cache while each sequence's queries meet them
 
 INLINE void attend_pairs(const Job *j, int64_t begin, int64_t end, int dtype, const int64_t D) {
   const Shape s = *j->shape;
@@ -260,12 +380,10 @@ INLINE void attend_pairs(const Job *j, int64_t begin, int64_t end, int dtype, co
         const int64_t writer = s.writers && k < s.new_tokens ? s.writers[row * s.capacity + slot] : row;
         place[stored + i * fresh + k - oldest] = ((writer * s.H_kv + h) * s.capacity + slot) * D;
       }
-    for (int64_t k = 0; k < stored; k += TOGETHER)
-      for (int64_t i = 0; i < Q; i++)
-        add_scores(q + i * D, j->prompt_k, dtype, place + k, stored - k < TOGETHER ? stored - k : TOGETHER, D,
-                   scores + i * keys + k);
-    for (int64_t i = 0; i < Q; i++)
-      add_scores(q + i * D, j->new_k, dtype, place + stored + i / each * fresh, fresh, D, scores + i * keys + stored);
+    add_scores(q, Q, j->prompt_k, dtype, place, stored, D, scores, keys);
+    for (int64_t i = 0; i < n; i++)
+      add_scores(q + i * each * D, each, j->new_k, dtype, place + stored + i * fresh, fresh, D,
+                 scores + i * each * keys + stored, keys);
     for (int64_t i = 0; i < Q; i++) {
       float *score = scores + i * keys, highest = -INFINITY, total = 0;
       const int64_t position = s.new_tokens + i / G % T;  // among the new tokens; this query sees [first, after)
@@ -284,11 +402,10 @@ INLINE void attend_pairs(const Job *j, int64_t begin, int64_t end, int dtype, co
     }
     memset(sums, 0, Q * D * sizeof *sums);
     for (int64_t k = 0; k < stored; k += TOGETHER)
-      for (int64_t i = 0; i < Q; i++)
-        add_values(scores + i * keys + k, j->prompt_v, dtype, place + k, stored - k < TOGETHER ? stored - k : TOGETHER, D,
-                   sums + i * D);
-    for (int64_t i = 0; i < Q; i++)
-      add_values(scores + i * keys + stored, j->new_v, dtype, place + stored + i / each * fresh, fresh, D, sums + i * D);
+      add_values(scores + k, keys, Q, j->prompt_v, dtype, place + k, stored - k < TOGETHER ? stored - k : TOGETHER, D, sums);
+    for (int64_t i = 0; i < n; i++)
+      add_values(scores + i * each * keys + stored, keys, each, j->new_v, dtype, place + stored + i * fresh, fresh, D,
+                 sums + i * each * D);
     for (int64_t i = 0; i < Q; i++)
       for (int64_t d = 0; d < D; d++)
         store(j->out, dtype, ((b * n * T + i / G) * s.H + h * G + i % G) * D + d, sums[i * D + d]);
@@ -309,10 +426,10 @@ int decode_attend(int level, int threads, int dtype, const void *x, const void *
                   const Shape *shape, void *prompt_k, void *prompt_v, void *new_k, void *new_v) {
   int failed = 0;
   Job job = {.dtype = dtype, .x = x, .y = y, .z = z, .out = out, .shape = shape, .prompt_k = prompt_k, .prompt_v = prompt_v,
-             .new_k = new_k, .new_v = new_v, .failed = &failed};
+             .new_k = new_k, .new_v = new_v, .failed = tape ? &tape->failed : &failed};
   const int64_t pairs = shape->B * shape->H_kv;
   parallel(attend_for(level), &job, pairs, pairs < threads ? (int)pairs : threads);
-  return failed ? -1 : 0;
+  return *job.failed ? -1 : 0;
 }
 
 // --- the most likely tokens: rows begin .. end of logits x (M, N) ------------------------------------------------------
@@ -536,17 +653,18 @@ EACH_LEVEL(go_up)
 /* 0, or -1 without memory. */
 int decode_lora(int level, int threads, int dtype, const void *x, const float *A, const float *B, float scaling, void *out,
                 int64_t M, int64_t N, int64_t K, int64_t r) {
-  float *low = malloc((size_t)(M * r) * sizeof *low);
+  float *low = borrow((size_t)(M * r) * sizeof *low);
   if (!low) return -1;
   Job job = {.dtype = dtype, .x = x, .A = A, .B = B, .scaling = scaling, .low = low, .out = out, .M = M, .N = N, .K = K,
              .rank = r};
-  parallel(go_down_for(level), &job, r, M * r * K < SERIAL ? 1 : threads);
-  parallel(go_up_for(level), &job, N, M * r * N < SERIAL ? 1 : threads);
-  free(low);
+  const Step steps[2] = {{go_down_for(level), &job, r, M * r * K < SERIAL ? 1 : threads, 0},
+                         {go_up_for(level), &job, N, M * r * N < SERIAL ? 1 : threads, 0}};
+  perform(steps, 2, sizeof job);
+  give_back(low);
   return 0;
 }
 
-/* Up to three products of the same x, all of one dtype: N_i may be 0. bias: (N) or NULL; K a multiple of 32 in bf16, of 16 in
+/* Up to three products of the same x, all of one dtype: N_i is 0 for those that there are not. bias: (N) or NULL; K a multiple of 32 in bf16, of 16 in
  * fp32. 0, or -1 where this CPU has no instruction for it. */
 int decode_linears(int level, int threads, int dtype, const void *x, int64_t M, int64_t K, const void *weight_0,
                    const void *bias_0, void *out_0, int64_t N_0, const void *weight_1, const void *bias_1, void *out_1,
@@ -559,8 +677,29 @@ int decode_linears(int level, int threads, int dtype, const void *x, int64_t M, 
   if (dtype == BF16 && level >= AVX512_BF16) work = M <= FEW ? FEW_ROWS[M] : multiply_many;
 #endif
   if (!work) return -1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int t = 0; t < threads; t++)
-    for (int i = 0; i < 3; i++) work(&jobs[i], jobs[i].N * t / threads, jobs[i].N * (t + 1) / threads);
+  Step steps[3];
+  int64_t length = 0;
+  for (int i = 0; i < 3; i++)
+    if (jobs[i].N) steps[length++] = (Step){work, &jobs[i], jobs[i].N, threads, i < 2 && jobs[i + 1].N};
+  perform(steps, length, sizeof jobs[0]);
   return 0;
+}
+
+// --- the tape ------------------------------------------------------------------------------------------------------
+
+Tape *tape_new(void) { return calloc(1, sizeof(Tape)); }
+
+/* 0, or -1 where there was no memory for a step, then or now. */
+int tape_run(const Tape *t) {
+  run(t->steps, t->length, t->threads ? t->threads : 1);
+  return t->failed ? -1 : 0;
+}
+
+void tape_free(Tape *t) {
+  for (int64_t i = 0; i < t->length; i++) free((void *)t->steps[i].job);
+  for (Block *b = t->blocks, *next; b; b = next) {
+    next = b->next;
+    free(b->memory), free(b);
+  }
+  free(t->steps), free(t);
 }

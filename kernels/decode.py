@@ -31,13 +31,18 @@ def typed(lib):
     """A loaded library, with the types of its functions."""
     i, p, n, f = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     lib.decode_norm.argtypes, lib.decode_norm.restype = (i, i, i, p, p, p, n, n, f), None
-    lib.decode_turn.argtypes, lib.decode_turn.restype = (i, i, i, p, p, p, p, *[n] * 8), None
+    lib.decode_layer_norm.argtypes, lib.decode_layer_norm.restype = (i, i, i, p, p, p, p, n, n, f), None
+    lib.decode_add.argtypes, lib.decode_add.restype = (i, i, i, p, p, p, n, n), None
+    lib.decode_turn.argtypes, lib.decode_turn.restype = (i, i, i, p, p, p, p, *[n] * 9), None
     lib.decode_gate.argtypes, lib.decode_gate.restype = (i, i, i, p, p, p, n), None
     lib.decode_gelu.argtypes, lib.decode_gelu.restype = (i, i, i, p, p, n), None
     lib.decode_attend.argtypes = (i, i, i, *[p] * 9)
     lib.decode_rank.argtypes, lib.decode_rank.restype = (i, i, i, p, p, p, n, n, n), None
     lib.decode_lora.argtypes = (i, i, i, p, p, p, f, p, n, n, n, n)
     lib.decode_linears.argtypes = (i, i, i, p, n, n, *(p, p, p, n) * 3)
+    lib.tape_new.argtypes, lib.tape_new.restype = (), p
+    lib.tape_run.argtypes = lib.tape_free.argtypes = (p,)
+    lib.tape_free.restype = None
     return lib
 
 
@@ -141,14 +146,34 @@ def rms_norm(x, weight, eps):
     return out
 
 
+def layer_norm(x, weight, bias, eps):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis; x: taken, weight and bias in its dtype."""
+    lib, level = library()
+    x, K = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
+    lib.decode_layer_norm(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
+    return out
+
+
+def add(x, y, out=None):
+    """x (.., K) + y, of the same shape or (K,), both contiguous and of one dtype; out: x itself, or None: a new tensor."""
+    out = torch.empty_like(x) if out is None else out
+    lib, level = library()
+    pointers = x.data_ptr(), y.data_ptr(), out.data_ptr()
+    lib.decode_add(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel(), y.numel())
+    return out
+
+
 def rope(x, cos, sin):
-    """Turn x (B, H, T, D), its last axis contiguous, by cos, sin (B or 1, 1, T, D / 2), contiguous and in x.dtype. What comes
-    back lies in memory as (B, T, H, D)."""
+    """Turn x (B, H, T, D), its last axis contiguous, by cos, sin (B or 1, 1, T, d / 2), contiguous and in x.dtype: the first d
+    dims; the rest stays as it is. What comes back lies in memory as (B, T, H, D)."""
     B, H, T, D = x.shape
     out = x.new_empty(B, T, H, D)
     lib, level = library()
     row, head, token, _ = x.stride()
-    sizes = B, H, T, D, row, head, token, T * D // 2 if cos.shape[0] > 1 else 0
+    half = cos.shape[-1]
+    sizes = B, H, T, D, 2 * half, row, head, token, T * half if cos.shape[0] > 1 else 0
     pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()
     lib.decode_turn(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, *sizes)
     return out.transpose(1, 2)

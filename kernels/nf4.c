@@ -509,11 +509,11 @@ void nf4_quantize(int level, int threads, int dtype, const void *weight, uint8_t
   parallel(work, &job, (n + BLOCK - 1) / BLOCK, threads);
 }
 
-/* absmax is NULL with double quantisation, and q, absmax2, code2 and offset count. stream: write past the caches. */
+/* absmax is NULL with double quantisation, and q, absmax2, code2 and *offset count. stream: write past the caches. */
 void nf4_dequantize(int level, int threads, int dtype, const uint8_t *packed, const float *absmax, const uint8_t *q,
-                    const float *absmax2, const float *code2, float offset, void *out, int64_t n, int stream) {
+                    const float *absmax2, const float *code2, const float *offset, void *out, int64_t n, int stream) {
   Job job = {.level = level, .dtype = dtype, .packed = (uint8_t *)packed, .absmax = (float *)absmax, .q = q,
-             .absmax2 = absmax2, .code2 = code2, .offset = offset, .out = out, .n = n,
+             .absmax2 = absmax2, .code2 = code2, .offset = offset ? *offset : 0, .out = out, .n = n,
              .stream = stream && (uintptr_t)out % 64 == 0};
   Work work = dequantize_portable;
 #if X86
@@ -523,28 +523,49 @@ void nf4_dequantize(int level, int threads, int dtype, const uint8_t *packed, co
   parallel(work, &job, (n + BLOCK - 1) / BLOCK, threads);
 }
 
+/* x (M, K) as the kernels read it, to out. All of it in one piece. */
+static void widen_all(const Job *j, int64_t begin, int64_t end) {
+  for (int64_t i = begin * j->M * j->K; i < end * j->M * j->K; i++) ((float *)j->out)[i] = load(j->x, j->dtype, i);
+}
+
+#if X86
+BF16_TARGET static void permute_all(const Job *j, int64_t begin, int64_t end) {
+  if (begin < end) permute_x(j->x, j->out, j->M, j->K, j->n);
+}
+
+static void tile_all(const Job *j, int64_t begin, int64_t end) {
+  if (begin < end) tile_x(j->x, j->out, j->M, j->n);
+}
+#endif
+
 /* out (M, N) = x (M, K) times the transposed weight. 0, or -1 without memory. M <= 128, K a multiple of 64. */
 int nf4_matmul(int level, int threads, int dtype, const void *x, const uint8_t *packed, const float *absmax,
-               const uint8_t *q, const float *absmax2, const float *code2, float offset, void *out, int64_t M, int64_t N,
-               int64_t K) {
+               const uint8_t *q, const float *absmax2, const float *code2, const float *offset, void *out, int64_t M,
+               int64_t N, int64_t K) {
   const int64_t padded = (K + 127) / 128 * 128;
-  float *scratch = aligned_alloc(64, (M > 4 ? M + 16 : M) * padded * 4);
+  float *scratch = borrow((M > 4 ? M + 16 : M) * padded * 4);
   if (!scratch) return -1;
-  Job job = {.level = level, .dtype = dtype, .x = scratch, .packed = (uint8_t *)packed, .absmax = (float *)absmax, .q = q,
-             .absmax2 = absmax2, .code2 = code2, .offset = offset, .out = out, .M = M, .N = N, .K = K};
-  Work work = multiply_portable;
+  const Job job = {.level = level, .dtype = dtype, .x = scratch, .packed = (uint8_t *)packed, .absmax = (float *)absmax,
+                   .q = q, .absmax2 = absmax2, .code2 = code2, .offset = offset ? *offset : 0, .out = out, .M = M, .N = N,
+                   .K = K};
+  Job first = {.dtype = dtype, .x = x, .out = scratch, .M = M, .K = K};
+  Step steps[3] = {{widen_all, &first, 1, 1, 0}, {multiply_portable, &job, N, threads, 0}};
+  int64_t length = 2;
 #if X86
-  if (level >= AVX2) work = multiply_avx2;
-  if (level >= AVX512) work = multiply_avx512;
+  Job tiles = {.out = scratch, .M = M, .n = padded};
+  if (level >= AVX2) steps[1].work = multiply_avx2;
+  if (level >= AVX512) steps[1].work = multiply_avx512;
   if (level >= AVX512_BF16 && dtype == BF16) {
-    uint16_t *to = (uint16_t *)scratch, *rest = to + (M + 15) / 16 * 16 * padded;
-    work = M <= (level == AMX ? 4 : FEW) ? FEW_ROWS[M] : level == AMX ? multiply_amx : multiply_many_bf16;
-    permute_x(x, work == multiply_amx ? rest : to, M, K, work == multiply_many_bf16 ? CHUNK : padded);
-    if (work == multiply_amx) tile_x(rest, to, M, padded);
-  } else
+    steps[0].work = permute_all;
+    steps[1].work = M <= (level == AMX ? 4 : FEW) ? FEW_ROWS[M] : level == AMX ? multiply_amx : multiply_many_bf16;
+    first.n = steps[1].work == multiply_many_bf16 ? CHUNK : padded;
+    if (steps[1].work == multiply_amx) {
+      first.out = (uint16_t *)scratch + (M + 15) / 16 * 16 * padded, tiles.x = first.out;
+      steps[2] = steps[1], steps[1] = (Step){tile_all, &tiles, 1, 1, 0}, length = 3;
+    }
+  }
 #endif
-    for (int64_t i = 0; i < M * K; i++) scratch[i] = load(x, dtype, i);
-  parallel(work, &job, N, threads);
-  free(scratch);
+  perform(steps, length, sizeof job);
+  give_back(scratch);
   return 0;
 }

@@ -16,10 +16,10 @@ STREAM_BYTES = 8 << 20  # an output of this size leaves the caches before it is 
 
 def typed(lib):
     """A loaded library, with the types of its functions."""
-    i, p, n, f = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    i, p, n = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
     lib.nf4_quantize.argtypes, lib.nf4_quantize.restype = (i, i, i, p, p, p, n), None
-    lib.nf4_dequantize.argtypes, lib.nf4_dequantize.restype = (i, i, i, p, p, p, p, p, f, p, n, i), None
-    lib.nf4_matmul.argtypes = (i, i, i, p, p, p, p, p, p, f, p, n, n, n)
+    lib.nf4_dequantize.argtypes, lib.nf4_dequantize.restype = (i, i, i, p, p, p, p, p, p, p, n, i), None
+    lib.nf4_matmul.argtypes = (i, i, i, p, p, p, p, p, p, p, p, n, n, n)
     return lib
 
 
@@ -49,9 +49,8 @@ def describe():
 def scale_arguments(scales):
     """(absmax, q, absmax2, code2, offset) as the C functions take them."""
     if len(scales) == 1:
-        return scales[0].data_ptr(), None, None, None, 0.0
-    q, absmax2, code2, offset = scales
-    return None, q.data_ptr(), absmax2.data_ptr(), code2.data_ptr(), offset.item()
+        return scales[0].data_ptr(), None, None, None, None
+    return None, *(scale.data_ptr() for scale in scales)
 
 
 def quantize(weight):

@@ -16,10 +16,10 @@ from minitune.config import arg, check_types, positive
 from minitune.lookup import Lookup
 from minitune.lora import LoRALinear
 from minitune.models.cache import Cache
-from minitune.models.layers import Linear, RMSNorm
+from minitune.models.layers import LayerNorm, Linear, RMSNorm
 from minitune.quant import NF4Linear
 
-BY_TOKEN = (nn.Embedding, RMSNorm, nn.LayerNorm)  # modules that work token by token
+BY_TOKEN = (nn.Embedding, RMSNorm, LayerNorm, nn.LayerNorm)  # modules that work token by token
 FREE_LOOKUP = 7  # tokens of a guess that nobody asked for: with the token before it, eight rows read the weights once
 PREFILL_TOKENS = 2048  # of prompts that go through the model at once
 NEVER = -1e9  # the score of a beam that is none, as in transformers

@@ -22,22 +22,23 @@ def buffer(size):
 def run(level, dtype):
     for n in (1, 63, 64, 130, 640):
         weight, packed, absmax = buffer(n * BYTES[dtype]), buffer((n + 1) // 2), buffer(-(-n // 64) * 4)
-        q, absmax2, code2, out = buffer(-(-n // 64)), buffer(4), buffer(1024), buffer(n * BYTES[dtype])
+        q, absmax2, code2, offset = buffer(-(-n // 64)), buffer(4), buffer(1024), buffer(4)
+        out = buffer(n * BYTES[dtype])
         lib.nf4_quantize(level, 2, dtype, weight, packed, absmax, n)
         for stream in (0, 1):
-            lib.nf4_dequantize(level, 2, dtype, packed, absmax, None, None, None, 0.0, out, n, stream)
-            lib.nf4_dequantize(level, 2, dtype, packed, None, q, absmax2, code2, 0.5, out, n, stream)
-        for address in (weight, packed, absmax, q, absmax2, code2, out):
+            lib.nf4_dequantize(level, 2, dtype, packed, absmax, None, None, None, None, out, n, stream)
+            lib.nf4_dequantize(level, 2, dtype, packed, None, q, absmax2, code2, offset, out, n, stream)
+        for address in (weight, packed, absmax, q, absmax2, code2, offset, out):
             libc.free(address)
     for N, K in ((1, 64), (7, 192), (17, 1088)):
         packed, absmax = buffer(N * K // 2), buffer(N * K // 64 * 4)
-        q, absmax2, code2 = buffer(N * K // 64), buffer(-(-N * K // 64 // 256) * 4), buffer(1024)
+        q, absmax2, code2, offset = buffer(N * K // 64), buffer(-(-N * K // 64 // 256) * 4), buffer(1024), buffer(4)
         for M in (1, 2, 3, 4, 5, 6, 7, 8, 33, 70, 128):
             x, out = buffer(M * K * BYTES[dtype]), buffer(M * N * BYTES[dtype])
-            assert lib.nf4_matmul(level, 2, dtype, x, packed, absmax, None, None, None, 0.0, out, M, N, K) == 0
-            assert lib.nf4_matmul(level, 2, dtype, x, packed, None, q, absmax2, code2, 0.5, out, M, N, K) == 0
+            assert lib.nf4_matmul(level, 2, dtype, x, packed, absmax, None, None, None, None, out, M, N, K) == 0
+            assert lib.nf4_matmul(level, 2, dtype, x, packed, None, q, absmax2, code2, offset, out, M, N, K) == 0
             libc.free(x), libc.free(out)
-        for address in (packed, absmax, q, absmax2, code2):
+        for address in (packed, absmax, q, absmax2, code2, offset):
             libc.free(address)
 
 

@@ -5,6 +5,7 @@ beams x prompt. Letters as in layers.py, and: B prompts, n sequences of each, R 
 
 import torch
 from minitune_kernels import decode
+from minitune_kernels.tape import Tape
 from torch.nn import functional as F
 
 from minitune.models.layers import causal_mask
@@ -29,24 +30,60 @@ class Cache:
         self.layers = [LayerCache(self) for _ in range(num_layers)]
         self.writers = None  # (R, capacity) int32: the sequence whose token stands in a slot; None: each its own
         self.in_c = False  # whether decode.attend does the work; known when the prompts have been read
-        self.shape = None  # of its next call
+        self.shape = None  # decode.attend's; made anew where prompts leave
+        self.tapes = {}  # the form of a step -> its Tape
 
     def read(self, pieces):
         """Says which tokens of the prompts the next call brings."""
         self.pieces = list(pieces)
 
     def positions(self, T, device):
-        """(1, N) int64 of the pieces, or (R, T) of the next new tokens, for which there is room then."""
-        if self.window is None and not self.pieces and self.new + T > self.capacity:
-            more = max(self.capacity, T)
-            self.capacity += more
-            if self.writers is not None:
-                own = torch.arange(len(self.writers), dtype=torch.int32)[:, None].expand(-1, more)
-                self.writers = torch.cat([self.writers, own], dim=1)
+        """(1, N) int64 of the pieces, or (R, T) of the next new tokens."""
         if self.pieces:
             return torch.cat([torch.arange(start, stop, device=device) for _, start, stop in self.pieces])[None]
         lengths = torch.tensor(self.lengths, device=device).repeat_interleave(self.sequences)
         return lengths[:, None] + self.new + torch.arange(T, device=device)
+
+    def run(self, blocks, x, rope, layout):
+        """x (R, T, C), or (1, N, C) while prompts are read, through the blocks of a model.
+
+        On a CPU, a step of a form that was there before is played from a tape: the Python of the blocks does not run again."""
+
+        def through(x, *rope):
+            for block, layer in zip(blocks, self.layers, strict=True):
+                x = block(x, rope, layout, layer)
+            return x
+
+        if self.pieces:
+            return through(x, *rope)
+        self.make_room(x.shape[1])
+        form = x.shape, x.dtype, torch.get_num_threads()
+        if not self.in_c or not decode.takes(x):
+            return through(x, *rope)
+        self.next_shape(x.shape[1])
+        if form not in self.tapes:
+            self.tapes[form] = tape = None if has_hooks(blocks) else Tape()
+            return tape.record(through, x, *rope) if tape else through(x, *rope)
+        tape = self.tapes[form]
+        if tape is None or tape.fault:
+            return through(x, *rope)
+        return tape.play(x, *rope)
+
+    def make_room(self, T):
+        """Room for the next T tokens in every layer."""
+        if self.layers[0].prompt_k is None:
+            for layer in self.layers:
+                layer.lay_out()
+        if self.window is not None or self.new + T <= self.capacity:
+            return
+        more = max(self.capacity, T)
+        self.capacity += more
+        for layer in self.layers:
+            layer.grow(more)
+        if self.writers is not None:
+            own = torch.arange(len(self.writers), dtype=torch.int32)[:, None].expand(-1, more)
+            self.writers = torch.cat([self.writers, own], dim=1)
+        self.tapes = {}
 
     def masks(self, positions):
         """(prompt (B, 1, n, 1, T, P), new (1, 1, 1, T, S), S): two bool masks, True where a query may look, or None: everywhere;
@@ -87,7 +124,6 @@ class Cache:
             slots = torch.arange(self.new, self.new + T) % self.capacity
             self.writers[:, slots] = torch.arange(len(self.writers), dtype=torch.int32)[:, None]
         self.new += T
-        self.shape = None
 
     def drop(self, count):
         """Forget the last `count` new tokens of every sequence."""
@@ -98,7 +134,7 @@ class Cache:
         if self.in_c:  # nothing moves
             if self.writers is None:
                 self.writers = torch.arange(len(rows), dtype=torch.int32)[:, None].expand(-1, self.capacity)
-            self.writers, self.shape = self.writers[rows], None
+            self.writers = self.writers[rows]
             return
         used = min(self.new, self.capacity)
         for layer in self.layers:
@@ -114,19 +150,28 @@ class Cache:
             place = torch.zeros(len(self.writers), dtype=torch.int32)
             place[rows] = torch.arange(len(rows), dtype=torch.int32)
             self.writers = place[self.writers[rows].long()]
-        self.lengths, self.shape = [self.lengths[i] for i in prompts], None
+        self.lengths, self.shape, self.tapes = [self.lengths[i] for i in prompts], None, {}
 
-    def next_shape(self, layer, q):
-        """decode.attend's Shape for the next tokens, q (R, H, T, D). The tensors that it points to live in it."""
+    def next_shape(self, T):
+        """decode.attend's Shape for the next T tokens: one that stays where it is, for a tape. The tensors that it points to
+        live in it."""
         if self.shape is None:
+            layer = self.layers[0]
             B, H_kv, P, D = layer.prompt_k.shape
-            tensors = torch.tensor(self.lengths), torch.tensor(layer.stored), self.writers
-            self.shape = decode.Shape(
-                *(t if t is None else t.data_ptr() for t in tensors),
-                *(B, self.sequences, q.shape[1], H_kv, q.shape[2], D, P, self.capacity, self.new, self.window or 0),
-            )
-            self.shape.tensors = tensors
-        return self.shape
+            self.shape = decode.Shape(B=B, n=self.sequences, H_kv=H_kv, D=D, P=P, window=self.window or 0)
+            self.shape.tensors = torch.tensor(self.lengths), torch.tensor(layer.stored)
+            self.shape.lengths, self.shape.stored = (t.data_ptr() for t in self.shape.tensors)
+        shape = self.shape
+        shape.T, shape.capacity, shape.new_tokens = T, self.capacity, self.new
+        shape.writers = None if self.writers is None else self.writers.data_ptr()
+        return shape
+
+
+def has_hooks(blocks):
+    """Whether a block, or a module in it, has a hook, which is to run at every step."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for block in blocks for module in block.modules())
 
 
 class Memory:
@@ -173,15 +218,10 @@ class LayerCache:
         Returns (R, T, H * D) in q.dtype."""
         if self.cache.pieces:
             return self.read(q, k, v)
-        if self.prompt_k is None:
-            self.lay_out()
-        if self.k.shape[2] < self.cache.capacity:
-            room = self.k.new_zeros(*self.k.shape[:2], self.cache.capacity - self.k.shape[2], self.k.shape[3])
-            self.k, self.v = torch.cat([self.k, room], dim=2), torch.cat([self.v, room], dim=2)
         if self.cache.in_c:
-            return decode.attend(
-                q, k, v, self.cache.next_shape(self, q), (self.prompt_k, self.prompt_v, self.k, self.v)
-            )
+            shape = self.cache.next_shape(q.shape[2])
+            shape.H = q.shape[1]
+            return decode.attend(q, k, v, shape, (self.prompt_k, self.prompt_v, self.k, self.v))
         return self.step(q, k, v, layout)
 
     def read(self, q, k, v):
@@ -223,6 +263,11 @@ class LayerCache:
         self.parts = {}
         room = len(parts) * self.cache.sequences, H_kv, self.cache.capacity, D
         self.k, self.v = (self.prompt_k.new_zeros(room) for _ in range(2))
+
+    def grow(self, more):
+        """Room for that many new tokens more."""
+        room = self.k.new_zeros(*self.k.shape[:2], more, self.k.shape[3])
+        self.k, self.v = torch.cat([self.k, room], dim=2), torch.cat([self.v, room], dim=2)
 
     def step(self, q, k, v, layout):
         """T new tokens of each sequence. Scores and sums in fp32; the softmax runs over prompt and new keys together."""

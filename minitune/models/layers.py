@@ -46,6 +46,16 @@ def project(x, *layers):
     return [layer(x) for layer in layers]
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm (arXiv 1607.06450), in one call of C for a decoding step on a CPU."""
+
+    def forward(self, x):
+        weight, bias = self.weight, self.bias
+        if bias is not None and decode.takes(x) and decode.is_beside(weight, x) and decode.is_beside(bias, x):
+            return decode.layer_norm(x, weight, bias, self.eps)
+        return super().forward(x)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean in fp32 (arXiv 1910.07467). Keeps x.dtype."""
 
@@ -211,14 +221,15 @@ def first_given(*values):
 
 
 def apply_rope(x, cos, sin):
-    """Turn x (B, H, T, D) by its positions: dim i goes with dim i + D/2. cos, sin: (B, 1, T, D/2)."""
+    """Turn x (B, H, T, D) by its positions: dim i goes with dim i + d/2, for the first d dims (Phi turns a part of a head); the
+    rest stays as it is. cos, sin: (B, 1, T, d/2)."""
     if decode.takes(x) and cos.dtype is x.dtype and x.stride(-1) == 1:
         return decode.rope(x, cos, sin)
     return RopeFunction.apply(x, cos, sin)
 
 
 class RopeFunction(torch.autograd.Function):
-    """Keeps the tables alone: the gradient is the gradient of y turned back. Both halves are written where they belong."""
+    """Keeps the tables alone: the gradient is the gradient of y turned back. All parts are written where they belong."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -232,11 +243,13 @@ class RopeFunction(torch.autograd.Function):
 
 
 def turn(x, cos, sin):
-    low, high = x.chunk(2, dim=-1)
+    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    low, high, still = x.split((half, half, rest), dim=-1)
     out = torch.empty_like(x)
-    out_low, out_high = out.chunk(2, dim=-1)
+    out_low, out_high, out_still = out.split((half, half, rest), dim=-1)
     torch.mul(low, cos, out=out_low).sub_(high * sin)
     torch.mul(high, cos, out=out_high).add_(low * sin)
+    out_still.copy_(still)
     return out
 
 

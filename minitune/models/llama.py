@@ -124,11 +124,13 @@ class LlamaModel(nn.Module):
         layout = Layout.of(input_ids, attention_mask, documents, cache)
         x = self.embed_tokens(input_ids)
         rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
-        for i, block in enumerate(self.layers):
-            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            x = run(x, rope, layout, cache.layers[i] if cache is not None else None)
         if cache is not None:
+            x = cache.run(self.layers, x, rope, layout)
             cache.advance(input_ids.shape[1])
+        else:
+            for block in self.layers:
+                run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
+                x = run(x, rope, layout)
         return self.norm(x)
 
 

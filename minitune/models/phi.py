@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import ACTIVATIONS, Layout, Linear, Rope, apply_rope, attention, project, read_rope
+from minitune.models.layers import ACTIVATIONS, LayerNorm, Layout, Linear, Rope, apply_rope, attention, project, read_rope
 
 LORA_TARGETS = ("q_proj", "v_proj", "fc1", "fc2")
 
@@ -68,7 +68,6 @@ class PhiAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.rope_dim = config.rope.head_dim
         C = config.hidden_size
         self.q_proj = Linear(C, config.num_attention_heads * config.head_dim)
         self.k_proj = Linear(C, config.num_key_value_heads * config.head_dim)
@@ -81,9 +80,7 @@ class PhiAttention(nn.Module):
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = (
-            torch.cat((apply_rope(t[..., : self.rope_dim], *rope), t[..., self.rope_dim :]), dim=-1) for t in (q, k)
-        )
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # of each head the first config.rope.head_dim dims
         if x.dtype == torch.float16:  # Phi-2's scores pass the largest fp16, 65504
             return self.dense(attention(q.float(), k.float(), v.float(), layout, cache).to(x.dtype))
         return self.dense(attention(q, k, v, layout, cache))
@@ -105,7 +102,7 @@ class PhiBlock(nn.Module):
         super().__init__()
         self.self_attn = PhiAttention(config)
         self.mlp = PhiMLP(config)
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, rope, layout, cache=None):
@@ -124,18 +121,20 @@ class PhiModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_dropout = nn.Dropout(config.embd_pdrop)
         self.layers = nn.ModuleList(PhiBlock(config) for _ in range(config.num_hidden_layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
         """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a cache.Cache."""
         layout = Layout.of(input_ids, attention_mask, documents, cache)
         x = self.embed_dropout(self.embed_tokens(input_ids))
         rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
-        for i, block in enumerate(self.layers):
-            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            x = run(x, rope, layout, cache.layers[i] if cache is not None else None)
         if cache is not None:
+            x = cache.run(self.layers, x, rope, layout)
             cache.advance(input_ids.shape[1])
+        else:
+            for block in self.layers:
+                run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
+                x = run(x, rope, layout)
         return self.final_layernorm(x)
 
 

@@ -1,0 +1,106 @@
+"""A tape: the C operations of one decoding step, written down while they run, and run again by one call.
+
+What a CUDA graph is for a GPU: a step of a small model spends a quarter of its time between its operations, in Python. The
+operations write themselves down (perform() in common.h) with the addresses that they were given; Watch sees to it that nothing
+else happened to the numbers meanwhile. A function that is played does not run its Python again: what it prints, counts or
+decides is that of the step that was recorded."""
+
+import ctypes
+import weakref
+
+import torch
+from minitune_kernels import c_library, decode
+from torch.overrides import TorchFunctionMode
+
+ASKING = {"size", "dim", "numel", "stride", "data_ptr", "is_contiguous", "__get__", "__len__"}  # of a tensor's form
+LOOKING = {
+    *("__getitem__", "chunk", "contiguous", "detach", "dropout", "expand", "flatten", "narrow", "permute", "reshape"),
+    *("split", "squeeze", "to", "transpose", "unflatten", "unsqueeze", "view", "view_as"),
+}  # at the same numbers, in another form; where they copy instead, the tape is dropped
+MAKING = {"empty", "empty_like", "new_empty"}
+
+
+class Tape:
+    """record() once, then play() as often as shapes, weights and the memory of the cache stay."""
+
+    def __init__(self):
+        self.fault = None  # why it cannot be played, in words
+        self.kept = []  # tensors whose memory the operations use
+        library, _ = decode.library()
+        self.address = library.tape_new()
+        weakref.finalize(self, library.tape_free, self.address)
+
+    def record(self, function, *inputs):
+        """function(*inputs), written down. inputs: tensors that the next steps overwrite; its result is one tensor."""
+        libraries = list(c_library.loaded)
+        watch = Watch()
+        for library in libraries:
+            library.record(self.address)
+        try:
+            with watch:
+                output = function(*inputs)
+        finally:
+            for library in libraries:
+                library.record(None)
+        self.fault = watch.fault
+        if len(libraries) < len(c_library.loaded):
+            self.fault = "a library was loaded meanwhile"
+        self.inputs, self.output, self.kept = inputs, output, watch.made
+        return output
+
+    def play(self, *inputs):
+        """What record() returned, for other numbers: the same tensor, valid until the next call. Raises MemoryError."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        library, _ = decode.library()
+        if library.tape_run(self.address):
+            raise MemoryError("no memory for a decoding step")
+        return self.output
+
+
+class Watch(TorchFunctionMode):
+    """While open, sums of C's operations are computed there too, and every call that a tape could not repeat is noticed:
+    `fault` names the first. made: the new tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.fault, self.made = None, []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", str(function))
+        if name in ("add", "add_") and not kwargs and len(args) == 2 and is_sum(*args):
+            result = decode.add(*args, out=args[0] if name == "add_" else None)
+            self.made.append(result)
+            return result
+        result = function(*args, **(kwargs or {}))
+        made = tensors(result)
+        if name in MAKING:
+            self.made += made
+        elif made:
+            known = {t.untyped_storage().data_ptr() for t in tensors(args)}
+            if not (name in LOOKING or name == "__get__") or any(t.untyped_storage().data_ptr() not in known for t in made):
+                self.fault = self.fault or f"torch's {name}()"
+        elif name not in ASKING:
+            self.fault = self.fault or f"torch's {name}()"
+        return result
+
+
+def is_sum(x, y):
+    """Whether decode.add takes these."""
+    return (
+        isinstance(x, torch.Tensor)
+        and isinstance(y, torch.Tensor)
+        and x.dtype is y.dtype
+        and (x.shape == y.shape or y.shape == x.shape[-1:])
+        and x.is_contiguous()
+        and y.is_contiguous()
+        and decode.takes(x)
+        and y.is_cpu
+    )
+
+
+def tensors(values):
+    """The tensors among a value, or those in a tuple or list."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [t for value in values for t in tensors(value)] if isinstance(values, (tuple, list)) else []
