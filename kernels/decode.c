@@ -275,21 +275,55 @@ INLINE Float4 sums_16(const Float16 *v) {
   return quarter[0] + quarter[1];
 }
 
+/* Thirty-two numbers, of bf16 those at even places and those at odd ones: that takes a shift and a mask. Queries and sums have
+ * them so, too. */
+INLINE void load_32(const void *x, int dtype, int64_t i, Float16 two[2]) {
+  if (dtype == FP32) {
+    memcpy(two, (const float *)x + i, 2 * sizeof *two);
+    return;
+  }
+  Bits16 bits[2];
+  memcpy(bits, (const uint16_t *)x + i, sizeof *bits);
+  bits[1] = bits[0] & 0xFFFF0000;
+  bits[0] <<= 16;
+  memcpy(two, bits, sizeof bits);
+}
+
+/* As to_bf16 rounds, in the upper halves. */
+INLINE Bits16 rounded_16(Float16 v) {
+  Bits16 bits;
+  memcpy(&bits, &v, sizeof bits);
+  const Bits16 is_nan = (Bits16)(v != v);  // all ones where it is: must not wrap around
+  return (is_nan & 0x7FC00000) | (~is_nan & ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000));
+}
+
+INLINE void store_32(void *out, int dtype, int64_t i, const Float16 two[2]) {
+  if (dtype == FP32) {
+    memcpy((float *)out + i, two, 2 * sizeof *two);
+    return;
+  }
+  const Bits16 bits = rounded_16(two[0]) >> 16 | rounded_16(two[1]);
+  memcpy((uint16_t *)out + i, &bits, sizeof bits);
+}
+
 /* scores[i * stride + k] = query i of q (queries, D) times the key at place[k] of `cache`: up to four keys. */
 INLINE void score_four(const float *q, const int queries, const void *cache, int dtype, const int64_t *place, int count,
                        int64_t D, float *scores, int64_t stride) {
   int64_t at[4], d = 0;
   for (int k = 0; k < 4; k++) at[k] = place[k < count ? k : count - 1];
-  Float16 sums[2][4] = {0};
+  Float16 sums[2][4] = {0}, keys[4][2];
   float rest[2][4] = {0};
-  for (; d + 16 <= D; d += 16) {
-    Float16 keys[4];
-    for (int k = 0; k < 4; k++) keys[k] = load_16(cache, dtype, at[k] + d);
-    for (int i = 0; i < queries; i++) {
-      const Float16 own = load_16(q, FP32, i * D + d);
-      for (int k = 0; k < 4; k++) sums[i][k] += own * keys[k];
-    }
+  for (; d + 32 <= D; d += 32) {
+    for (int k = 0; k < 4; k++) load_32(cache, dtype, at[k] + d, keys[k]);
+    for (int i = 0; i < queries; i++)
+      for (int half = 0; half < 2; half++) {
+        const Float16 own = load_16(q, FP32, i * D + d + 16 * half);
+        for (int k = 0; k < 4; k++) sums[i][k] += own * keys[k][half];
+      }
   }
+  for (; d + 16 <= D; d += 16)
+    for (int i = 0; i < queries; i++)
+      for (int k = 0; k < 4; k++) sums[i][k] += load_16(q, FP32, i * D + d) * load_16(cache, dtype, at[k] + d);
   for (; d < D; d++)
     for (int i = 0; i < queries; i++)
       for (int k = 0; k < 4; k++) rest[i][k] += q[i * D + d] * load(cache, dtype, at[k] + d);
@@ -316,25 +350,28 @@ INLINE void add_values_of(const float *shares, int64_t stride, const int queries
                           const int64_t *place, int64_t count, int64_t D, float *sums) {
   int64_t d = 0;
   for (; d + 64 <= D; d += 64) {
-    Float16 sum[2][4];
+    Float16 sum[2][4], value[2];
     for (int i = 0; i < queries; i++) memcpy(sum[i], sums + i * D + d, sizeof sum[i]);
     for (int64_t k = 0; k < count; k++)
       for (int part = 0; part < 4; part++) {
-        const Float16 value = load_16(cache, dtype, place[k] + d + 16 * part);
-        for (int i = 0; i < queries; i++) sum[i][part] += shares[i * stride + k] * value;
+        if (part % 2 == 0) load_32(cache, dtype, place[k] + d + 16 * part, value);
+        for (int i = 0; i < queries; i++) sum[i][part] += shares[i * stride + k] * value[part % 2];
       }
     for (int i = 0; i < queries; i++) memcpy(sums + i * D + d, sum[i], sizeof sum[i]);
   }
-  for (int i = 0; i < queries; i++) {
-    int64_t e = d;
-    for (; e + 16 <= D; e += 16) {
-      Float16 sum = load_16(sums, FP32, i * D + e);
-      for (int64_t k = 0; k < count; k++) sum += shares[i * stride + k] * load_16(cache, dtype, place[k] + e);
-      memcpy(sums + i * D + e, &sum, sizeof sum);
+  for (; d + 32 <= D; d += 32)
+    for (int64_t k = 0; k < count; k++) {
+      Float16 value[2];
+      load_32(cache, dtype, place[k] + d, value);
+      for (int i = 0; i < queries; i++)
+        for (int half = 0; half < 2; half++) {
+          const Float16 sum = load_16(sums, FP32, i * D + d + 16 * half) + shares[i * stride + k] * value[half];
+          memcpy(sums + i * D + d + 16 * half, &sum, sizeof sum);
+        }
     }
-    for (; e < D; e++)
-      for (int64_t k = 0; k < count; k++) sums[i * D + e] += shares[i * stride + k] * load(cache, dtype, place[k] + e);
-  }
+  for (int i = 0; i < queries; i++)
+    for (int64_t k = 0; k < count; k++)
+      for (int64_t e = d; e < D; e++) sums[i * D + e] += shares[i * stride + k] * load(cache, dtype, place[k] + e);
 }
 
 INLINE void add_values(const float *shares, int64_t stride, int64_t queries, const void *cache, int dtype,
@@ -352,8 +389,8 @@ INLINE void attend_pairs(const Job *j, int64_t begin, int64_t end, int dtype, co
   const int64_t n = s.n, T = s.T, G = s.H / s.H_kv, each = T * G, Q = n * each;
   const int64_t last = s.new_tokens + T, size = dtype == BF16 ? 2 : 4;
   const int64_t oldest = s.window && s.new_tokens - s.window + 1 > 0 ? s.new_tokens - s.window + 1 : 0;
-  const int64_t keys = s.P + last - oldest;
-  int64_t *place = malloc((size_t)(s.P + n * (last - oldest)) * sizeof *place);  // of keys and values in their caches
+  const int64_t keys = s.P + last - oldest, head = s.capacity * D * size;  // bytes of a head's new keys, or values
+  int64_t *place = malloc((size_t)(s.P + n * (last - oldest)) * sizeof *place);  // of keys and values, from their head's first
   float *scratch = malloc((size_t)(Q * (2 * D + keys)) * sizeof *scratch);
   if (!place || !scratch) {
     free(place), free(scratch);
@@ -364,25 +401,41 @@ INLINE void attend_pairs(const Job *j, int64_t begin, int64_t end, int dtype, co
   const float root = 1 / sqrtf((float)D);
   for (int64_t pair = begin; pair < end; pair++) {
     const int64_t b = pair / s.H_kv, h = pair % s.H_kv, stored = s.stored[b], fresh = last - oldest;
+    const char *const prompt_k = (char *)j->prompt_k + pair * s.P * D * size, *const new_k = (char *)j->new_k + h * head;
+    const char *const prompt_v = (char *)j->prompt_v + pair * s.P * D * size, *const new_v = (char *)j->new_v + h * head;
     for (int64_t i = 0; i < n * T; i++) {  // store the new tokens, and read the queries
-      const int64_t row = b * n + i / T, from = ((row * T + i % T) * s.H_kv + h) * D;
-      const int64_t to = ((row * s.H_kv + h) * s.capacity + (s.new_tokens + i % T) % s.capacity) * D;
-      memcpy((char *)j->new_k + to * size, (const char *)j->y + from * size, D * size);
-      memcpy((char *)j->new_v + to * size, (const char *)j->z + from * size, D * size);
-      for (int64_t g = 0; g < G; g++)
-        for (int64_t d = 0; d < D; d++)
-          q[(i * G + g) * D + d] = load(j->x, dtype, ((row * T + i % T) * s.H + h * G + g) * D + d) * root;
-    }
-    for (int64_t k = 0; k < stored; k++) place[k] = ((b * s.H_kv + h) * s.P + k) * D;
-    for (int64_t i = 0; i < n; i++)
-      for (int64_t k = oldest; k < last; k++) {
-        const int64_t row = b * n + i, slot = k % s.capacity;
-        const int64_t writer = s.writers && k < s.new_tokens ? s.writers[row * s.capacity + slot] : row;
-        place[stored + i * fresh + k - oldest] = ((writer * s.H_kv + h) * s.capacity + slot) * D;
+      const int64_t row = b * n + i / T, from = ((row * T + i % T) * s.H_kv + h) * D * size;
+      const int64_t to = (row * s.H_kv + h) * head + (s.new_tokens + i % T) % s.capacity * D * size;
+      memcpy((char *)j->new_k + to, (const char *)j->y + from, D * size);
+      memcpy((char *)j->new_v + to, (const char *)j->z + from, D * size);
+      for (int64_t g = 0; g < G; g++) {
+        const int64_t x = ((row * T + i % T) * s.H + h * G + g) * D;
+        float *own = q + (i * G + g) * D;
+        int64_t d = 0;
+        for (; d + 32 <= D; d += 32) {
+          Float16 two[2];
+          load_32(j->x, dtype, x + d, two);
+          two[0] *= root, two[1] *= root;
+          memcpy(own + d, two, sizeof two);
+        }
+        for (; d < D; d++) own[d] = load(j->x, dtype, x + d) * root;
       }
-    add_scores(q, Q, j->prompt_k, dtype, place, stored, D, scores, keys);
+    }
+    if (pair == begin || h == 0) {  // the same for all heads
+      for (int64_t k = 0; k < stored; k++) place[k] = k * D;
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t row = b * n + i;
+        int64_t slot = oldest % s.capacity;
+        for (int64_t k = oldest; k < last; k++) {
+          const int64_t writer = s.writers && k < s.new_tokens ? s.writers[row * s.capacity + slot] : row;
+          place[stored + i * fresh + k - oldest] = (writer * s.H_kv * s.capacity + slot) * D;
+          slot = slot + 1 == s.capacity ? 0 : slot + 1;
+        }
+      }
+    }
+    add_scores(q, Q, prompt_k, dtype, place, stored, D, scores, keys);
     for (int64_t i = 0; i < n; i++)
-      add_scores(q + i * each * D, each, j->new_k, dtype, place + stored + i * fresh, fresh, D,
+      add_scores(q + i * each * D, each, new_k, dtype, place + stored + i * fresh, fresh, D,
                  scores + i * each * keys + stored, keys);
     for (int64_t i = 0; i < Q; i++) {
       float *score = scores + i * keys, highest = -INFINITY, total = 0;
@@ -391,6 +444,7 @@ INLINE void attend_pairs(const Job *j, int64_t begin, int64_t end, int dtype, co
       const int64_t first = !s.window || stored + back < 0 ? 0 : back < 0 ? stored + back : stored + back - oldest;
       for (int64_t k = 0; k < first; k++) score[k] = 0;
       for (int64_t k = after; k < stored + fresh; k++) score[k] = 0;
+#pragma omp simd reduction(max : highest)
       for (int64_t k = first; k < after; k++) highest = score[k] > highest ? score[k] : highest;
 #pragma omp simd reduction(+ : total)
       for (int64_t k = first; k < after; k++) {
@@ -402,13 +456,20 @@ INLINE void attend_pairs(const Job *j, int64_t begin, int64_t end, int dtype, co
     }
     memset(sums, 0, Q * D * sizeof *sums);
     for (int64_t k = 0; k < stored; k += TOGETHER)
-      add_values(scores + k, keys, Q, j->prompt_v, dtype, place + k, stored - k < TOGETHER ? stored - k : TOGETHER, D, sums);
+      add_values(scores + k, keys, Q, prompt_v, dtype, place + k, stored - k < TOGETHER ? stored - k : TOGETHER, D, sums);
     for (int64_t i = 0; i < n; i++)
-      add_values(scores + i * each * keys + stored, keys, each, j->new_v, dtype, place + stored + i * fresh, fresh, D,
+      add_values(scores + i * each * keys + stored, keys, each, new_v, dtype, place + stored + i * fresh, fresh, D,
                  sums + i * each * D);
-    for (int64_t i = 0; i < Q; i++)
-      for (int64_t d = 0; d < D; d++)
-        store(j->out, dtype, ((b * n * T + i / G) * s.H + h * G + i % G) * D + d, sums[i * D + d]);
+    for (int64_t i = 0; i < Q; i++) {
+      const int64_t out = ((b * n * T + i / G) * s.H + h * G + i % G) * D;
+      int64_t d = 0;
+      for (; d + 32 <= D; d += 32) {
+        Float16 two[2];
+        memcpy(two, sums + i * D + d, sizeof two);
+        store_32(j->out, dtype, out + d, two);
+      }
+      for (; d < D; d++) store(j->out, dtype, out + d, sums[i * D + d]);
+    }
   }
   free(place), free(scratch);
 }
@@ -614,10 +675,7 @@ BF16_TARGET static void multiply_many(const Job *j, int64_t begin, int64_t end) 
 INLINE Float16 load_rounded(const float *x, int dtype, int64_t i, float factor) {
   Float16 v = load_16(x, FP32, i) * factor;
   if (dtype == BF16) {
-    Bits16 bits;
-    memcpy(&bits, &v, sizeof bits);
-    const Bits16 is_nan = (Bits16)(v != v);  // all ones where it is: must not wrap around
-    bits = (is_nan & 0x7FC00000) | (~is_nan & ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000));
+    const Bits16 bits = rounded_16(v);
     memcpy(&v, &bits, sizeof v);
   }
   return v;

@@ -152,7 +152,9 @@ def layer_norm(x, weight, bias, eps):
     x, K = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
-    lib.decode_layer_norm(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
+    lib.decode_layer_norm(
+        level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps
+    )
     return out
 
 

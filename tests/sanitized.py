@@ -81,7 +81,8 @@ def run_steps(level, dtype):
             buffer(rows * T * D // 2 * size),
         )
         out = buffer(rows * H * T * D * size)
-        steps.decode_turn(level, 2, dtype, x, cos, sin, out, rows, H, T, D, H * T * D, T * D, D, T * D // 2)
+        steps.decode_turn(level, 2, dtype, x, cos, sin, out, rows, H, T, D, D, H * T * D, T * D, D, T * D // 2)
+        steps.decode_turn(level, 2, dtype, x, cos, sin, out, rows, H, T, D, D // 4 * 2, H * T * D, T * D, D, T * D // 2)
         for address in (x, cos, sin, out):
             libc.free(address)
     for lengths, n, H, H_kv, T, D, capacity, new, window in (
@@ -106,6 +107,29 @@ def run_steps(level, dtype):
             libc.free(address)
 
 
+def run_tape(level, dtype):
+    """Steps of both libraries on one tape, with scratch memory, run after what they were recorded from is gone."""
+    M, K, r = 3, 192, 7
+    tape, size = steps.tape_new(), BYTES[dtype]
+    x, weight, low, out = buffer(M * K * size), buffer(K * size), buffer(r * K * 4), buffer(M * K * size)
+    packed, absmax = buffer(K * K // 2), buffer(K * K // 64 * 4)
+    for library in (lib, steps):
+        library.record(tape)
+    steps.decode_norm(level, 2, dtype, x, weight, out, M, K, 1e-5)
+    for _ in range(2):  # the second borrows what the first gave back
+        assert lib.nf4_matmul(level, 2, dtype, out, packed, absmax, None, None, None, None, x, M, K, K) == 0
+        assert steps.decode_lora(level, 2, dtype, out, low, low, 0.5, x, M, K, K, r) == 0
+    steps.decode_add(level, 2, dtype, x, weight, x, M * K, K)
+    for library in (lib, steps):
+        library.record(None)
+    steps.decode_layer_norm(level, 2, dtype, x, weight, weight, out, M, K, 1e-5)
+    for _ in range(3):
+        assert steps.tape_run(tape) == 0
+    steps.tape_free(tape)
+    for address in (x, weight, low, out, packed, absmax):
+        libc.free(address)
+
+
 highest = lib.nf4_level()
 for level in range(5 if highest >= 3 else highest + 1):  # 4 is emulated
     for dtype in BYTES:
@@ -113,6 +137,7 @@ for level in range(5 if highest >= 3 else highest + 1):  # 4 is emulated
         if dtype != 1:
             run_steps(level, dtype)
             run_lora(level, dtype)
+            run_tape(level, dtype)
         if dtype == 0 or dtype == 2 and level >= 3:
             run_linears(level, dtype)
 print("clean")

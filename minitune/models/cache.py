@@ -47,7 +47,7 @@ class Cache:
     def run(self, blocks, x, rope, layout):
         """x (R, T, C), or (1, N, C) while prompts are read, through the blocks of a model.
 
-        On a CPU, a step of a form that was there before is played from a tape: the Python of the blocks does not run again."""
+        On a CPU, steps of a form that was there before are played from a tape, which does not run the blocks' Python again."""
 
         def through(x, *rope):
             for block, layer in zip(blocks, self.layers, strict=True):
@@ -57,17 +57,14 @@ class Cache:
         if self.pieces:
             return through(x, *rope)
         self.make_room(x.shape[1])
-        form = x.shape, x.dtype, torch.get_num_threads()
         if not self.in_c or not decode.takes(x):
             return through(x, *rope)
         self.next_shape(x.shape[1])
+        form = x.shape, x.dtype, torch.get_num_threads()
         if form not in self.tapes:
-            self.tapes[form] = tape = None if has_hooks(blocks) else Tape()
-            return tape.record(through, x, *rope) if tape else through(x, *rope)
-        tape = self.tapes[form]
-        if tape is None or tape.fault:
-            return through(x, *rope)
-        return tape.play(x, *rope)
+            self.tapes[form] = Tape()
+            self.tapes[form].fault = "a hook" if has_hooks(blocks) else None
+        return self.tapes[form].run(through, x, *rope)
 
     def make_room(self, T):
         """Room for the next T tokens in every layer."""
@@ -256,13 +253,15 @@ class LayerCache:
         in_c, self.dtype = decode.takes(parts[0][0]), parts[0][0].dtype
         self.cache.in_c = in_c
         # torch multiplies in fp32 here, and on a CPU would convert all keys at every step.
-        dtype = torch.float32 if parts[0][0].device.type == "cpu" and not in_c else parts[0][0].dtype
-        self.prompt_k, self.prompt_v = (parts[0][0].new_zeros(shape, dtype=dtype) for _ in range(2))
+        device = parts[0][0].device
+        dtype = torch.float32 if device.type == "cpu" and not in_c else self.dtype
+        make = torch.empty if in_c else torch.zeros  # C never reads a slot that was not written
+        self.prompt_k, self.prompt_v = (make(shape, dtype=dtype, device=device) for _ in range(2))
         for i, (k, v) in enumerate(parts):
             self.prompt_k[i, :, : self.stored[i]], self.prompt_v[i, :, : self.stored[i]] = k, v
         self.parts = {}
         room = len(parts) * self.cache.sequences, H_kv, self.cache.capacity, D
-        self.k, self.v = (self.prompt_k.new_zeros(room) for _ in range(2))
+        self.k, self.v = (make(room, dtype=dtype, device=device) for _ in range(2))
 
     def grow(self, more):
         """Room for that many new tokens more."""

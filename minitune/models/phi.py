@@ -11,7 +11,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import ACTIVATIONS, LayerNorm, Layout, Linear, Rope, apply_rope, attention, project, read_rope
+from minitune.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Layout,
+    Linear,
+    Rope,
+    apply_rope,
+    attention,
+    project,
+    read_rope,
+)
 
 LORA_TARGETS = ("q_proj", "v_proj", "fc1", "fc2")
 

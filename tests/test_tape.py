@@ -1,0 +1,242 @@
+"""A step that is played from a tape is the step that would have run: bit by bit, and only where nothing was left out."""
+
+import gc
+
+import pytest
+import torch
+from minitune_kernels import decode
+from minitune_kernels.tape import Tape
+from torch.nn import functional as F
+
+from minitune import lora
+from minitune.generate import GenerateConfig
+from minitune.generate import decode as decode_prompts
+from minitune.models import build, cache, layers
+from minitune.quant import NF4Linear
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
+    "phi": {"partial_rotary_factor": 0.5},
+}
+PROMPTS = [[5, 9, 3, 7, 7, 1, 30, 12, 44], [4], [8, 8, 2, 50]]
+DECODINGS = {
+    "greedy": {},
+    "samples": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 3},
+    "guesses": {"lookup": 3},
+}
+
+pytestmark = pytest.mark.skipif(
+    not decode.runs_here(None) or not decode.max_rows(torch.bfloat16), reason="no C compiler, or no AVX-512 bf16"
+)
+
+
+def model_of(family, dtype=torch.bfloat16, quantized=None, has_lora=False):
+    """A random model that makes sharp choices. quantized: None, "nf4" or "nf4-dq"."""
+    torch.manual_seed(0)
+    model = build({"model_type": family, **SIZES, **FAMILIES[family]}).to(dtype).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1 if parameter.ndim == 1 else 0.2)
+    if quantized:
+        for name, layer in list(model.model.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                weight, bias = layer.weight.data, layer.bias
+                lora.put(model.model, name, NF4Linear.from_weight(weight, bias, dtype, quantized == "nf4-dq"))
+    if has_lora:
+        lora.inject(model, 4, 8)
+        for layer in lora.lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B.weight)
+    return model
+
+
+class Played:
+    """Counts what tapes do."""
+
+    def __init__(self, monkeypatch):
+        self.tapes, self.steps = [], 0
+        monkeypatch.setattr(cache, "Tape", self.make)
+
+    def make(self):
+        tape, counts = Tape(), self
+        play = tape.play
+        tape.play = lambda *inputs: counts.count() or play(*inputs)
+        self.tapes.append(tape)
+        return tape
+
+    def count(self):
+        self.steps += 1
+
+
+@pytest.fixture
+def played(monkeypatch):
+    return Played(monkeypatch)
+
+
+def answers(model, kind, new=20, eos=(11, 17)):
+    prompts = PROMPTS[:1] if kind == "guesses" else PROMPTS
+    options = {"lookup": 0, **DECODINGS[kind]}
+    found, _ = decode_prompts(model, prompts, GenerateConfig(max_new_tokens=new, eos_ids=eos, **options))
+    return [(answer.ids, answer.logprobs, answer.ended_by) for answer in found]
+
+
+def with_a_hook(model, kind, **options):
+    """The same without tapes: a module with a hook runs at every step. Returns (answers, calls of the hook)."""
+    calls = []
+    handle = model.model.layers[-1].register_forward_hook(lambda *call: calls.append(1))
+    found = answers(model, kind, **options)
+    handle.remove()
+    return found, len(calls)
+
+
+@pytest.mark.parametrize("kind", DECODINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoding_with_tapes_is_the_one_without_bit_by_bit(family, kind, played):
+    model = model_of(family)
+    expected, calls = with_a_hook(model, kind)
+    assert not played.steps and calls > 10
+    played.tapes.clear()
+    assert answers(model, kind) == expected
+    assert played.steps > 5 and all(tape.fault is None for tape in played.tapes)
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("quantized", [None, "nf4", "nf4-dq"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_4_bit_weights_and_adapters_are_played_too(family, quantized, has_lora, played):
+    model = model_of(family, quantized=quantized, has_lora=has_lora)
+    expected, _ = with_a_hook(model, "beams")
+    played.tapes.clear()
+    assert answers(model, "beams") == expected
+    assert played.steps and all(tape.fault is None for tape in played.tapes)
+
+
+def test_fp32_is_played_too(played):
+    model = model_of("llama", torch.float32)
+    expected, _ = with_a_hook(model, "greedy")
+    assert answers(model, "greedy") == expected and played.steps
+
+
+def test_a_cache_that_grows_is_recorded_again(played, monkeypatch):
+    monkeypatch.setattr(cache, "FIRST_CAPACITY", 4)
+    model = model_of("llama")
+    for kind in ("greedy", "beams"):
+        expected, _ = with_a_hook(model, kind, new=30, eos=())
+        before = len(played.tapes)
+        assert answers(model, kind, new=30, eos=()) == expected
+        assert len(played.tapes) - before == 4  # for 4, 8, 16 and 32 tokens
+
+
+def test_another_number_of_threads_is_another_tape():
+    model = model_of("llama")
+    expected = answers(model, "greedy")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert answers(model, "greedy") == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
+CHANGES = {
+    "a function of torch": lambda x: torch.relu(x),
+    "a method that makes new numbers": lambda x: x.abs(),
+    "an operator": lambda x: x * 2,
+    "a sum with a number": lambda x: x + 1,
+    "a view that has to copy": lambda x: x.transpose(0, 2).reshape(-1).view(x.shape[::-1]).transpose(0, 2).contiguous(),
+    "a choice by value": lambda x: x if x.sum().item() > 0 else -x,
+    "an index": lambda x: x[..., [1, 0, *range(2, x.shape[-1])]],
+    "numbers made in place": lambda x: x.clone().mul_(0.5),
+    "an operator by its name": lambda x: torch.ops.aten.relu(x),
+    "a function with a gradient of its own": lambda x: layers.SwiGLUFunction.apply(x, x),
+    "numpy": lambda x: torch.from_numpy(x.float().numpy() * 2).to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_block_is_never_half_played(name, played, monkeypatch):
+    """Who studies the internals puts anything into a block."""
+    model = model_of("llama")
+    own = layers.swiglu
+    monkeypatch.setattr("minitune.models.llama.swiglu", lambda gate, up: CHANGES[name](own(gate, up)))
+    expected, _ = with_a_hook(model, "greedy")
+    assert answers(model, "greedy") == expected
+    assert played.steps == 0 and all(tape.fault for tape in played.tapes if tape.runs > 1)
+
+
+def test_a_changed_block_of_known_operations_is_played(played, monkeypatch):
+    model = model_of("llama")
+    own = layers.swiglu
+    monkeypatch.setattr("minitune.models.llama.swiglu", lambda gate, up: own(up, gate) + gate)
+    expected, _ = with_a_hook(model, "greedy")
+    assert answers(model, "greedy") == expected and played.steps
+
+
+def test_a_tape_repeats_what_it_recorded_with_other_numbers():
+    generator = torch.Generator().manual_seed(0)
+    x, y, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 64), (3, 64), (96, 64)))
+
+    def function(x):
+        return decode.linear(decode.rms_norm(x + x, weight[0], 1e-5), weight)
+
+    with torch.no_grad():
+        expected = function(x), function(y)
+        tape = Tape()
+        assert torch.equal(tape.record(function, x.clone()), expected[0]) and tape.fault is None
+        for _ in range(3):
+            assert torch.equal(tape.play(y), expected[1]) and torch.equal(tape.play(x), expected[0])
+        del tape
+        gc.collect()
+
+
+def test_a_step_that_fails_while_it_is_recorded_leaves_no_tape_running():
+    x = torch.ones(2, 64)
+    with torch.no_grad():
+        with pytest.raises(ZeroDivisionError):
+            Tape().record(lambda x: decode.add(x, x) + 1 / 0, x)
+        other = Tape()
+        other.record(lambda x: decode.add(x, x), x.clone())
+        assert torch.equal(other.play(3 * x), 6 * x)
+
+
+def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
+    """A compiled function is one: it calls nothing that Watch sees."""
+    hidden = torch.zeros(64)
+
+    def function(x):
+        hidden.data_ptr()
+        with torch._C.DisableTorchFunction():  # as compiled code does
+            hidden.copy_(x[0] * 2)
+        return decode.add(x, hidden)
+
+    tape, results = Tape(), []
+    with torch.no_grad():
+        for step in range(6):
+            x = torch.full((2, 64), float(step))
+            results.append(torch.equal(tape.run(function, x.clone()), 3 * x))
+    assert all(results) and tape.fault == "what is played is not what was computed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_and_sums_are_torchs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    step = {torch.float32: 2**-20, torch.bfloat16: 2**-7}[dtype]
+    for shape in ((1, 1, 2560), (3, 2, 100), (40, 33), (7,)):
+        x, y = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        weight, bias = (torch.randn(shape[-1], generator=generator).to(dtype) for _ in range(2))
+        with torch.no_grad():
+            torch.testing.assert_close(
+                decode.layer_norm(x, weight, bias, 1e-5),
+                F.layer_norm(x, shape[-1:], weight, bias, 1e-5),
+                rtol=step,
+                atol=4 * step,
+            )
+            assert torch.equal(decode.add(x, y), x + y) and torch.equal(decode.add(x, bias), x + bias)
