@@ -1,61 +1,63 @@
-"""A tape: the C operations of one decoding step, written down while they run, and run again by one call.
+"""The operations of one decoding step, recorded once and played again without the Python between them, in which a step of a
+small model spends a quarter of its time: on a GPU a CUDA graph, on a CPU a tape.
 
-What a CUDA graph is for a GPU: a step of a small model spends a quarter of its time between its operations, in Python. The
-operations write themselves down (perform() in common.h) with the addresses that they were given. Watch sees to it that nothing
-else happened to the numbers meanwhile, and a tape is believed after one step that was computed too. A function that is played
-does not run its Python: what it prints or counts is that of the first steps. MINITUNE_KERNELS=torch records nothing."""
+The C operations write themselves down (perform() in common.h) with the addresses that they were given; Watch sees to it that
+nothing else happened to the numbers meanwhile. A record is believed after one step that was computed too. A function that is
+played does not run its Python: what it prints or counts is that of the first steps. MINITUNE_KERNELS=torch makes no tapes."""
 
+import functools
+import sys
 import weakref
 
 import torch
 from minitune_kernels import c_library, decode
 from torch.overrides import TorchFunctionMode
 
-ASKING = {"size", "dim", "numel", "stride", "is_contiguous", "__get__", "__len__"}  # of a tensor's form
-LOOKING = {
-    *(
-        "__get__",
-        "__getitem__",
-        "chunk",
-        "contiguous",
-        "detach",
-        "dropout",
-        "expand",
-        "flatten",
-        "narrow",
-        "permute",
-        "reshape",
-    ),
-    *("split", "squeeze", "to", "transpose", "unflatten", "unsqueeze", "view", "view_as"),
-}  # at the same numbers, in another form; where they copy instead, the tape is dropped
-MAKING = {"empty", "empty_like", "new_empty"}
+# Methods of tensors that may stand between C operations: those that ask for a form, those that look at the same numbers in
+# another form (where they copy instead, the tape is dropped), and those that make room.
+ASKING = set("size dim numel stride is_contiguous __get__ __len__".split())
+LOOKING = set(
+    "__get__ __getitem__ chunk contiguous detach dropout expand flatten narrow permute reshape split squeeze to transpose "
+    "unflatten unsqueeze view view_as".split()
+)
+MAKING = set("empty empty_like new_empty".split())
 
 
-class Tape:
+class Repeated:
     """run() calls a function until it is known by heart; as long as shapes, weights and the memory of the cache stay."""
 
     def __init__(self):
         self.fault = None  # why it cannot be played, in words
         self.runs = 0
-        self.kept = []  # tensors whose memory the operations use
-        library, _ = decode.library()
-        self.address = library.tape_new()
-        weakref.finalize(self, library.tape_free, self.address)
 
     def run(self, function, *inputs):
         """function(*inputs), a tensor that is valid until the next call: called, then called and recorded, then played and
-        called, to be compared bit by bit, and from then on played. inputs: tensors that belong to the tape."""
+        called, to be compared bit by bit, and from then on played. inputs: tensors that the recorded call keeps as its own."""
         self.runs += 1
-        if self.runs == 1 or self.fault:  # what comes once is not worth a tape
+        if self.runs == 1 or self.fault:  # what comes once is not worth a record
             return function(*inputs)
         if self.runs == 2:
             return self.record(function, *inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        played = self.play()
         if self.runs > 3:
-            return self.play(*inputs)
-        played, computed = self.play(*inputs), function(*inputs)
+            return played
+        played, computed = played.clone(), function(*inputs)
         if not torch.equal(played, computed):
             self.fault = "what is played is not what was computed"
+            say_once(f"minitune: decoding steps are not played, which is slower: {self.fault}")
         return computed
+
+
+class Tape(Repeated):
+    """C operations on a CPU, which write themselves down."""
+
+    def __init__(self):
+        super().__init__()
+        library, _ = decode.library()
+        self.address = library.tape_new()
+        weakref.finalize(self, library.tape_free, self.address)
 
     def record(self, function, *inputs):
         """function(*inputs), written down."""
@@ -75,14 +77,37 @@ class Tape:
         self.inputs, self.output, self.kept = inputs, output, watch.kept
         return output
 
-    def play(self, *inputs):
-        """What record() returned, for other numbers: the same tensor. Raises MemoryError."""
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+    def play(self):
+        """What record() returned, for what its inputs hold now: the same tensor. Raises MemoryError."""
         library, _ = decode.library()
         if library.tape_run(self.address):
             raise MemoryError("no memory for a decoding step")
         return self.output
+
+
+class Graph(Repeated):
+    """Any operations on a GPU: a CUDA graph, which repeats them with the memory that they used. What cannot be captured, such as
+    a number that is read, is said once and goes on as before."""
+
+    def record(self, function, *inputs):
+        self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.output = function(*inputs)
+        except RuntimeError as error:
+            self.fault = str(error).splitlines()[0]
+            say_once(f"minitune: decoding steps are not played, which is slower: {self.fault}")
+            return function(*inputs)
+        return self.play()  # the capture computed nothing
+
+    def play(self):
+        self.graph.replay()
+        return self.output
+
+
+@functools.cache
+def say_once(line):
+    print(line, file=sys.stderr)
 
 
 class Watch(TorchFunctionMode):

@@ -5,7 +5,8 @@ import gc
 import pytest
 import torch
 from minitune_kernels import decode
-from minitune_kernels.tape import Tape
+from minitune_kernels.tape import Graph, Repeated, Tape
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from minitune import lora
@@ -68,7 +69,7 @@ class Played:
     def make(self):
         tape, counts = Tape(), self
         play = tape.play
-        tape.play = lambda *inputs: counts.count() or play(*inputs)
+        tape.play = lambda: counts.count() or play()
         self.tapes.append(tape)
         return tape
 
@@ -135,13 +136,14 @@ def test_a_cache_that_grows_is_recorded_again(played, monkeypatch):
         assert len(played.tapes) - before == 4  # for 4, 8, 16 and 32 tokens
 
 
-def test_another_number_of_threads_is_another_tape():
-    model = model_of("llama")
-    expected = answers(model, "greedy")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def test_threads_share_a_tape_and_another_number_of_them_is_another_tape(played):
+    model, threads = model_of("llama"), torch.get_num_threads()
+    expected, _ = with_a_hook(model, "beams")
     try:
-        assert answers(model, "greedy") == expected
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            before = played.steps
+            assert answers(model, "beams") == expected and played.steps > before
     finally:
         torch.set_num_threads(threads)
 
@@ -192,7 +194,9 @@ def test_a_tape_repeats_what_it_recorded_with_other_numbers():
         tape = Tape()
         assert torch.equal(tape.record(function, x.clone()), expected[0]) and tape.fault is None
         for _ in range(3):
-            assert torch.equal(tape.play(y), expected[1]) and torch.equal(tape.play(x), expected[0])
+            for given, result in zip((y, x), expected[::-1], strict=True):
+                tape.inputs[0].copy_(given)
+                assert torch.equal(tape.play(), result)
         del tape
         gc.collect()
 
@@ -204,7 +208,8 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_no_tape_running():
             Tape().record(lambda x: decode.add(x, x) + 1 / 0, x)
         other = Tape()
         other.record(lambda x: decode.add(x, x), x.clone())
-        assert torch.equal(other.play(3 * x), 6 * x)
+        other.inputs[0].mul_(3)
+        assert torch.equal(other.play(), 6 * x)
 
 
 def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
@@ -223,6 +228,51 @@ def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
             x = torch.full((2, 64), float(step))
             results.append(torch.equal(tape.run(function, x.clone()), 3 * x))
     assert all(results) and tape.fault == "what is played is not what was computed"
+
+
+class Traced(Repeated):
+    """A CUDA graph for a CPU: torch's operations with the memory and the Python numbers of the step that was recorded."""
+
+    made = []
+
+    def record(self, function, *inputs):
+        self.inputs = inputs
+        with torch.no_grad():
+            self.graph = make_fx(function, tracing_mode="real")(*inputs)
+        self.made.append(self)
+        return self.play()
+
+    def play(self):
+        with torch.no_grad():
+            return self.graph(*self.inputs)
+
+
+@pytest.mark.parametrize("kind", DECODINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_that_a_cuda_graph_would_freeze_changes_between_steps(family, kind, monkeypatch):
+    """Slots, masks and positions come as tensors: what was recorded at one step is right at all others."""
+    monkeypatch.setenv("MINITUNE_KERNELS", "torch")
+    model = model_of(family, torch.float32)
+    expected = answers(model, kind, new=40)
+    monkeypatch.setattr(cache.Cache, "recorder", lambda self, x: Traced)
+    Traced.made.clear()
+    found = answers(model, kind, new=40)
+    assert [answer[0] for answer in found] == [answer[0] for answer in expected]
+    assert any(graph.runs > 5 for graph in Traced.made) and all(graph.fault is None for graph in Traced.made)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("quantized", [None, "nf4"])
+@pytest.mark.parametrize("kind", DECODINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoding_with_cuda_graphs_is_the_one_without(family, kind, quantized, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(cache, "Graph", lambda: graphs.append(Graph()) or graphs[-1])
+    model = model_of(family, torch.bfloat16, quantized).cuda()
+    expected, _ = with_a_hook(model, kind)
+    graphs.clear()
+    assert answers(model, kind) == expected
+    assert any(graph.runs > 3 for graph in graphs) and all(graph.fault is None for graph in graphs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

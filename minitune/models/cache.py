@@ -5,7 +5,7 @@ beams x prompt. Letters as in layers.py, and: B prompts, n sequences of each, R 
 
 import torch
 from minitune_kernels import decode
-from minitune_kernels.tape import Tape
+from minitune_kernels.tape import Graph, Tape
 from torch.nn import functional as F
 
 from minitune.models.layers import causal_mask
@@ -31,7 +31,7 @@ class Cache:
         self.writers = None  # (R, capacity) int32: the sequence whose token stands in a slot; None: each its own
         self.in_c = False  # whether decode.attend does the work; known when the prompts have been read
         self.shape = None  # decode.attend's; made anew where prompts leave
-        self.tapes = {}  # the form of a step -> its Tape
+        self.tapes = {}  # the form of a step -> its Tape or Graph
 
     def read(self, pieces):
         """Says which tokens of the prompts the next call brings."""
@@ -47,24 +47,34 @@ class Cache:
     def run(self, blocks, x, rope, layout):
         """x (R, T, C), or (1, N, C) while prompts are read, through the blocks of a model.
 
-        On a CPU, steps of a form that was there before are played from a tape, which does not run the blocks' Python again."""
+        Steps of a form that was there before are played, from a tape or as a CUDA graph: without the blocks' Python."""
 
-        def through(x, *rope):
+        def through(x, cos, sin, *masks):
+            layout.cache_masks = masks
             for block, layer in zip(blocks, self.layers, strict=True):
-                x = block(x, rope, layout, layer)
+                x = block(x, (cos, sin), layout, layer)
             return x
 
         if self.pieces:
             return through(x, *rope)
         self.make_room(x.shape[1])
-        if not self.in_c or not decode.takes(x):
-            return through(x, *rope)
-        self.next_shape(x.shape[1])
-        form = x.shape, x.dtype, torch.get_num_threads()
+        if self.in_c:
+            self.next_shape(x.shape[1])
+        inputs = (x, *rope) if self.in_c else (x, *rope, *self.masks(layout.positions))
+        kind = self.recorder(x)
+        if kind is None:
+            return through(*inputs)
+        form = *(t.shape for t in inputs), x.dtype, torch.get_num_threads()
         if form not in self.tapes:
-            self.tapes[form] = Tape()
+            self.tapes[form] = kind()
             self.tapes[form].fault = "a hook" if has_hooks(blocks) else None
-        return self.tapes[form].run(through, x, *rope)
+        return self.tapes[form].run(through, *inputs)
+
+    def recorder(self, x):
+        """What steps are played by: Tape, Graph or None."""
+        if self.in_c:
+            return Tape if decode.takes(x) else None
+        return Graph if x.is_cuda and not torch.is_grad_enabled() else None
 
     def make_room(self, T):
         """Room for the next T tokens in every layer."""
@@ -83,29 +93,32 @@ class Cache:
         self.tapes = {}
 
     def masks(self, positions):
-        """(prompt (B, 1, n, 1, T, P), new (1, 1, 1, T, S), S): two bool masks, True where a query may look, or None: everywhere;
-        and the slots of the ring that are in use once the T tokens of `positions` are stored."""
+        """What a step of torch's depends on beside its numbers, as tensors, so that a CUDA graph of it stays right: the slots
+        (T,) int64 of the tokens at `positions` (R, T); a bool mask of the new tokens (1, 1, 1, T, capacity), True where a
+        query may look; and where it may not look at all of the prompts, one of them, (B, 1, n, 1, T, P) or with ones
+        in place of n and T."""
         B, n, T = len(self.lengths), self.sequences, positions.shape[1]
         device, window = positions.device, self.window
-        stored = self.layers[0].stored  # tokens kept of each prompt, the last ones
-        P, prompt, new = max(stored), None, None
+        index = self.new + torch.arange(T, device=device)  # of the queries among the new tokens
+        owner = self.owners(T, device)
+        new = (owner <= index[:, None]) & (owner >= 0)
         is_windowed = window is not None and max(self.lengths) + self.new + T > window
-        if min(stored) < P or is_windowed:
-            kept = torch.tensor(stored, device=device)[:, None]
-            slot = torch.arange(P, device=device)
-            prompt = (slot < kept)[:, None, None, None, None]
-            if is_windowed:
-                at = slot + (torch.tensor(self.lengths, device=device)[:, None] - kept)  # (B, P) positions
-                prompt = prompt & (positions.view(B, 1, n, 1, T, 1) - at.view(B, 1, 1, 1, 1, P) < window)
-        S = min(self.new + T, self.capacity)
-        if T > 1 or is_windowed:
-            index = self.new + torch.arange(T, device=device)[:, None]  # of the queries among the new tokens
-            owner = self.slots(T, device)[:S]
-            new = (owner <= index) & (owner >= 0)
-            new = (new & (index - owner < window) if window else new)[None, None, None]
-        return prompt, new, S
+        if is_windowed:
+            new = new & (index[:, None] - owner < window)
+        found = index % self.capacity, new[None, None, None]
+        stored = self.layers[0].stored  # tokens kept of each prompt, the last ones
+        P = max(stored)
+        if min(stored) == P and not is_windowed:
+            return found
+        kept = torch.tensor(stored, device=device)[:, None]
+        slot = torch.arange(P, device=device)
+        prompt = (slot < kept)[:, None, None, None, None]
+        if is_windowed:
+            at = slot + (torch.tensor(self.lengths, device=device)[:, None] - kept)  # (B, P) positions
+            prompt = prompt & (positions.view(B, 1, n, 1, T, 1) - at.view(B, 1, 1, 1, 1, P) < window)
+        return *found, prompt
 
-    def slots(self, T, device):
+    def owners(self, T, device):
         """(capacity,) int64: which new token each slot of the ring holds once the next T are stored; -1: none."""
         last = self.new + T - 1
         slot = torch.arange(self.capacity, device=device)
@@ -272,26 +285,17 @@ class LayerCache:
         """T new tokens of each sequence. Scores and sums in fp32; the softmax runs over prompt and new keys together."""
         cache, (R, H, T, D) = self.cache, q.shape
         B, n, H_kv = R // cache.sequences, cache.sequences, k.shape[1]
-        first = cache.new % cache.capacity
-        fitting = min(T, cache.capacity - first)  # the rest goes to the beginning of the ring
-        self.k[:, :, first : first + fitting], self.v[:, :, first : first + fitting] = (
-            k[:, :, :fitting],
-            v[:, :, :fitting],
-        )
-        if fitting < T:
-            self.k[:, :, : T - fitting], self.v[:, :, : T - fitting] = k[:, :, fitting:], v[:, :, fitting:]
-        prompt_mask, new_mask, S = layout.masks(cache)
-        new_k, new_v = self.k[:, :, :S].float(), self.v[:, :, :S].float()
+        slots, new_mask, *prompt_mask = layout.masks(cache)
+        self.k.index_copy_(2, slots, k.to(self.k.dtype)), self.v.index_copy_(2, slots, v.to(self.v.dtype))
+        new_k, new_v, S = self.k.float(), self.v.float(), cache.capacity
         q = q.float().mul_(D**-0.5) if q.dtype != torch.float32 else q * D**-0.5
         G = H // H_kv
         q = q.reshape(B, n, H_kv, G * T, D)
         over_prompt = q.transpose(1, 2).reshape(B, H_kv, n * G * T, D) @ self.prompt_k.float().mT
         over_prompt = over_prompt.view(B, H_kv, n, G, T, -1)
-        if prompt_mask is not None:
-            over_prompt = over_prompt.masked_fill(~prompt_mask, -torch.inf)
-        over_new = (q.reshape(R, H_kv, G * T, D) @ new_k.mT).view(R, H_kv, G, T, S)
-        if new_mask is not None:
-            over_new = over_new.masked_fill(~new_mask, -torch.inf)
+        if prompt_mask:
+            over_prompt = over_prompt.masked_fill(~prompt_mask[0], -torch.inf)
+        over_new = (q.reshape(R, H_kv, G * T, D) @ new_k.mT).view(R, H_kv, G, T, S).masked_fill(~new_mask, -torch.inf)
         P = over_prompt.shape[-1]
         scores = torch.cat([over_prompt.transpose(1, 2).reshape(R, H_kv, G, T, P), over_new], dim=-1).softmax(-1)
         from_prompt = scores[..., :P].reshape(B, n, H_kv, G * T, P).transpose(1, 2).reshape(B, H_kv, n * G * T, P)

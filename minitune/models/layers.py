@@ -299,7 +299,7 @@ class Layout:
 
     def masks(self, cache):
         """cache.masks() for these positions, made by the first layer that asks."""
-        if self.cache_masks is None:
+        if not self.cache_masks:
             self.cache_masks = cache.masks(self.positions)
         return self.cache_masks
 
