@@ -301,8 +301,9 @@ BF16_INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w
 }
 
 /* Few rows: the weight goes from its nibbles into the product without leaving the registers. STREAMS rows of the weight at
- * once, `stride` rows apart: the memory delivers four long streams faster than one, and eight are too many. */
-enum { STREAMS = 4, FEW = 7 };
+ * once, `stride` rows apart: the memory delivers four long streams faster than one, and eight are too many. Two where there are
+ * several rows of x: their sums and what is decoded stay in the registers. */
+enum { STREAMS = 4, FEW = 8 };
 
 BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride, int M) {
   const int64_t padded = (j->K + 127) / 128 * 128;
@@ -310,15 +311,17 @@ BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride,
   for (int r = 0; r < STREAMS; r++)
     for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
   for (int64_t k = 0; k < padded; k += 128)
-    for (int r = 0; r < rows; r++) {
-      const int64_t block = ((n + r * stride) * j->K + k) / BLOCK;
-      __m512bh w[4];
-      _mm_prefetch(j->packed + block * (BLOCK / 2) + 512, _MM_HINT_T0);
-      decode_128(j, block, k + BLOCK == j->K, w);
+    for (int first = 0; first < rows; first += 2) {  // two at once: x is loaded for both
+      __m512bh w[2][4];
+      for (int r = first; r < rows && r < first + 2; r++) {
+        const int64_t block = ((n + r * stride) * j->K + k) / BLOCK;
+        _mm_prefetch(j->packed + block * (BLOCK / 2) + 512, _MM_HINT_T0);
+        decode_128(j, block, k + BLOCK == j->K, w[r - first]);
+      }
       for (int i = 0; i < 4; i++)
         for (int m = 0; m < M; m++) {
-          const uint16_t *x = (const uint16_t *)j->x + m * padded + k + 32 * i;
-          sums[r][m] = _mm512_dpbf16_ps(sums[r][m], w[i], (__m512bh)_mm512_load_si512(x));
+          const __m512bh x = (__m512bh)_mm512_load_si512((const uint16_t *)j->x + m * padded + k + 32 * i);
+          for (int r = first; r < rows && r < first + 2; r++) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], w[r - first][i], x);
         }
     }
   for (int m = 0; m < M; m++) {  // each sum in the order of multiply_many_bf16: it must not depend on M
@@ -331,7 +334,7 @@ BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride,
 /* Numbers of rows as constants keep the sums in registers. */
 #define MULTIPLY_FEW(M) \
   BF16_TARGET static void multiply_few_##M(const Job *j, int64_t begin, int64_t end) { \
-    const int streams = M <= 5 ? STREAMS : STREAMS / 2; \
+    const int streams = M == 1 ? STREAMS : STREAMS / 2; \
     const int64_t stride = (end - begin) / streams; \
     for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, streams, stride, M); \
     for (int64_t n = begin + streams * stride; n < end; n++) multiply_few(j, n, 1, 0, M); \
@@ -343,8 +346,9 @@ MULTIPLY_FEW(4)
 MULTIPLY_FEW(5)
 MULTIPLY_FEW(6)
 MULTIPLY_FEW(7)
+MULTIPLY_FEW(8)
 static const Work FEW_ROWS[] = {NULL, multiply_few_1, multiply_few_2, multiply_few_3, multiply_few_4,
-                                multiply_few_5, multiply_few_6, multiply_few_7};
+                                multiply_few_5, multiply_few_6, multiply_few_7, multiply_few_8};
 
 /* Many rows: ROWS rows of the weight, a chunk at a time, are decoded into the L1 cache and multiplied with COLUMNS rows of x at
  * once, so that 24 products need 10 loads. */
