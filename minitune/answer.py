@@ -1,20 +1,26 @@
 """Prompts to answers, the job of scripts/generate.py: load model and adapter, wrap prompts as it was trained, decode, write."""
 
+import functools
+import hashlib
 import json
 import math
+import signal
 import sys
 import time
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from tqdm import tqdm
 
 from minitune import checkpoint, data, hub
+from minitune.answer_file import open_answers, settings_path
 from minitune.config import arg, positive
 from minitune.device import choose_device, choose_dtype
-from minitune.files import prove_writable, read_json, write_json
+from minitune.files import prove_writable, read_json, write_json, write_whole
 from minitune.generate import GenerateConfig, decode
 from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, EOS, alpaca_prompt, conversation
+from minitune.run_folder import file_sha256, model_fingerprint
 from minitune.tokenizer import load_tokenizer
 
 
@@ -45,8 +51,17 @@ class AnswerConfig(ModelConfig):
     )
     batch_size: int = arg(8, "questions that are decoded together")
     json: bool = arg(False, "print JSON: a list with prompt, answer, tokens, how it ended")
-    logprobs: bool = arg(False, "with --json: the log-probability of each token too")
-    out: str | None = arg(None, "JSON file for the answers, instead of the screen")
+    logprobs: bool = arg(False, "with --json or --out: the log-probability of each token too")
+    out: str | None = arg(
+        None,
+        "file for the answers, instead of the screen: JSON lines where it ends with .jsonl, else a JSON list. Those to --prompts "
+        "are written batch by batch, and a stopped run goes on",
+    )
+    resume: str = arg(
+        "auto",
+        "with --prompts and --out: auto goes on from the answers that are there, never writes over them",
+        choices=("auto", "never"),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,23 +70,31 @@ class AnswerConfig(ModelConfig):
             raise ValueError("give one of --prompt TEXT and --prompts FILE")
         if self.logprobs and not (self.json or self.out):
             raise ValueError("--logprobs needs --json or --out, where they are written")
+        if self.out == "":
+            raise ValueError("--out is empty; give a file, or leave the option out")
 
 
 class Answerer:
-    """A loaded model with its tokenizer and template."""
+    """A model, which loads when it is first asked for, with its tokenizer and template."""
 
     def __init__(self, config, say):
-        self.config = config
-        folder = hub.resolve(config.model, config.revision)
+        self.config, self.say = config, say
+        self.folder = hub.resolve(config.model, config.revision)
         if config.adapter is not None:
             checkpoint.read_adapter_config(config.adapter)  # a bad one is said before anything else
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(self.folder)
         self.template = choose_template(config, say)
-        device = choose_device(config.device)
-        dtype, reason = choose_dtype(config.dtype, device)
-        say(f"{config.model} on {device}, {str(dtype).removeprefix('torch.')} ({reason})")
-        self.model = checkpoint.load_model(folder, dtype, device, config.quantize, config.adapter, say=say)
+        self.device = choose_device(config.device)
+        self.dtype, self.reason = choose_dtype(config.dtype, self.device)
         self.decoding = decoding_of(config, self.tokenizer)
+
+    @functools.cached_property
+    def model(self):
+        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        self.say(f"{config.model} on {self.device}, {dtype} ({self.reason})")
+        return checkpoint.load_model(
+            self.folder, self.dtype, self.device, config.quantize, config.adapter, say=self.say
+        )
 
     def encode(self, pieces):
         """Token ids of a rendered conversation. Text from outside never becomes a special token."""
@@ -116,26 +139,26 @@ def choose_template(config, say):
 
 
 def read_questions(config):
-    """The questions as Alpaca's (instruction, input) pairs. Raises ValueError with the file and the place."""
+    """The questions as [(Alpaca's (instruction, input) pair, where it stands)]. Raises ValueError with the file and the place."""
     if config.prompt is not None:
         if not config.prompt.strip():
             raise ValueError("--prompt is empty; give a question")
-        return [(config.prompt, "")]
+        return [((config.prompt, ""), "--prompt")]
     path = Path(config.prompts)
+    questions = []
     if path.suffix == ".txt":
-        questions = [(line, "") for line in data.read_text(path).splitlines() if line.strip()]
-    else:
-        questions = []
-        for number, row in enumerate(data.read_rows(path, of_texts=True)):
-            instruction = row if isinstance(row, str) else row.get("instruction", row.get("prompt"))
-            given = "" if isinstance(row, str) else row.get("input") or ""
-            if not isinstance(instruction, str) or not isinstance(given, str):
-                raise ValueError(f"{path}, row {number} has no text under instruction or prompt: {data.show(row)}")
-            if not (instruction + given).strip():
-                raise ValueError(f"{path}, row {number} is empty; expected a question")
-            questions.append((instruction, given))
-    if not questions:
-        raise ValueError(f"{path} has no questions")
+        for number, line in enumerate(data.read_text(path).split("\n"), 1):
+            if line.strip():
+                questions.append(((line.removesuffix("\r"), ""), f"{path}, line {number}"))
+        return questions
+    for number, row in enumerate(data.read_rows(path, of_texts=True)):
+        instruction = row if isinstance(row, str) else row.get("instruction", row.get("prompt"))
+        given = "" if isinstance(row, str) else row.get("input") or ""
+        if not isinstance(instruction, str) or not isinstance(given, str):
+            raise ValueError(f"{path}, row {number} has no text under instruction or prompt: {data.show(row)}")
+        if not (instruction + given).strip():
+            raise ValueError(f"{path}, row {number} is empty; expected a question")
+        questions.append(((instruction, given), f"{path}, row {number}"))
     return questions
 
 
@@ -143,54 +166,216 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
     """Answer the questions of `config`. Returns the records, which are printed, or written to config.out."""
     questions = read_questions(config)
     if config.out:
-        prove_writable(config.out)
+        check_out(config)
     answerer = Answerer(config, say)
-    prompts = []
-    for instruction, given in questions:
-        is_alpaca = answerer.template == "alpaca"
-        pieces = [BOS, alpaca_prompt(instruction, given)] if is_alpaca else None
-        question = instruction + (f"\n\n{given}" if given else "")
-        prompts.append(answerer.encode(pieces or conversation([question], answerer.template)))
-    context, longest = answerer.model.config.max_position_embeddings, max(map(len, prompts)) + config.max_new_tokens
+    prompts = [encode_question(answerer, question, place) for question, place in questions]
+    questions = [{"prompt": text} | ({"input": given} if given else {}) for (text, given), _ in questions]
+    each = config.num_return_sequences
+    if config.out and config.prompts:
+        settings = answer_settings(answerer)
+        with (
+            sigterm_as_ctrl_c(),
+            open_answers(Path(config.out), settings, questions, each, config.resume == "never") as file,
+        ):
+            if file.records:
+                say(
+                    f"{file.progress()}; "
+                    + ("nothing is left to do" if len(file.records) == file.total else "going on")
+                )
+            try:
+                decode_batches(answerer, questions, prompts, file.write, len(file.records), say)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"{file.progress()}; the same command goes on") from None
+            say(file.progress())
+            return file.records
+    records = []
+    with (nothing if config.out else print_json if config.json else print_text)(len(prompts) * each) as write:
+        streams = len(prompts) == 1 and config.num_beams == 1 and each == 1 and not (config.json or config.out)
+        writer = Writer(answerer.tokenizer, stop=config.stop) if streams else None
+
+        def take(found):
+            records.extend(found)
+            writer.end(found[0]["answer"]) if writer else write(found)
+
+        decode_batches(answerer, questions, prompts, take, 0, say, writer)
+    if config.out:
+        write_document(Path(config.out), records)
+    return records
+
+
+def decode_batches(answerer, questions, prompts, write, done, say, writer=None):
+    """Decode the prompts, and call write(records) after each batch. done: answers that are there, of the first prompts; a batch
+    is the same one whatever is there, and so are its answers."""
+    if done == len(prompts) * answerer.config.num_return_sequences:
+        return
+    config, each = answerer.config, answerer.config.num_return_sequences
+    size = 1 if config.lookup else config.batch_size
+    check_lengths(answerer, prompts, say)
+    tokens = guessed = accepted = 0
+    started = time.perf_counter()
+    bar = tqdm(
+        total=len(prompts),
+        initial=done // each,
+        unit="prompt",
+        disable=None if len(prompts) > 1 else True,
+        file=sys.stderr,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for start in range(0, len(prompts), size):
+            batch = range(start, min(start + size, len(prompts)))
+            if batch.stop * each <= done:
+                continue
+            answers, counts = decode(
+                answerer.model, [prompts[i] for i in batch], answerer.decoding, answerer.tokenizer, writer
+            )
+            records = [
+                record(found, answerer, questions[i], len(prompts[i]), config.logprobs)
+                for i, found in zip((i for i in batch for _ in range(each)), answers, strict=True)
+            ]
+            tokens += sum(entry["tokens"] for entry in records)
+            guessed, accepted = guessed + counts.guessed, accepted + counts.accepted
+            with tqdm.external_write_mode(file=sys.stdout):
+                write(records[max(0, done - start * each) :])
+            bar.set_postfix(tokens_per_s=f"{tokens / (time.perf_counter() - started):.0f}", refresh=False)
+            bar.update(batch.stop - max(start, done // each))
+    seconds = time.perf_counter() - started
+    share = f"; lookup guessed {guessed}, of which {accepted} were right" if guessed else ""
+    say(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{share}")
+
+
+def encode_question(answerer, question, place):
+    """The token ids of an (instruction, input) pair. Raises ValueError with the place where it is not Unicode text."""
+    instruction, given = question
+    if answerer.template == "alpaca":
+        pieces = [BOS, alpaca_prompt(instruction, given)]
+    else:
+        pieces = conversation([instruction + (f"\n\n{given}" if given else "")], answerer.template)
+    try:
+        return answerer.encode(pieces)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def check_lengths(answerer, prompts, say):
+    """Before anything is decoded: raises ValueError where a prompt leaves no room, and says where an answer may not have it."""
+    context, longest = answerer.model.config.max_position_embeddings, max(map(len, prompts))
+    if longest >= context:
+        i = next(i for i, prompt in enumerate(prompts) if len(prompt) >= context)
+        which = f"question {i} of {answerer.config.prompts}" if answerer.config.prompts else "the prompt"
+        raise ValueError(
+            f"{which} has {len(prompts[i])} tokens, but the model's context is {context}, answer included; shorten it"
+        )
+    longest += answerer.config.max_new_tokens
     if longest > context:
         say(
             f"warning: prompt and answer may come to {longest} tokens; the model was trained on {context}, and gets worse beyond"
         )
-    streams = len(prompts) == 1 and config.num_beams == 1 and config.num_return_sequences == 1 and not config.stop
-    streams = streams and not (config.json or config.out)
-    records, counts, started = [], [], time.perf_counter()
-    bar = tqdm(total=len(prompts), unit="prompt", disable=None if len(prompts) > 1 else True, file=sys.stderr)
-    with bar:
-        for start in range(0, len(prompts), config.batch_size):
-            batch = prompts[start : start + config.batch_size]
-            writer = Writer(answerer.tokenizer) if streams else None
-            answers, counted = decode(answerer.model, batch, answerer.decoding, answerer.tokenizer, writer)
-            if writer:
-                writer.end()
-            counts.append(counted)
-            for i, found in enumerate(answers):
-                prompt = start + i // config.num_return_sequences
-                records.append(record(found, answerer, questions[prompt], len(prompts[prompt]), config.logprobs))
-            bar.update(len(batch))
-    seconds = time.perf_counter() - started
-    tokens = sum(entry["tokens"] for entry in records)
-    guessed = sum(counted.guessed for counted in counts)
-    share = f"; lookup guessed {guessed}, of which {sum(c.accepted for c in counts)} were right" if guessed else ""
-    say(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{share}")
-    if config.out:
-        write_json(config.out, records)
-    elif config.json:
-        print(json.dumps(records, indent=2, ensure_ascii=False))
-    elif not streams:
-        for i, entry in enumerate(records):
-            print(("\n" if i else "") + (f"> {entry['prompt']}\n" if len(records) > 1 else "") + entry["answer"])
-    return records
+
+
+def answer_settings(answerer):
+    """{what: value} that the answers depend on beside the questions."""
+    config = answerer.config
+    adapter = None
+    if config.adapter is not None:
+        parts = [file_sha256(Path(config.adapter) / f"adapter_{name}") for name in ("config.json", "model.safetensors")]
+        adapter = hashlib.sha256("".join(map(str, parts)).encode()).hexdigest()
+    settings = {
+        "model": config.model,
+        "model files (sha256)": model_fingerprint(answerer.folder),
+        "adapter (sha256)": adapter,
+        "template": answerer.template,
+        "quantize": config.quantize,
+        "compute dtype": str(answerer.dtype).removeprefix("torch."),
+        "logprobs": config.logprobs,
+    }
+    return json.loads(json.dumps(settings | asdict(answerer.decoding.meaning())))
+
+
+# --- where answers go ---
+
+
+def check_out(config):
+    """Raises ValueError where config.out is no place for the answers."""
+    out = Path(config.out)
+    prove_writable(out)
+    if out.exists() and not out.is_file():
+        raise ValueError(f"{out} is not a regular file; leave out --out, and the answers go to the screen")
+    if config.prompts is not None and out.exists() and out.samefile(config.prompts):
+        raise ValueError(f"--out is the file of --prompts, {out}; choose another one for the answers")
+    if config.prompts is None and settings_path(out).exists() and config.resume == "auto":
+        raise ValueError(
+            f"{out} holds the answers to a file of questions; choose another --out, or write over it with --resume never"
+        )
+
+
+def write_document(path, records):
+    """The answers to one question, whole or not at all."""
+    settings_path(path).unlink(missing_ok=True)
+    if path.suffix == ".jsonl":
+        write_whole(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in records))
+    else:
+        write_json(path, records)
+
+
+@contextmanager
+def print_text(total):
+    """write(records) that prints answers, each behind its question where there are several."""
+    count = 0
+
+    def write(records):
+        nonlocal count
+        for entry in records:
+            question = f"> {entry['prompt']}\n" if total > 1 else ""
+            print(("\n" if count else "") + question + entry["answer"], flush=True)
+            count += 1
+
+    yield write
+
+
+@contextmanager
+def print_json(total):
+    """write(records) that prints one JSON list, batch by batch. It is closed where the decoding stops, too."""
+    count = 0
+
+    def write(records):
+        nonlocal count
+        text = json.dumps(records, indent=2, ensure_ascii=False).removeprefix("[").removesuffix("\n]")
+        print(("," if count else "[") + text, end="", flush=True)
+        count += len(records)
+
+    try:
+        yield write
+    finally:
+        print("\n]" if count else "[]")
+
+
+@contextmanager
+def nothing(total):
+    yield lambda records: None
+
+
+@contextmanager
+def sigterm_as_ctrl_c():
+    """While open, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever started it takes the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def record(found, answerer, question, prompt_tokens, with_logprobs):
-    instruction, given = question
-    entry = {"prompt": instruction} | ({"input": given} if given else {})
-    entry |= {"answer": answerer.text(found), "prompt_tokens": prompt_tokens, "tokens": len(found.ids)}
+    """What is written of an Answer. question: {"prompt": ..., "input": ...}."""
+    entry = question | {"answer": answerer.text(found), "prompt_tokens": prompt_tokens, "tokens": len(found.ids)}
     entry |= {"ended_by": found.ended_by}
     if found.score is not None:
         entry["score"] = found.score if math.isfinite(found.score) else None  # JSON has no infinity

@@ -36,6 +36,7 @@ class Stopped(Exception):
 def chat(config, ask=input, say=print):
     """Read questions and write answers until the input ends. Returns the turns [question, answer, ...]."""
     answerer = Answerer(config, lambda line: print(line, file=sys.stderr))
+    answerer.model  # noqa: B018 - loads now, not while the first answer is awaited
     say(f"template {answerer.template}. {HELP}")
     turns, memory = [], Memory()
     while True:

@@ -1,5 +1,6 @@
 """scripts/generate.py and scripts/chat.py on the embedded models: what a person types, reads and gets in a file."""
 
+import errno
 import io
 import json
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from minitune import answer_file
 from minitune.answer import AnswerConfig, Answerer, Writer, answer, choose_template, read_questions
+from minitune.answer_file import open_answers
 from minitune.chat import ChatConfig, chat
 from minitune.config import parse
 from minitune.files import read_json, write_json
@@ -76,6 +79,206 @@ def test_questions_come_from_files_and_equal_those_asked_alone(name, adapter, tm
     for entry in written:
         [alone] = answer(AnswerConfig(prompt=entry["prompt"], json=True, **options), QUIET)
         assert alone["answer"] == entry["answer"]
+
+
+# A file of questions: answers that survive a stop
+
+KINDS = ("answers.jsonl", "answers.json")
+MANY = [f"What is {a} + {b}?" for a in range(3, 8) for b in range(4)]
+
+
+def entries(path):
+    """The records of a file of answers, which must be valid as it is."""
+    if path.suffix == ".jsonl":
+        *lines, rest = path.read_text().split("\n")
+        assert rest == ""
+        return [json.loads(line) for line in lines]
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def many(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps(MANY))
+    return tmp_path / "q.json"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stopped_file_is_valid_and_a_second_start_gives_the_file_of_one_start(name, how, many, tmp_path):
+    """min_new_tokens makes every answer as long, so that there is time to stop."""
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "batch_size": 2, "num_return_sequences": 2}
+    out, whole = tmp_path / name, tmp_path / ("whole" + name[7:])
+    argv = [part for key, value in options.items() for part in ("--" + key.replace("_", "-"), str(value))]
+    command = [sys.executable, ROOT / "scripts/generate.py", "--do-sample", "--prompts", many, "--out", out, *argv]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not out.exists() or out.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, errors = process.communicate()
+    before = entries(out)
+    assert 0 < len(before) < 2 * len(MANY)
+    if how != signal.SIGKILL:
+        assert errors.splitlines()[-1] == f"stopped: {out} has {len(before)} of 40 answers; the same command goes on"
+    said, config = [], AnswerConfig(prompts=str(many), do_sample=True, out=str(out), **options)
+    answer(config, said.append)
+    assert f"{out} has {len(before)} of 40 answers; going on" in said and f"{out} has 40 of 40 answers" in said
+    assert entries(out)[: len(before)] == before
+    answer(AnswerConfig(prompts=str(many), do_sample=True, out=str(whole), **options), QUIET)
+    assert out.read_bytes() == whole.read_bytes() and len(entries(whole)) == 40
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_batch_is_in_the_file_when_the_next_one_begins(name, many, tmp_path, monkeypatch):
+    import minitune.answer as module
+
+    out, real, seen = tmp_path / name, module.decode, []
+
+    def decode(*args):
+        seen.append(len(entries(out)))
+        return real(*args)
+
+    monkeypatch.setattr(module, "decode", decode)
+    answer(AnswerConfig(prompts=str(many), out=str(out), max_new_tokens=2, batch_size=6), QUIET)
+    assert seen == [0, 6, 12, 18] and [entry["prompt"] for entry in entries(out)] == MANY
+
+
+def test_finished_answers_are_not_decoded_again_and_more_questions_go_on(many, tmp_path, monkeypatch):
+    out = tmp_path / "answers.jsonl"
+    config = AnswerConfig(prompts=str(many), out=str(out), max_new_tokens=2)
+    first = answer(config, QUIET)
+    content = out.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("minitune.checkpoint.load_model", lambda *args, **options: pytest.fail("the model was loaded"))
+        said = []
+        assert answer(config, said.append) == first and f"{out} has 20 of 20 answers; nothing is left to do" in said
+    many.write_text(json.dumps([*MANY, "Name a bird."]))
+    assert answer(config, QUIET)[20]["prompt"] == "Name a bird."
+    assert out.read_bytes().startswith(content) and len(entries(out)) == 21
+
+
+def test_answers_of_other_settings_or_questions_are_refused_by_name_until_told_to_start_over(many, tmp_path):
+    out = tmp_path / "answers.json"
+    options = {"prompts": str(many), "out": str(out), "max_new_tokens": 2}
+    answer(AnswerConfig(**options), QUIET)
+    before = out.read_bytes()
+    for other, message in (
+        ({"repetition_penalty": 1.5}, "other settings: repetition_penalty 1.0 -> 1.5"),
+        ({"template": "phi2"}, "other settings: template plain -> phi2"),
+        ({"model": "tiny-llama"}, "other settings: model tiny-mistral -> tiny-llama; model files"),
+        ({"logprobs": True}, "other settings: logprobs False -> True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            answer(AnswerConfig(**options | other), QUIET)
+    answer(AnswerConfig(**options, top_p=0.5, batch_size=3), QUIET)  # which change no answer
+    many.write_text(json.dumps([MANY[0], "Another?", *MANY[2:]]))
+    with pytest.raises(ValueError, match="answer 1 is not one to question 1 of the file"):
+        answer(AnswerConfig(**options), QUIET)
+    many.write_text(json.dumps(MANY[:3]))
+    with pytest.raises(ValueError, match="has 20 answers, expected at most 3"):
+        answer(AnswerConfig(**options), QUIET)
+    with pytest.raises(ValueError, match="holds the answers to a file of questions"):
+        answer(AnswerConfig(prompt="x", out=str(out)), QUIET)
+    assert out.read_bytes() == before
+    answer(AnswerConfig(**options, repetition_penalty=1.5, resume="never"), QUIET)
+    assert [entry["prompt"] for entry in entries(out)] == MANY[:3]
+
+
+def test_a_file_that_is_not_of_answers_is_never_written_over(many, tmp_path):
+    out = tmp_path / "mine.jsonl"
+    out.write_text('{"answer": "of mine"}\n')
+    with pytest.raises(ValueError, match="is there, but not mine.jsonl.settings.json"):
+        answer(AnswerConfig(prompts=str(many), out=str(out)), QUIET)
+    for resume in ("auto", "never"):
+        with pytest.raises(ValueError, match="--out is the file of --prompts"):
+            answer(AnswerConfig(prompts=str(many), out=str(many), resume=resume), QUIET)
+    assert out.read_text() == '{"answer": "of mine"}\n' and json.loads(many.read_text()) == MANY
+
+
+QUESTIONS = [{"prompt": text} for text in ("a", "b\u2028\n", "c, ]", "d")]
+ANSWERS = [question | {"answer": '"é😀"],\n'} for question in QUESTIONS]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_cut_at_any_byte_goes_on_to_the_same_file(name, tmp_path):
+    """As a crash of the machine may leave it."""
+    path = tmp_path / name
+    with open_answers(path, {"x": 1}, QUESTIONS, 1, True) as file:
+        file.write(ANSWERS[:1])
+        file.write(ANSWERS[1:])
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with open_answers(path, {"x": 1}, QUESTIONS, 1, False) as file:
+            assert file.records == ANSWERS[: len(file.records)] == entries(path)
+            file.write(ANSWERS[len(file.records) :]) if len(file.records) < 4 else None
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_full_disk_leaves_the_answers_before(name, tmp_path, monkeypatch):
+    path, real = tmp_path / name, os.pwrite
+    with open_answers(path, {}, QUESTIONS, 1, False) as file:
+        file.write(ANSWERS[:2])
+        before = path.read_bytes()
+        short = iter([9])
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[: next(short, None)], at))
+        with pytest.raises(OSError) as error:
+            file.write(ANSWERS[2:])
+        assert error.value.errno == errno.ENOSPC and path.read_bytes() == before
+        file.write(ANSWERS[2:])
+    assert entries(path) == ANSWERS
+
+
+def test_a_damaged_line_is_named_and_two_processes_do_not_write_one_file(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with open_answers(path, {}, QUESTIONS, 1, False) as file:
+        file.write(ANSWERS)
+        with pytest.raises(ValueError, match="another process writes"), open_answers(path, {}, QUESTIONS, 1, False):
+            pass
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([lines[0], "{", *lines[2:]]))
+    with pytest.raises(ValueError, match="line 2 is no answer"), open_answers(path, {}, QUESTIONS, 1, False):
+        pass
+    path.write_text("[1]\n")
+    with (
+        pytest.raises(ValueError, match="answer 0 is not one to question 0"),
+        open_answers(path, {}, QUESTIONS, 1, False),
+    ):
+        pass
+    answer_file.settings_path(path).write_text("[]")
+    with (
+        pytest.raises(ValueError, match="other settings: x None -> 1"),
+        open_answers(path, {"x": 1}, QUESTIONS, 1, False),
+    ):
+        pass
+
+
+def test_what_is_printed_of_a_file_comes_batch_by_batch_and_a_stopped_list_is_closed(many, capsys, monkeypatch):
+    import minitune.answer as module
+
+    real, calls = module.decode, []
+
+    def decode(*args):
+        calls.append(capsys.readouterr().out)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "decode", decode)
+    for options, check in (
+        ({}, lambda text: text.count("> What is")),
+        ({"json": True}, lambda text: len(json.loads(text))),
+    ):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            answer(AnswerConfig(prompts=str(many), max_new_tokens=2, batch_size=5, **options), QUIET)
+        assert all("What is" in text for text in calls[1:])
+        assert check("".join(calls) + capsys.readouterr().out) == 10
+
+
+# Templates and prompts
 
 
 def test_the_template_travels_with_the_adapter_and_a_mismatch_is_said(adapter, tmp_path):

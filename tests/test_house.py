@@ -41,7 +41,13 @@ FLOORS = [  # a module imports only from floors below its own; a name that ends 
         "minitune.reports.study_files",
         "minitune.reports.figures",
     ],
-    ["minitune.train", "minitune.reports.results", "minitune.reports.page", "minitune.reports.words"],
+    [
+        "minitune.train",
+        "minitune.answer_file",
+        "minitune.reports.results",
+        "minitune.reports.page",
+        "minitune.reports.words",
+    ],
     [
         "minitune.tiny",
         "minitune.demo",
