@@ -87,6 +87,7 @@ class Answerer:
         self.device = choose_device(config.device)
         self.dtype, self.reason = choose_dtype(config.dtype, self.device)
         self.decoding = decoding_of(config, self.tokenizer)
+        say_idle(config, say)
 
     @functools.cached_property
     def model(self):
@@ -103,7 +104,7 @@ class Answerer:
             if piece is BOS:
                 ids += [] if tok.bos_id is None else [tok.bos_id]
             elif piece is EOS:
-                ids.append(tok.eos_id)
+                ids += [] if tok.eos_id is None else [tok.eos_id]
             else:
                 ids += tok.encode(piece, add_bos=False, allow_special=False)
         return ids
@@ -119,6 +120,19 @@ def decoding_of(config, tokenizer):
     """The GenerateConfig in the options of a job, with the tokenizer's end tokens where it names none."""
     values = {f.name: getattr(config, f.name) for f in fields(GenerateConfig)}
     return GenerateConfig(**values | ({"eos_ids": tuple(tokenizer.eos_ids)} if config.eos_ids is None else {}))
+
+
+def say_idle(config, say):
+    """Says which options were given that change nothing, such as a temperature where nothing is drawn."""
+    meaning, samples = config.meaning(), config.do_sample  # temperature 0 is known to make the others idle
+    idle = [f.name for f in fields(GenerateConfig) if getattr(config, f.name) != getattr(meaning, f.name)]
+    for option, named in (
+        ("--num-beams", [name for name in idle if name in ("length_penalty", "early_stopping")]),
+        ("--do-sample", [name for name in idle if name in ("temperature", "top_k", "top_p", "min_p") and not samples]),
+    ):
+        if named:
+            flags = ", ".join("--" + name.replace("_", "-") for name in named)
+            say(f"warning: without {option}, {flags} changes nothing")
 
 
 def choose_template(config, say):
@@ -164,11 +178,13 @@ def read_questions(config):
 
 def answer(config, say=lambda line: print(line, file=sys.stderr)):
     """Answer the questions of `config`. Returns the records, which are printed, or written to config.out."""
+    show_anything()
     questions = read_questions(config)
     if config.out:
         check_out(config)
     answerer = Answerer(config, say)
     prompts = [encode_question(answerer, question, place) for question, place in questions]
+    places = [place for _, place in questions]
     questions = [{"prompt": text} | ({"input": given} if given else {}) for (text, given), _ in questions]
     each = config.num_return_sequences
     if config.out and config.prompts:
@@ -183,7 +199,7 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
                     + ("nothing is left to do" if len(file.records) == file.total else "going on")
                 )
             try:
-                decode_batches(answerer, questions, prompts, file.write, len(file.records), say)
+                decode_batches(answerer, questions, prompts, file.write, len(file.records), say, places)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"{file.progress()}; the same command goes on") from None
             say(file.progress())
@@ -197,20 +213,20 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
             records.extend(found)
             writer.end(found[0]["answer"]) if writer else write(found)
 
-        decode_batches(answerer, questions, prompts, take, 0, say, writer)
+        decode_batches(answerer, questions, prompts, take, 0, say, places, writer)
     if config.out:
         write_document(Path(config.out), records)
     return records
 
 
-def decode_batches(answerer, questions, prompts, write, done, say, writer=None):
+def decode_batches(answerer, questions, prompts, write, done, say, places, writer=None):
     """Decode the prompts, and call write(records) after each batch. done: answers that are there, of the first prompts; a batch
-    is the same one whatever is there, and so are its answers."""
+    is the same one whatever is there, and so are its answers. places: where the questions stand."""
     if done == len(prompts) * answerer.config.num_return_sequences:
         return
     config, each = answerer.config, answerer.config.num_return_sequences
     size = 1 if config.lookup else config.batch_size
-    check_lengths(answerer, prompts, say)
+    check_lengths(answerer, prompts, places, say)
     tokens = guessed = accepted = 0
     started = time.perf_counter()
     bar = tqdm(
@@ -257,14 +273,13 @@ def encode_question(answerer, question, place):
         raise ValueError(f"{place}: {error}") from None
 
 
-def check_lengths(answerer, prompts, say):
+def check_lengths(answerer, prompts, places, say):
     """Before anything is decoded: raises ValueError where a prompt leaves no room, and says where an answer may not have it."""
     context, longest = answerer.model.config.max_position_embeddings, max(map(len, prompts))
     if longest >= context:
         i = next(i for i, prompt in enumerate(prompts) if len(prompt) >= context)
-        which = f"question {i} of {answerer.config.prompts}" if answerer.config.prompts else "the prompt"
         raise ValueError(
-            f"{which} has {len(prompts[i])} tokens, but the model's context is {context}, answer included; shorten it"
+            f"{places[i]} has {len(prompts[i])} tokens, but the model's context is {context}, answer included; shorten it"
         )
     longest += answerer.config.max_new_tokens
     if longest > context:
@@ -293,6 +308,16 @@ def answer_settings(answerer):
 
 
 # --- where answers go ---
+
+
+def show_anything():
+    """Where the screen or the pipe has no such letter (LC_ALL=C, PYTHONIOENCODING), its escape is printed, not an error."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def speaks_unicode():
+    return (sys.stdout.encoding or "utf-8").lower().startswith("utf")
 
 
 def check_out(config):
@@ -340,7 +365,7 @@ def print_json(total):
 
     def write(records):
         nonlocal count
-        text = json.dumps(records, indent=2, ensure_ascii=False).removeprefix("[").removesuffix("\n]")
+        text = json.dumps(records, indent=2, ensure_ascii=not speaks_unicode()).removeprefix("[").removesuffix("\n]")
         print(("," if count else "[") + text, end="", flush=True)
         count += len(records)
 

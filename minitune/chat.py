@@ -1,19 +1,23 @@
 """A conversation with a model on the terminal, the job of scripts/chat.py."""
 
+import contextlib
+import importlib
 import signal
 import sys
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minitune.answer import Answerer, ModelConfig, Writer
+from minitune.answer import Answerer, ModelConfig, Writer, show_anything
 from minitune.config import arg
 from minitune.files import write_json
 from minitune.generate import decode
 from minitune.models.cache import Memory
 from minitune.prompts import conversation
 
-HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+HELP = (
+    "/reset forgets the conversation, /save FILE writes it as JSON, /help, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,12 @@ class Stopped(Exception):
 
 def chat(config, ask=input, say=print):
     """Read questions and write answers until the input ends. Returns the turns [question, answer, ...]."""
+    show_anything()
     answerer = Answerer(config, lambda line: print(line, file=sys.stderr))
     answerer.model  # noqa: B018 - loads now, not while the first answer is awaited
+    if ask is input and sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # not on every system
+            importlib.import_module("readline")  # arrow keys, and lines beyond the 4095 bytes that a terminal takes
     say(f"template {answerer.template}. {HELP}")
     turns, memory = [], Memory()
     while True:
@@ -48,28 +56,35 @@ def chat(config, ask=input, say=print):
         except KeyboardInterrupt:
             say("\n(Ctrl-D or /quit ends)")
             continue
+        except UnicodeDecodeError as error:
+            say(f"error: the line is not {error.encoding} text; type it again")
+            continue
         command, _, rest = question.partition(" ")
         if command == "/quit":
             return turns
-        if command == "/reset":
-            turns = []
-            say("(forgotten)")
-        elif command == "/save":
-            save(turns, rest, say)
-        elif command == "/help":
-            say(HELP)
-        elif question.startswith("/"):
-            say(f"there is no {command}. {HELP}")
-        elif question:
-            try:
-                turns += [question, reply(answerer, [*turns, question], config.system, memory)]
-            except (ValueError, FloatingPointError) as error:  # a conversation beyond the context, for one
-                say(f"error: {error} (/reset forgets the conversation)")
+        try:
+            if command == "/reset":
+                turns = []
+                say("(forgotten)")
+            elif command == "/save":
+                save(turns, config.system, rest.strip(), say)
+            elif command == "/help":
+                say(HELP)
+            elif question.startswith("/"):
+                say(f"there is no {command}. {HELP}")
+            elif question:
+                turns = [*turns, question, reply(answerer, [*turns, question], config.system, memory, say)]
+        except (ValueError, FloatingPointError) as error:  # a conversation beyond the context, for one
+            say(f"error: {error} (/reset forgets the conversation)")
+        except Stopped as stopped:
+            say(str(stopped))
+        except KeyboardInterrupt:  # before or after the answer was being written
+            say("(stopped)")
 
 
-def reply(answerer, turns, system, memory):
-    """Write the answer to the last question as it comes, and return it. Ctrl-C keeps what was written. memory: of the turns
-    before, which are not read again."""
+def reply(answerer, turns, system, memory, say):
+    """Write the answer to the last question as it comes, and return it. Ctrl-C keeps what was written; Stopped where that is
+    nothing. memory: of the turns before, which are not read again."""
     writer, stopped = Writer(answerer.tokenizer, stop=answerer.decoding.stop), threading.Event()
 
     def on_token(token):
@@ -78,50 +93,71 @@ def reply(answerer, turns, system, memory):
         writer(token)
 
     ids = answerer.encode(conversation(turns, answerer.template, system))
-    room = max(1, answerer.model.config.max_position_embeddings - len(ids))  # without any, decode() says so
-    decoding = answerer.decoding
+    context = answerer.model.config.max_position_embeddings
+    if len(ids) >= context:
+        raise ValueError(
+            f"the conversation has {len(ids)} tokens, but the model's context is {context}, answer included"
+        )
+    room, decoding = context - len(ids), answerer.decoding
     decoding = replace(
         decoding,
         max_new_tokens=min(room, decoding.max_new_tokens),
         min_new_tokens=min(room, decoding.min_new_tokens),
     )
-    with until_ctrl_c(stopped):
-        try:
+    try:
+        with until_ctrl_c(stopped):
             [answer], _ = decode(answerer.model, [ids], decoding, answerer.tokenizer, on_token, memory)
-            text = answerer.text(answer)
-        except Stopped:
-            text = writer.shown
+    except Stopped as how:
+        if how.args:  # in the middle of a step
+            memory.forget()
+        if not writer.shown:
+            raise Stopped("(stopped before the answer began; the question is forgotten)") from None
+        writer.end(writer.shown)
+        return writer.shown.strip()
+    text = answerer.text(answer)
     writer.end(text)
+    if answer.ended_by == "length":
+        is_full = decoding.max_new_tokens == room
+        say(f"(cut: the context of {context} tokens is full, /reset)" if is_full else "(cut: --max-new-tokens)")
     return text.strip()
 
 
 class until_ctrl_c:
-    """While open, Ctrl-C sets the event instead of ending the program."""
+    """While open, Ctrl-C sets the event instead of ending the program; a second one raises Stopped at once, which the reading
+    of a long prompt needs."""
 
     def __init__(self, event):
         self.event = event
 
     def __enter__(self):
         try:
-            self.previous = signal.signal(signal.SIGINT, lambda number, frame: self.event.set())
+            self.previous = signal.signal(signal.SIGINT, self.stop)
         except ValueError:  # not the main thread, which alone gets signals
             self.previous = None
+
+    def stop(self, number, frame):
+        if self.event.is_set():
+            raise Stopped("at once")
+        self.event.set()
 
     def __exit__(self, *error):
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
 
 
-def save(turns, path, say):
+def save(turns, system, path, say):
     """Write the conversation in the messages format."""
     if not path:
         say("give a file: /save conversation.json")
         return
     roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
     try:
         write_json(Path(path).expanduser(), {"messages": messages})
     except OSError as error:
         say(f"error: {path}: {error.strerror}")
+    except (ValueError, RuntimeError) as error:  # a name with a null byte, or ~ of nobody
+        say(f"error: {path!r} is no name of a file: {error}")
     else:
         say(f"{len(turns)} turns in {path}")

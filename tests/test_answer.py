@@ -348,6 +348,8 @@ def talk(lines, **options):
         line = next(lines, None)
         if line is None:
             raise EOFError
+        if isinstance(line, BaseException):
+            raise line
         return line
 
     return chat(ChatConfig(max_new_tokens=5, **options), ask, said.append), said
@@ -366,7 +368,7 @@ def test_a_chat_keeps_resets_and_saves_the_conversation(adapter, tmp_path, capsy
 
 def test_a_conversation_beyond_the_context_is_one_line_and_the_chat_goes_on(adapter):
     turns, said = talk(["word " * 3000, "Name a bird."], adapter=str(adapter))
-    assert any(line.startswith("error: prompt 0 has") for line in said) and turns[0] == "Name a bird."
+    assert any(line.startswith("error: the conversation has 3") for line in said) and turns[0] == "Name a bird."
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(adapter, tmp_path):
@@ -398,6 +400,104 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(adapter, tmp_path):
     assert process.returncode == 0 and "give a file" in screen.read_text() and "Traceback" not in errors
 
 
+def test_what_goes_wrong_in_a_chat_is_one_line_and_the_conversation_is_kept(adapter, tmp_path):
+    """A name that is none, bytes that are no text, a question in no encoding, /save with the text before the conversation."""
+    (tmp_path / "file").write_text("")
+    lines = [
+        "Name a bird.",
+        "\udcff",
+        "/save ~nobody-of-this-name/c.json",
+        "/save a\0b",
+        f"/save {tmp_path / 'file' / 'c'}",
+    ]
+    lines += [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), KeyboardInterrupt(), f"/save {tmp_path / 'c d.json'}"]
+    turns, said = talk(lines, adapter=str(adapter), system="Be kind.")
+    messages = read_json(tmp_path / "c d.json")["messages"]
+    assert len(turns) == 2 and messages[0] == {"role": "system", "content": "Be kind."} and len(messages) == 3
+    errors = [line for line in said if line.startswith("error: ")]
+    assert len(errors) == 5 and not any("\n" in line for line in errors)
+    for error, part in zip(
+        errors, ("surrogate", "nobody-of", "null byte", "file/c", "not utf-8"), strict=True
+    ):
+        assert part in error
+
+
+def test_an_answer_that_the_context_cuts_is_said(adapter):
+    turns, said = talk(["word " * 470], adapter=str(adapter), min_new_tokens=5)
+    assert len(turns) == 2 and "(cut: --max-new-tokens)" in said
+    turns, said = talk(["word " * 475], adapter=str(adapter), min_new_tokens=5)
+    assert len(turns) == 2 and any("context of 512 tokens is full" in line for line in said)
+
+
+@pytest.mark.parametrize("when", ["before the answer", "between the tokens", "while a step runs", "after the answer"])
+def test_ctrl_c_at_any_moment_keeps_the_chat_and_the_turns_before(when, adapter, monkeypatch):
+    import minitune.chat as module
+
+    real, question = module.decode, iter([1, 2, 3])
+
+    def decode(model, prompts, config, tokenizer, on_token, memory):
+        number = next(question)
+        if number == 2 and when == "while a step runs":
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        if number == 2 and when == "between the tokens":
+            write = lambda token: (on_token(token), signal.raise_signal(signal.SIGINT))
+            return real(model, prompts, config, tokenizer, write, memory)
+        return real(model, prompts, config, tokenizer, on_token, memory)
+
+    monkeypatch.setattr(module, "decode", decode)
+    count = iter(range(9))
+    if when == "before the answer":
+        encode = Answerer.encode
+        monkeypatch.setattr(
+            Answerer, "encode", lambda *a: signal.raise_signal(signal.SIGINT) if next(count) == 1 else encode(*a)
+        )
+        next(question)
+    if when == "after the answer":
+        end = Writer.end
+        monkeypatch.setattr(
+            Writer, "end", lambda *a: signal.raise_signal(signal.SIGINT) if next(count) == 1 else end(*a)
+        )
+    turns, said = talk(["Name a bird.", "And?", "Another."], adapter=str(adapter), min_new_tokens=5)
+    asked = ["Name a bird.", "Another."] if when != "between the tokens" else ["Name a bird.", "And?", "Another."]
+    assert turns[::2] == asked
+    assert any("stopped" in line for line in said) == (when != "between the tokens")
+
+
+def test_options_that_change_nothing_are_said():
+    said = []
+    Answerer(AnswerConfig(prompt="x", temperature=0.7, top_p=0.9, length_penalty=2.0, seed=3), said.append)
+    assert said == [
+        "warning: without --num-beams, --length-penalty changes nothing",
+        "warning: without --do-sample, --temperature, --top-p changes nothing",
+    ]
+    said.clear()
+    Answerer(AnswerConfig(prompt="x", do_sample=True, temperature=0.0, num_beams=2, length_penalty=2.0), said.append)
+    Answerer(AnswerConfig(prompt="x", do_sample=True, temperature=0.5, top_k=9), said.append)
+    assert not said
+
+
+def test_letters_that_the_screen_does_not_have_are_escaped(adapter):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    options = ("--adapter", adapter, "--prompt", "né 😀", "--max-new-tokens", 2)
+    done = script("generate.py", *options, "--json", env=env)
+    assert json.loads(done.stdout)[0]["prompt"] == "né 😀", done.stderr
+    done = script("generate.py", *options, "--do-sample", "--num-return-sequences", 2, env=env)
+    assert done.returncode == 0 and "> n\\xe9 \\U0001f600" in done.stdout
+
+
+def test_a_question_beyond_the_context_is_named_before_anything_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("minitune.answer.decode", lambda *args: pytest.fail("something was decoded"))
+    for name, text, place in (
+        ("q.json", json.dumps(["a", "word " * 600]), "row 1"),
+        ("q.txt", "a\n\n" + "word " * 600, "line 3"),
+        ("q.json", json.dumps(["a", "\ud83d"]), "row 1: the text has half a surrogate pair"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}, {place}"):
+            answer(AnswerConfig(prompts=str(tmp_path / name)), QUIET)
+
+
 BAD = {
     "empty prompt": (["--prompt", "  "], "--prompt is empty"),
     "tiny temperature": (["--prompt", "x", "--temperature", "1e-40"], "temperature is 1e-40"),
@@ -406,6 +506,8 @@ BAD = {
     "no such file": (["--prompts", "none.txt"], "none.txt"),
     "logprobs to nowhere": (["--prompt", "x", "--logprobs"], "--logprobs needs --json or --out"),
     "top p": (["--prompt", "x", "--top-p", "0"], "top_p is 0.0, expected"),
+    "no name": (["--prompt", "x", "--out", ""], "--out is empty"),
+    "no file": (["--prompt", "x", "--out", "/dev/null"], "/dev/null is not a regular file"),
     "no adapter": (["--prompt", "x", "--adapter", "none"], "none"),
     "beams and lookup": (["--prompt", "x", "--num-beams", "2", "--lookup", "3"], "lookup is for greedy decoding"),
 }
