@@ -28,7 +28,11 @@ from minitune.tokenizer import load_tokenizer
 class ModelConfig(GenerateConfig):
     """Which model answers, and how: the options that generate and chat share."""
 
-    model: str = arg("tiny-mistral", "llama2, mistral, phi2, an embedded model, a hub id, or a folder")
+    model: str | None = arg(
+        None,
+        "llama2, mistral, phi2, an embedded model, a hub id, or a folder; not set: what the adapter was trained on, else "
+        "tiny-mistral",
+    )
     revision: str | None = arg(None, "branch, tag or commit of a hub id")
     adapter: str | None = arg(None, "folder of an adapter in PEFT's format, such as runs/NAME/adapter")
     template: str | None = arg(
@@ -79,11 +83,18 @@ class Answerer:
 
     def __init__(self, config, say):
         self.config, self.say = config, say
-        self.folder = hub.resolve(config.model, config.revision)
-        if config.adapter is not None:
-            checkpoint.read_adapter_config(config.adapter)  # a bad one is said before anything else
+        trained = read_facts(config.adapter)  # a bad one is said before anything else
+        self.name = config.model if config.model is not None else trained["base"] or "tiny-mistral"
+        try:
+            self.folder = hub.resolve(self.name, config.revision)
+        except ValueError as error:
+            if config.model is not None or config.adapter is None:
+                raise
+            raise ValueError(
+                f"{error} ({config.adapter} names this base; --model says where it is, or which other one to use)"
+            ) from None
         self.tokenizer = load_tokenizer(self.folder)
-        self.template = choose_template(config, say)
+        self.template = choose_template(config, trained, say)
         self.device = choose_device(config.device)
         self.dtype, self.reason = choose_dtype(config.dtype, self.device)
         self.decoding = decoding_of(config, self.tokenizer)
@@ -92,7 +103,7 @@ class Answerer:
     @functools.cached_property
     def model(self):
         config, dtype = self.config, str(self.dtype).removeprefix("torch.")
-        self.say(f"{config.model} on {self.device}, {dtype} ({self.reason})")
+        self.say(f"{self.name} on {self.device}, {dtype} ({self.reason})")
         return checkpoint.load_model(
             self.folder, self.dtype, self.device, config.quantize, config.adapter, say=self.say
         )
@@ -135,21 +146,41 @@ def say_idle(config, say):
             say(f"warning: without {option}, {flags} changes nothing")
 
 
-def choose_template(config, say):
-    """The template of the options, of the adapter, or plain. Says where these do not agree."""
-    trained = None
-    if config.adapter is not None:
-        facts = Path(config.adapter) / "minitune.json"
-        facts = read_json(facts) if facts.is_file() else {}
-        trained = ADAPTER_TEMPLATES.get(facts.get("template"))
-        base = facts.get("base_model")
-        if base is not None and Path(str(base)).name != Path(config.model).name:
-            say(f"warning: the adapter was trained on {base}, not on {config.model}")
-        if trained is None and config.template is None:
-            say("the adapter does not say which template it was trained with: questions go in as they are (--template)")
-    if trained and config.template and config.template != trained:
-        say(f"warning: the adapter was trained with the template {trained}, and --template is {config.template}")
-    return config.template or trained or "plain"
+def read_facts(adapter):
+    """{"template": ..., "base": ...} that an adapter was trained with, None where its files do not say, or there is no adapter.
+    Raises ValueError where it is not an adapter's folder."""
+    if adapter is None:
+        return {"template": None, "base": None}
+    folder = Path(adapter)
+    if not (folder / "adapter_config.json").is_file():
+        inner = folder / "adapter"
+        hint = f"; did you mean {inner}?" if (inner / "adapter_config.json").is_file() else ""
+        raise ValueError(f"{adapter!r} is not the folder of an adapter: it has no adapter_config.json{hint}")
+    base = checkpoint.read_adapter_config(folder).get("base_model_name_or_path")
+    file = folder / "minitune.json"
+    facts = read_json(file) if file.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file} holds a {type(facts).__name__}, expected an object")
+    rows = facts.get("template")
+    if rows is not None and rows not in tuple(ADAPTER_TEMPLATES):
+        raise ValueError(
+            f"{file}: template is {rows!r}, expected one of {', '.join(ADAPTER_TEMPLATES)}; is it of a newer minitune?"
+        )
+    base = facts.get("base_model", base)
+    return {"template": ADAPTER_TEMPLATES.get(rows), "base": base if isinstance(base, str) and base else None}
+
+
+def choose_template(config, trained, say):
+    """The template of the options, of the adapter, or plain. trained: of read_facts(). Says where these do not agree."""
+    names = [Path(hub.MODELS.get(name, name)).name for name in (trained["base"], config.model) if name is not None]
+    if len(set(names)) > 1:
+        say(f"warning: the adapter was trained on {trained['base']}, not on {config.model}")
+    template = trained["template"]
+    if config.adapter is not None and template is None and config.template is None:
+        say("the adapter does not say which template it was trained with: questions go in as they are (--template)")
+    if template and config.template and config.template != template:
+        say(f"warning: the adapter was trained with the template {template}, and --template is {config.template}")
+    return config.template or template or "plain"
 
 
 def read_questions(config):
@@ -296,7 +327,7 @@ def answer_settings(answerer):
         parts = [file_sha256(Path(config.adapter) / f"adapter_{name}") for name in ("config.json", "model.safetensors")]
         adapter = hashlib.sha256("".join(map(str, parts)).encode()).hexdigest()
     settings = {
-        "model": config.model,
+        "model": answerer.name,
         "model files (sha256)": model_fingerprint(answerer.folder),
         "adapter (sha256)": adapter,
         "template": answerer.template,

@@ -4,19 +4,21 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from minitune import answer_file
-from minitune.answer import AnswerConfig, Answerer, Writer, answer, choose_template, read_questions
+from minitune.answer import AnswerConfig, Answerer, Writer, answer, choose_template, read_facts, read_questions
 from minitune.answer_file import open_answers
 from minitune.chat import ChatConfig, chat
-from minitune.config import parse
+from minitune.config import parse, run_script
 from minitune.files import read_json, write_json
 from minitune.hub import resolve
 from minitune.prompts import BOS, CHAT_TEMPLATES, EOS, conversation
@@ -102,8 +104,10 @@ def many(tmp_path):
     return tmp_path / "q.json"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("answers.jsonl", signal.SIGKILL), ("answers.json", signal.SIGTERM), ("answers.json", signal.SIGINT)],
+)
 def test_a_stopped_file_is_valid_and_a_second_start_gives_the_file_of_one_start(name, how, many, tmp_path):
     """min_new_tokens makes every answer as long, so that there is time to stop."""
     options = {"max_new_tokens": 40, "min_new_tokens": 40, "batch_size": 2, "num_return_sequences": 2}
@@ -282,14 +286,45 @@ def test_what_is_printed_of_a_file_comes_batch_by_batch_and_a_stopped_list_is_cl
 
 
 def test_the_template_travels_with_the_adapter_and_a_mismatch_is_said(adapter, tmp_path):
-    said = []
-    assert choose_template(AnswerConfig(prompt="x", adapter=str(adapter)), said.append) == "alpaca" and not said
-    assert choose_template(AnswerConfig(prompt="x", adapter=str(adapter), template="plain"), said.append) == "plain"
+    said, trained = [], read_facts(str(adapter))
+    config = AnswerConfig(prompt="x", adapter=str(adapter))
+    assert choose_template(config, trained, said.append) == "alpaca" and not said
+    assert choose_template(replace(config, template="plain"), trained, said.append) == "plain"
     assert "trained with the template alpaca, and --template is plain" in said.pop()
-    choose_template(AnswerConfig(prompt="x", adapter=str(adapter), model="tiny-llama"), said.append)
+    choose_template(replace(config, model="tiny-llama"), trained, said.append)
     assert "the adapter was trained on tiny-mistral, not on tiny-llama" in said.pop()
-    assert choose_template(AnswerConfig(prompt="x", adapter=str(tmp_path)), said.append) == "plain"
+    choose_template(replace(config, model="mistral"), trained | {"base": "mistralai/Mistral-7B-v0.1"}, said.append)
+    assert not said, "two names of one model"
+    assert choose_template(config, {"template": None, "base": None}, said.append) == "plain"
     assert "does not say which template" in said.pop()
+
+
+def test_the_model_is_the_one_that_the_adapter_was_trained_on(adapter, tmp_path):
+    said, other = [], shutil.copytree(adapter, tmp_path / "adapter")
+    for base in ("tiny-llama", "tiny-phi"):
+        write_json(other / "minitune.json", {"template": "alpaca", "base_model": base})
+        assert Answerer(AnswerConfig(prompt="x", adapter=str(other)), said.append).name == base and not said
+    assert (
+        Answerer(AnswerConfig(prompt="x", adapter=str(other), model="tiny-mistral"), said.append).name == "tiny-mistral"
+    )
+    assert "trained on tiny-phi, not on tiny-mistral" in said.pop()
+    (other / "minitune.json").unlink()  # as PEFT leaves it
+    assert Answerer(AnswerConfig(prompt="x", adapter=str(other)), said.append).name == "tiny-mistral"
+    assert "does not say which template" in said.pop()
+    for facts, message in (
+        (
+            {"template": "alpaca", "base_model": "./gone"},
+            r"gone does not exist; .* names this base; --model says where",
+        ),
+        ({"template": "of tomorrow"}, "template is 'of tomorrow', expected one of alpaca"),
+        ({"template": ["alpaca"]}, r"template is \['alpaca'\], expected one of"),
+        ([], "minitune.json holds a list, expected an object"),
+    ):
+        write_json(other / "minitune.json", facts)
+        with pytest.raises(ValueError, match=message):
+            Answerer(AnswerConfig(prompt="x", adapter=str(other)), said.append)
+    with pytest.raises(ValueError, match=rf"no adapter_config.json; did you mean {other}\?"):
+        read_facts(str(tmp_path))
 
 
 def test_the_prompt_is_the_one_of_training_to_the_last_token(adapter):
@@ -416,9 +451,7 @@ def test_what_goes_wrong_in_a_chat_is_one_line_and_the_conversation_is_kept(adap
     assert len(turns) == 2 and messages[0] == {"role": "system", "content": "Be kind."} and len(messages) == 3
     errors = [line for line in said if line.startswith("error: ")]
     assert len(errors) == 5 and not any("\n" in line for line in errors)
-    for error, part in zip(
-        errors, ("surrogate", "nobody-of", "null byte", "file/c", "not utf-8"), strict=True
-    ):
+    for error, part in zip(errors, ("surrogate", "nobody-of", "null byte", "file/c", "not utf-8"), strict=True):
         assert part in error
 
 
@@ -477,13 +510,17 @@ def test_options_that_change_nothing_are_said():
     assert not said
 
 
-def test_letters_that_the_screen_does_not_have_are_escaped(adapter):
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    options = ("--adapter", adapter, "--prompt", "né 😀", "--max-new-tokens", 2)
-    done = script("generate.py", *options, "--json", env=env)
-    assert json.loads(done.stdout)[0]["prompt"] == "né 😀", done.stderr
-    done = script("generate.py", *options, "--do-sample", "--num-return-sequences", 2, env=env)
-    assert done.returncode == 0 and "> n\\xe9 \\U0001f600" in done.stdout
+def test_letters_that_the_screen_does_not_have_are_escaped(adapter, monkeypatch):
+    options = {"adapter": str(adapter), "prompt": "né 😀", "max_new_tokens": 2}
+    for others, shown in (
+        ({"json": True}, r"n\u00e9 \ud83d\ude00"),
+        ({"do_sample": True, "num_return_sequences": 2}, r"> n\xe9 \U0001f600"),
+    ):
+        screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", screen)
+        answer(AnswerConfig(**options, **others), QUIET)
+        screen.flush()
+        assert shown in screen.buffer.getvalue().decode("ascii")
 
 
 def test_a_question_beyond_the_context_is_named_before_anything_is_decoded(tmp_path, monkeypatch):
@@ -508,16 +545,19 @@ BAD = {
     "top p": (["--prompt", "x", "--top-p", "0"], "top_p is 0.0, expected"),
     "no name": (["--prompt", "x", "--out", ""], "--out is empty"),
     "no file": (["--prompt", "x", "--out", "/dev/null"], "/dev/null is not a regular file"),
-    "no adapter": (["--prompt", "x", "--adapter", "none"], "none"),
+    "no adapter": (["--prompt", "x", "--adapter", "none"], "'none' is not the folder of an adapter"),
     "beams and lookup": (["--prompt", "x", "--num-beams", "2", "--lookup", "3"], "lookup is for greedy decoding"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_wrong_call_is_one_line_and_exit_2(name):
+def test_a_wrong_call_is_one_line_and_exit_2(name, monkeypatch, capsys):
     argv, message = BAD[name]
-    done = script("generate.py", *argv)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    monkeypatch.setattr(sys, "argv", ["generate.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        run_script(AnswerConfig, answer, "")
+    _, errors = capsys.readouterr()
+    assert stop.value.code == 2 and message in errors and errors.count("\n") == 1, errors
 
 
 def test_rows_without_a_question_are_named(tmp_path):
