@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from minitune import checkpoint, data, hub
@@ -244,7 +245,12 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
             records.extend(found)
             writer.end(found[0]["answer"]) if writer else write(found)
 
-        decode_batches(answerer, questions, prompts, take, 0, say, places, writer)
+        try:
+            decode_batches(answerer, questions, prompts, take, 0, say, places, writer)
+        except BaseException:
+            if writer and writer.shown:
+                writer.end(writer.shown)  # what is said next gets a line of its own
+            raise
     if config.out:
         write_document(Path(config.out), records)
     return records
@@ -273,9 +279,10 @@ def decode_batches(answerer, questions, prompts, write, done, say, places, write
             batch = range(start, min(start + size, len(prompts)))
             if batch.stop * each <= done:
                 continue
-            answers, counts = decode(
-                answerer.model, [prompts[i] for i in batch], answerer.decoding, answerer.tokenizer, writer
-            )
+            with out_of_memory_explained(config, len(batch)):
+                answers, counts = decode(
+                    answerer.model, [prompts[i] for i in batch], answerer.decoding, answerer.tokenizer, writer
+                )
             records = [
                 record(found, answerer, questions[i], len(prompts[i]), config.logprobs)
                 for i, found in zip((i for i in batch for _ in range(each)), answers, strict=True)
@@ -289,6 +296,21 @@ def decode_batches(answerer, questions, prompts, write, done, say, places, write
     seconds = time.perf_counter() - started
     share = f"; lookup guessed {guessed}, of which {accepted} were right" if guessed else ""
     say(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{share}")
+
+
+@contextmanager
+def out_of_memory_explained(config, prompts):
+    """Turns torch's out-of-memory errors, of a GPU and of the CPU, into one that names the options."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sequences = max(config.num_beams, config.num_return_sequences)
+        raise ValueError(
+            f"out of memory with {prompts} questions of {sequences} sequences and {config.max_new_tokens} tokens each: lower "
+            "--batch-size, --num-beams, --num-return-sequences or --max-new-tokens, or use --quantize nf4"
+        ) from error
 
 
 def encode_question(answerer, question, place):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from minitune import answer_file
 from minitune.answer import AnswerConfig, Answerer, Writer, answer, choose_template, read_facts, read_questions
@@ -533,6 +534,40 @@ def test_a_question_beyond_the_context_is_named_before_anything_is_decoded(tmp_p
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{name}, {place}"):
             answer(AnswerConfig(prompts=str(tmp_path / name)), QUIET)
+
+
+def test_out_of_memory_names_the_options_and_keeps_the_answers_before(many, tmp_path, monkeypatch):
+    import minitune.answer as module
+
+    real, calls, out = module.decode, [], tmp_path / "answers.jsonl"
+
+    def decode(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            return torch.empty(2**60)  # torch's own error
+        return real(*args)
+
+    monkeypatch.setattr(module, "decode", decode)
+    options = {"prompts": str(many), "out": str(out), "max_new_tokens": 2}
+    with pytest.raises(ValueError, match="out of memory with 6 questions of 1 sequences .*: lower --batch-size"):
+        answer(AnswerConfig(**options, batch_size=6), QUIET)
+    assert len(entries(out)) == 12
+    answer(AnswerConfig(**options, batch_size=1), QUIET)
+    assert [entry["prompt"] for entry in entries(out)] == MANY
+
+
+def test_what_is_said_after_a_stopped_answer_has_its_own_line(adapter, capsys, monkeypatch):
+    class Cut(Writer):
+        def __call__(self, token):
+            super().__call__(token)
+            if len(self.ids) == 4:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("minitune.answer.Writer", Cut)
+    with pytest.raises(KeyboardInterrupt):
+        answer(AnswerConfig(prompt="x", adapter=str(adapter), min_new_tokens=6), QUIET)
+    text = capsys.readouterr().out
+    assert text.strip() and text.endswith("\n") and text.count("\n") == text.rstrip("\n").count("\n") + 1
 
 
 BAD = {
