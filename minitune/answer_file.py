@@ -22,7 +22,9 @@ def open_answers(path, settings, questions, each, start_over):
     """An AnswerFile, which no other process has open.
 
     settings: {what: value} that the answers depend on; questions: {"prompt": ..., "input": ...} of each; each: answers that a
-    question has. start_over: forget what is there. Raises ValueError where it holds anything but the first of these answers."""
+    question has. start_over: forget what is there. A new file that gets no answer goes away again. Raises ValueError where it
+    holds anything but the first of these answers."""
+    is_new, file = not path.exists(), None
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -31,8 +33,12 @@ def open_answers(path, settings, questions, each, start_over):
         except OSError as error:
             if error.errno == errno.EWOULDBLOCK:  # anything else: a file system without locks, so we go without
                 raise ValueError(f"another process writes {path}; wait for it, or choose another --out") from None
-        yield AnswerFile(path, handle, settings, questions, each, start_over)
+        file = AnswerFile(path, handle, settings, questions, each, start_over)
+        yield file
     finally:
+        if is_new and file is not None and not file.records:
+            path.unlink(missing_ok=True)
+            settings_path(path).unlink(missing_ok=True)
         os.close(handle)
 
 

@@ -61,9 +61,14 @@ def draw_several(scores, numbers, count):
 def draw(scores, numbers):
     """The token (R,) whose part of the cumulated probabilities holds the row's number (R,) in [0, 1).
 
-    In fp64 and on the CPU's numbers, so that a seed means the same on every device."""
+    In fp64 and on the CPU's numbers, so that a seed means the same on every device. Raises FloatingPointError where a row has
+    NaN, or nothing to draw."""
     cumulated = scores.double().softmax(-1).cumsum(-1)
     reached = cumulated > numbers.to(cumulated)[:, None] * cumulated[:, -1:]
     if not reached[:, -1].all():
+        if (scores == -torch.inf).all(1).any():
+            raise FloatingPointError(
+                "every token is banned, and none can be drawn; raise no_repeat_ngram_size, or lower max_new_tokens"
+            )
         raise FloatingPointError("the probabilities of the next token are NaN: scores or temperature are out of range")
     return reached.int().argmax(-1)  # the first that passes the number

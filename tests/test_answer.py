@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitune import answer_file
+from minitune import answer_file, sampling
 from minitune.answer import AnswerConfig, Answerer, Writer, answer, choose_template, read_facts, read_questions
 from minitune.answer_file import open_answers
 from minitune.chat import ChatConfig, chat
@@ -533,7 +533,8 @@ def test_a_question_beyond_the_context_is_named_before_anything_is_decoded(tmp_p
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{name}, {place}"):
-            answer(AnswerConfig(prompts=str(tmp_path / name)), QUIET)
+            answer(AnswerConfig(prompts=str(tmp_path / name), out=str(tmp_path / "answers.json")), QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q.json", "q.txt"]
 
 
 def test_out_of_memory_names_the_options_and_keeps_the_answers_before(many, tmp_path, monkeypatch):
@@ -568,6 +569,15 @@ def test_what_is_said_after_a_stopped_answer_has_its_own_line(adapter, capsys, m
         answer(AnswerConfig(prompt="x", adapter=str(adapter), min_new_tokens=6), QUIET)
     text = capsys.readouterr().out
     assert text.strip() and text.endswith("\n") and text.count("\n") == text.rstrip("\n").count("\n") + 1
+
+
+def test_where_every_token_is_banned_that_is_said():
+    scores = torch.full((2, 5), -torch.inf)
+    scores[0] = 0
+    with pytest.raises(FloatingPointError, match="every token is banned"):
+        sampling.draw(scores, torch.tensor([0.5, 0.5]))
+    with pytest.raises(FloatingPointError, match="are NaN"):
+        sampling.draw(torch.full((1, 5), torch.nan), torch.tensor([0.5]))
 
 
 BAD = {
