@@ -111,7 +111,8 @@ def assess(systems, config, judges, settings):
 
 
 def score_settings(config):
-    return {name: getattr(config, name) for name in ("resamples", "seed", "judge", "encoder", "encoder_layer", "limit")}
+    names = ("resamples", "seed", "judge", "encoder", "encoder_layer", "encoder_prefix_space", "limit")
+    return {name: getattr(config, name) for name in names}
 
 
 def example(record):

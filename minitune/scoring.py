@@ -50,6 +50,11 @@ class ScoreConfig:
         None, "RoBERTa or BERT of BERTScore: a folder or a hub id, such as FacebookAI/roberta-large, the study's"
     )
     encoder_layer: int | None = arg(None, "its layer, from 0; not set: bert-score's choice for a model of that name")
+    encoder_prefix_space: bool = arg(
+        False,
+        "a space before every text that a RoBERTa reads, as in bert-score's published numbers (slow tokenizers); with fast "
+        "ones, and so with transformers 5, bert-score leaves it out. A BERT reads the same either way",
+    )
     resamples: int = arg(5000, "bootstrap and permutation draws")
     limit: int | None = arg(None, "only the first so many rows")
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
@@ -63,6 +68,9 @@ class ScoreConfig:
         for name in names or ():
             if METRICS[name].needs in ("judge", "encoder") and getattr(self, METRICS[name].needs) is None:
                 raise ValueError(f"metrics: {name} needs --{METRICS[name].needs}, {NEEDS[METRICS[name].needs]}")
+        if self.encoder is None and (self.encoder_layer is not None or self.encoder_prefix_space):
+            option = "encoder_prefix_space" if self.encoder_layer is None else "encoder_layer"
+            raise ValueError(f"{option} is about BERTScore, which needs --encoder, {NEEDS['encoder']}")
 
 
 def asked_metrics(config):
@@ -99,8 +107,9 @@ class Judges:
                     raise ValueError(f"--encoder {config.encoder}: {error} (--encoder-layer)") from None
             else:
                 layer = choose_layer(encoder, config.encoder_layer)
-            say(f"encoder of BERTScore: {config.encoder}, layer {layer}")
-            self.encoder = encoder, load_tokenizer(folder), layer
+            space = ", a space before every text" if config.encoder_prefix_space else ""
+            say(f"encoder of BERTScore: {config.encoder}, layer {layer}{space}")
+            self.encoder = encoder, load_tokenizer(folder), layer, config.encoder_prefix_space
 
 
 # --- metrics ---
@@ -167,8 +176,9 @@ def judged(records, judges):
 
 
 def bertscore_rows(records, judges):
-    encoder, tokenizer, layer = judges.encoder
-    return Rows(bert_score(*texts(records), encoder, tokenizer, layer)[2].double().numpy())
+    encoder, tokenizer, layer, prefix_space = judges.encoder
+    found = bert_score(*texts(records), encoder, tokenizer, layer, prefix_space=prefix_space)
+    return Rows(found[2].double().numpy())  # F1
 
 
 rouge_1 = lambda reference, answer: rouge_n(reference, answer, 1)[2]

@@ -11,6 +11,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from minitune import hub
 from minitune.checkpoint import load_encoder
+from minitune.config import parse
+from minitune.evaluate import EvaluateConfig, evaluate
+from minitune.files import read_json, write_json
 from minitune.metrics import bertscore as module
 from minitune.metrics.bertscore import LAYERS, bert_score
 from minitune.tokenizer import BERT_SPECIAL, ROBERTA_SPECIAL, load_tokenizer
@@ -169,6 +172,25 @@ def test_prefix_space_is_the_space_that_slow_tokenizers_put_before_a_text(folder
         assert (plain[2] - found[2]).abs().max() > 1e-3, "the space must matter"
     finally:
         (folders["roberta"] / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 128}))
+
+
+@pytest.mark.parametrize("prefix_space", [False, True])
+def test_evaluate_reads_texts_with_the_space_where_asked_and_its_file_says_so(folders, tmp_path, prefix_space):
+    pairs = some_pairs(6)
+    references, answers = zip(*pairs, strict=True)
+    write_json(tmp_path / "r.json", references)
+    write_json(tmp_path / "a.json", answers)
+    argv = ["--predictions", str(tmp_path / "a.json"), "--references", str(tmp_path / "r.json"), "--resamples", "10"]
+    argv += ["--encoder", str(folders["roberta"]), "--encoder-layer", "3", "--metrics", "bertscore"]
+    argv += ["--out", str(tmp_path / "e.json")] + ["--encoder-prefix-space"] * prefix_space
+    said = []
+    evaluate(parse(EvaluateConfig, argv), said.append)
+    stored = read_json(tmp_path / "e.json")
+    expected = bert_score(references, answers, *load(folders["roberta"]), layer=3, prefix_space=prefix_space)[2]
+    found = [example["scores"]["bertscore"] for example in stored["systems"]["predictions"]["examples"]]
+    assert found == expected.double().tolist()
+    assert stored["settings"]["encoder_prefix_space"] is prefix_space
+    assert any("a space before every text" in line for line in said) == prefix_space
 
 
 def test_tokens_of_both_libraries_are_the_same_from_either_form_of_file(folders, tmp_path):

@@ -391,6 +391,11 @@ def test_a_run_without_questions_is_refused(run, tmp_path):
         ({"run": "a", "metrics": "bleu,blue"}, "there is no 'blue'; expected some of bleu, corpus_bleu"),
         ({"run": "a", "metrics": "perplexity"}, "perplexity needs --judge, a GPT-2"),
         ({"run": "a", "metrics": "bertscore"}, "bertscore needs --encoder, a RoBERTa or BERT"),
+        (
+            {"run": "a", "encoder_layer": 2},
+            "encoder_layer is about BERTScore, which needs --encoder, a RoBERTa or BERT",
+        ),
+        ({"run": "a", "encoder_prefix_space": True}, "encoder_prefix_space is about BERTScore, which needs --encoder"),
         ({"run": "a", "num_return_sequences": 2, "num_beams": 2}, "one answer a question"),
         ({"run": "a", "limit": 0}, "limit is 0, expected a number above 0"),
         ({"run": "a", "temperature": -1.0}, "temperature is -1.0"),

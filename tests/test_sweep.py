@@ -305,6 +305,7 @@ def test_a_sweep_over_training_needs_no_run_before_it(tmp_path):
         ({"run": "x", "top_k": (1, 2), "train": ("lora_rank=1,2",)}, "do one, then the other"),
         ({"run": "x", "study": True, "metrics": "blue"}, "there is no 'blue'"),
         ({"run": "x", "top_k": (1, "2")}, "top_k is"),
+        ({"run": "x", "study": True, "encoder_prefix_space": True}, "which needs --encoder, a RoBERTa or BERT"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):
