@@ -1,22 +1,24 @@
 """A grid over decoding options with one load of the model, or over training options with one run folder a point: the job of
 scripts/sweep.py.
 
-Every point is a folder with evaluation.json; sweep/sweep.json lists them. What was done is not done again: answers, scores and
-training runs are found by their settings."""
+Every point is a folder with evaluation.json; sweep/sweep.json lists them, and is written after every point. What was done is
+not done again: answers, scores and training runs are found by their settings, and so is a training that failed (failed.json)."""
 
 import itertools
 import json
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from datetime import date
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from minitune import scoring
 from minitune.config import TrainConfig, arg, field_type, misfit, positive
 from minitune.evaluate import DecodeConfig, EvaluateConfig, Run, point_name, read_options, written
 from minitune.files import read_json, write_json
 from minitune.generate import GenerateConfig
+from minitune.run_folder import hold
 from minitune.scoring import METRICS, Rows, ScoreConfig
 from minitune.train import train
 
@@ -62,6 +64,9 @@ class SweepConfig(DecodeConfig, Grid):
         "vary training instead: options of train.py as NAME=V1,V2 (+ between the parts of a list), a run folder for each "
         "point. The others are those of --run, where it is a run",
     )
+    retry_failed: bool = arg(
+        False, "with --train: train again, from the last state, what failed at an earlier start; else it is passed over"
+    )
 
     def __post_init__(self):
         ScoreConfig.__post_init__(self)
@@ -85,69 +90,103 @@ class SweepConfig(DecodeConfig, Grid):
             raise ValueError(
                 "--train varies training, and a list varies decoding; do one, then the other on the best run"
             )
+        if self.retry_failed and not self.train:
+            raise ValueError("--retry-failed is about trainings that failed; it belongs to --train")
 
 
 def sweep(config, say=print):
     """Do every point of the grid that is not done yet. Returns what sweep.json holds."""
     points, centre = (training_points if config.train else decoding_points)(config)
     folder = Path(config.run) / "sweep"
-    if not config.train:
-        run = Run(config, say)
-        run.prefix_room = PREFIX_BYTES
-        if config.resume == "auto":
-            for name, _, point in points:  # before the first is decoded: the last may be hours away
-                run.check_answers(point, folder / name, config.base, name)
-    judges = scoring.Judges(config, say)
-    found, results = [], {}
-    for number, (name, options, point) in enumerate(points, 1):
-        say(f"== {name}, point {number} of {len(points)} ==")
-        if config.train:
-            result = train_point(point, folder / name, config, judges, say)
-        else:
-            result = evaluate_point(run, point, folder / name, config, judges, name)
-        entry = {"name": name, "options": options, "folder": name}
-        if isinstance(result, str):
-            found.append(entry | {"error": result})
-            continue
-        results[name] = result["systems"]["tuned"]
-        found.append(entry | {"metrics": results[name]["metrics"]})
-    if not results:
-        raise ValueError(f"no point was finished; the first: {found[0]['error']}")
-    for entry in found:
-        if entry["name"] in results and centre in results and entry["name"] != centre:
-            entry["against_centre"] = against(results[entry["name"]], results[centre], config.resamples)
-    content = {"format": 1, "date": date.today().isoformat(), "run": str(config.run), "grid": config.grid}
-    content |= {"kind": "training" if config.train else "decoding", "centre": centre}
-    content["points"] = found + earlier_points(folder, content["kind"], found)
-    write_json(folder / "sweep.json", content)
-    say("\n".join(table(content)))
+    run = None if config.train else Run(config, say)
+    with hold(folder):
+        if run is not None:
+            run.prefix_room = PREFIX_BYTES
+            if config.resume == "auto":
+                for name, _, point in points:  # before the first is decoded: the last may be hours away
+                    run.check_answers(point, folder / name, config.base, name)
+        judges = scoring.Judges(config, say)
+        content = Content(config, points, centre, folder)
+        for number, (name, _, point) in enumerate(points, 1):
+            say(f"== {name}, point {number} of {len(points)} ==")
+            if config.train:
+                result = train_point(point, folder / name, config, judges, say)
+            else:
+                result = evaluate_point(run, point, folder / name, config, judges, name)
+            content.add(name, result)
+    if not content.systems:
+        raise ValueError(f"no point was finished; the first: {content.found[points[0][0]]['error']}")
+    say("\n".join(table(content.written)))
     say(f"written: {folder / 'sweep.json'}")
-    return content
+    return content.written
 
 
-def earlier_points(folder, kind, found):
-    """Points of a sweep before this one that differ from ours in what was varied only: they stay in sweep.json."""
-    path = folder / "sweep.json"
-    stored = read_json(path) if path.is_file() else {}
-    if stored.get("kind") != kind or not found:
-        return []
-    names, kept = {entry["name"] for entry in found}, []
+class Content:
+    """What sweep.json holds, written anew with every point from the first finished one on: a kill leaves what is done. A
+    sweep over training and one over decoding keep each other's points, as "other"."""
+
+    def __init__(self, config, points, centre, folder):
+        self.config, self.points, self.centre, self.folder = config, points, centre, folder
+        self.kind = "training" if config.train else "decoding"
+        self.found = {}  # name -> entry of a point that is done, or failed
+        self.systems = {}  # name -> its tuned system, with the examples
+        path = folder / "sweep.json"
+        self.stored = read_json(path) if path.is_file() else {}  # of a sweep before this one
+        self.earlier = None  # name -> entry of it that stays
+        self.written = None
+
+    def add(self, name, result):
+        """result: what evaluation.json of a point holds, or why it failed."""
+        entry = {"name": name, "options": next(options for n, options, _ in self.points if n == name), "folder": name}
+        if isinstance(result, str):
+            self.found[name] = entry | {"error": result}
+        else:
+            self.systems[name] = result["systems"]["tuned"]
+            self.found[name] = entry | {"metrics": self.systems[name]["metrics"]}
+            if self.earlier is None:
+                self.earlier = earlier_points(self.stored, self.folder, self.kind, self.found[name])
+        if self.systems:
+            self.write()
+
+    def write(self):
+        entries = {name: {"name": name, "options": options, "folder": name} for name, options, _ in self.points}
+        entries = {name: entry | {"pending": True} for name, entry in entries.items()} | self.earlier | self.found
+        for name, entry in entries.items():
+            if name != self.centre and self.centre in self.systems and "metrics" in entry:
+                if "against_centre" not in entry:
+                    system = self.systems.get(name) or tuned_system(self.folder / entry["folder"])
+                    entry["against_centre"] = against(system, self.systems[self.centre], self.config.resamples)
+        self.written = {"format": 1, "date": date.today().isoformat(), "run": str(self.config.run)}
+        self.written |= {"grid": self.config.grid, "kind": self.kind, "centre": self.centre}
+        self.written["points"] = list(entries.values())
+        of_other_kind = self.stored if self.stored.get("kind", self.kind) != self.kind else self.stored.get("other")
+        if of_other_kind:
+            self.written["other"] = {name: value for name, value in of_other_kind.items() if name != "other"}
+        write_json(self.folder / "sweep.json", self.written)
+
+
+def tuned_system(folder):
+    return read_json(folder / "evaluation.json")["systems"]["tuned"]
+
+
+def earlier_points(stored, folder, kind, ours):
+    """{name: entry} of the points of an earlier sweep that differ from ours, an entry of this one, in what was varied only:
+    they stay in sweep.json, to be compared with the middle of this sweep."""
+    kept = {}
+    earlier = stored if stored.get("kind") == kind else stored.get("other") or {}
     settings = lambda entry: read_json(folder / entry["folder"] / "evaluation.json")["settings"]
-    for entry in stored["points"]:
-        if (
-            entry["name"] in names
-            or "metrics" not in entry
-            or not (folder / entry["folder"] / "evaluation.json").is_file()
-        ):
+    for entry in earlier.get("points", ()):
+        if "metrics" not in entry or not (folder / entry["folder"] / "evaluation.json").is_file():
             continue
-        theirs, ours = settings(entry), settings(next(e for e in found if "metrics" in e))
-        varied = {*entry["options"], *found[0]["options"]}
-        for side in (theirs, ours):
+        sides = settings(entry), settings(ours)
+        varied = {*entry["options"], *ours["options"]}
+        for side in sides:
             side["decoding"] = {name: value for name, value in side["decoding"].items() if name not in varied}
             side["adapter"] = side["metrics"] = None
             if kind == "training":
                 side["facts"] = None
-        kept += [entry] if theirs == ours else []
+        if sides[0] == sides[1]:
+            kept[entry["name"]] = {name: value for name, value in entry.items() if name != "against_centre"}
     return kept
 
 
@@ -261,7 +300,8 @@ def read_axis(text):
 
 
 def train_point(options, folder, config, judges, say):
-    """Train one run, or find it trained, and evaluate it. Returns what evaluation.json holds, or why the training failed."""
+    """Train one run, or find it trained, and evaluate it. Returns what evaluation.json holds, or why the training failed,
+    which failed.json keeps where it was found by training: what is refused before that costs nothing to look at again."""
     decoding = {f.name: getattr(config, f.name)[0] for f in AXES}
     point = evaluate_config(config, folder, decoding)
     if config.resume == "auto" and (folder / "evaluation.json").is_file() and (folder / "adapter").is_dir():
@@ -269,15 +309,37 @@ def train_point(options, folder, config, judges, say):
         if run.options == options.replace(resume="auto"):
             if (stored := stored_result(run, point, folder, config)) is not None:
                 return stored
+    failed = folder / "failed.json"
+    if config.resume == "auto" and not config.retry_failed and (error := stored_failure(failed, options)) is not None:
+        say(
+            f"passed over, as it failed at an earlier start: {error}. --retry-failed trains it again (or remove {failed})"
+        )
+        return error
+    failed.unlink(missing_ok=True)
     try:
         train(options, say)
-    except (
-        FloatingPointError,
-        ValueError,
-    ) as error:  # a rate that is too high, a target that is none: others may do well
+    except (FloatingPointError, ValueError) as error:  # too high a rate, a target that is none: others may do well
         say(f"{folder.name} failed: {error}")
+        if isinstance(error, FloatingPointError) or isinstance(error.__cause__, torch.OutOfMemoryError):
+            write_json(failed, {"error": str(error), "date": date.today().isoformat(), "options": what_trains(options)})
         return str(error)
     return evaluate_point(Run(point, say), point, folder, config, judges)
+
+
+def stored_failure(path, options):
+    """Why a training with these options failed, or None where none did."""
+    if not path.is_file():
+        return None
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("error"), str):
+        raise ValueError(f"{path} does not say what failed; remove it, and the point is trained again")
+    return stored["error"] if stored.get("options") == what_trains(options) else None
+
+
+def what_trains(options):
+    """A TrainConfig as JSON holds it, without where it is written."""
+    stored = json.loads(json.dumps(asdict(options)))
+    return {name: value for name, value in stored.items() if name not in ("run", "resume")}
 
 
 # --- the table ---

@@ -303,6 +303,7 @@ def test_a_sweep_is_what_its_list_says(run, tmp_path):
             evaluation({"top_k": 50, "num_beams": 5, "temperature": 1.0}),
         )
     results = read_results([run])
+    assert any("3 of the 4 points of the sweep in" in n and "are done; gone failed ('no')." in n for n in results.notes)
     assert [p.options["top_p"] for line in sweep_lines(results.points) for p in line.points["top_p"]] == [
         0.5,
         0.9,

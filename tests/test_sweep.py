@@ -19,6 +19,8 @@ from minitune.evaluate import EvaluateConfig, evaluate
 from minitune.files import read_json, write_json
 from minitune.generate import Decoder, GenerateConfig, generate
 from minitune.metrics.significance import paired_permutation
+from minitune.reports.results import read_results
+from minitune.run_folder import hold
 from minitune.sweep import STUDY, SweepConfig, decoding_points, sweep, table
 from minitune.train import train
 
@@ -224,9 +226,88 @@ def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = files(run)
-    assert len(before) < len(files(whole)) and not (run / "sweep" / "sweep.json").exists()
+    assert len(before) < len(files(whole))
+    listed = read_json(run / "sweep" / "sweep.json")["points"]
+    assert ["metrics" in point for point in listed] == [True, False, False]
     sweep(SweepConfig(run=str(run), **options), QUIET)
     assert files(run) == files(whole)
+
+
+def test_every_point_is_in_the_list_as_soon_as_it_is_done_and_the_report_says_how_many_are(run, monkeypatch):
+    config = SweepConfig(run=str(run), num_beams=(1, 2, 3), **SHORT)
+    whole = sweep(config, QUIET)
+    shutil.rmtree(run / "sweep")
+    evaluate_point, lists = module.evaluate_point, []
+
+    def watched(*args):
+        lists.append(read_json(run / "sweep" / "sweep.json")["points"] if lists else None)
+        if len(lists) == 3:
+            raise OSError("the power went")
+        return evaluate_point(*args)
+
+    monkeypatch.setattr(module, "evaluate_point", watched)
+    with pytest.raises(OSError, match="the power went"):
+        sweep(config, QUIET)
+    points = read_json(run / "sweep" / "sweep.json")["points"]
+    assert lists[1:] == [points[:1] + [p | {"pending": True} for p in stripped(points[1:])], points]
+    assert points[:2] == whole["points"][:2] and points[2]["pending"] and "metrics" not in points[2]
+    notes = read_results([str(run)]).notes
+    assert notes == [f"2 of the 3 points of the sweep in {run} are done."]
+    monkeypatch.undo()
+    assert sweep(config, QUIET)["points"] == whole["points"]
+    assert read_results([str(run)]).notes == []
+
+
+def stripped(points):
+    return [{key: point[key] for key in ("name", "options", "folder")} for point in points]
+
+
+def test_a_second_start_that_is_killed_early_loses_no_point_of_the_list(run, monkeypatch):
+    config = SweepConfig(run=str(run), num_beams=(1, 2, 3), **SHORT)
+    whole = sweep(config, QUIET)
+    evaluate_point, calls = module.evaluate_point, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("the power went")
+        return evaluate_point(*args)
+
+    monkeypatch.setattr(module, "evaluate_point", killed)
+    with pytest.raises(OSError, match="the power went"):
+        sweep(config, QUIET)
+    assert read_json(run / "sweep" / "sweep.json") == whole
+
+
+def test_points_of_an_earlier_sweep_are_compared_with_the_middle_of_this_one(run):
+    options = {"run": str(run), "top_k": (50,), "max_new_tokens": (12,), "resamples": 50}
+    first = sweep(SweepConfig(num_beams=(1, 2), **options), QUIET)
+    second = sweep(SweepConfig(num_beams=(3, 4), **options), QUIET)
+    assert (first["centre"], second["centre"]) == ("topk50_nb1_t1", "topk50_nb3_t1")
+    middle = module.tuned_system(run / "sweep" / second["centre"])
+    assert len(second["points"]) == 4
+    for point in second["points"]:
+        if point["name"] != second["centre"]:
+            system = module.tuned_system(run / "sweep" / point["folder"])
+            assert point["against_centre"] == module.against(system, middle, 50)
+
+
+def test_sweeps_over_decoding_and_over_training_keep_the_points_of_each_other(run):
+    decoding = SweepConfig(run=str(run), num_beams=(1, 2), limit=2, **SHORT)
+    training = SweepConfig(
+        run=str(run), num_beams=(1,), limit=2, train=("lora_rank=2,4", "max_steps=1", "samples=0"), **SHORT
+    )
+    for order in ((decoding, training, decoding), (training, decoding, training)):
+        for config in order:
+            sweep(config, QUIET)
+        results = read_results([str(run)])
+        assert len(results.points) == 2 and {r.folder.name for r in results.runs} == {"run", "lora_rank2", "lora_rank4"}
+        shutil.rmtree(run / "sweep")
+
+
+def test_two_sweeps_of_one_run_do_not_work_at_once(run):
+    with hold(run / "sweep"), pytest.raises(ValueError, match="another process works in .*sweep; wait for it"):
+        sweep(SweepConfig(run=str(run), num_beams=(1, 2), **SHORT), QUIET)
 
 
 def test_points_are_compared_with_the_middle_and_the_table_marks_them(run):
@@ -280,6 +361,67 @@ def test_a_training_point_that_fails_is_listed_and_the_others_are_done(run, monk
     assert any("failed" in line for line in table(result))
 
 
+@pytest.fixture
+def diverging(run, monkeypatch):
+    """A sweep of two ranks, of which the first fails; how often each was trained; what was said."""
+    trained, said = [], []
+
+    def counted(options, say):
+        trained.append(options.lora_rank)
+        if options.lora_rank == 2 and options.max_steps == 1:
+            raise FloatingPointError("step 1: the loss is nan")
+        return train(options, say)
+
+    monkeypatch.setattr(module, "train", counted)
+    axes = ("lora_rank=2,4", "max_steps=1", "samples=0")
+    config = SweepConfig(run=str(run), train=axes, num_beams=(1,), limit=2, **SHORT)
+    return config, trained, said
+
+
+def test_a_training_that_failed_is_passed_over_with_its_error_until_it_is_asked_for(diverging, run):
+    config, trained, said = diverging
+    first = sweep(config, QUIET)
+    assert trained == [2, 4] and first["points"][0]["error"] == "step 1: the loss is nan"
+    again = sweep(config, said.append)
+    assert trained == [2, 4] and again["points"] == first["points"]
+    [line] = [line for line in said if "passed over" in line]
+    file = run / "sweep" / "lora_rank2" / "failed.json"
+    assert "the loss is nan" in line and "--retry-failed trains it again" in line and f"remove {file}" in line
+    sweep(replace(config, retry_failed=True), QUIET)
+    assert trained == [2, 4, 2] and file.exists()
+    file.unlink()
+    sweep(config, QUIET)
+    assert trained == [2, 4, 2, 2]
+
+
+def test_a_training_with_other_options_is_another_one_that_did_not_fail(diverging, run):
+    config, trained, _ = diverging
+    sweep(config, QUIET)
+    shutil.rmtree(run / "sweep" / "lora_rank4")
+    points = sweep(replace(config, train=("lora_rank=2,4", "max_steps=2", "samples=0")), QUIET)["points"]
+    assert trained == [2, 4, 2, 4] and all("metrics" in point for point in points)
+    assert not (run / "sweep" / "lora_rank2" / "failed.json").exists()
+
+
+def test_a_damaged_note_of_a_failure_is_said(diverging, run):
+    config = diverging[0]
+    sweep(config, QUIET)
+    for content in ("[]", '{"error": 5}'):
+        (run / "sweep" / "lora_rank2" / "failed.json").write_text(content)
+        with pytest.raises(ValueError, match="failed.json does not say what failed; remove it"):
+            sweep(config, QUIET)
+
+
+def test_what_is_refused_before_it_trains_is_looked_at_again(tmp_path):
+    missing = tmp_path / "rows.json"
+    axes = (f"data={missing}", "lora_rank=2,4", "max_steps=1", "samples=0", "model=tiny-llama", "test_size=2")
+    config = SweepConfig(run=str(tmp_path / "run"), train=axes, limit=2, max_new_tokens=(2,), num_beams=(1,))
+    with pytest.raises(ValueError, match="no point was finished; the first: .*rows.json does not exist"):
+        sweep(config, QUIET)
+    write_json(missing, read_json(hub.embedded_rows("train"))[:20])
+    assert all("metrics" in point for point in sweep(config, QUIET)["points"])
+
+
 def test_a_sweep_over_training_needs_no_run_before_it(tmp_path):
     axes = ("model=tiny-phi", "learning_rate=1e-3,2e-3", "use_rslora=true", "lora_targets=q_proj+v_proj", "lora_rank=8")
     points, middle = module.training_points(SweepConfig(run=str(tmp_path / "new"), train=axes))
@@ -305,6 +447,7 @@ def test_a_sweep_over_training_needs_no_run_before_it(tmp_path):
         ({"run": "x", "top_k": (1, 2), "train": ("lora_rank=1,2",)}, "do one, then the other"),
         ({"run": "x", "study": True, "metrics": "blue"}, "there is no 'blue'"),
         ({"run": "x", "top_k": (1, "2")}, "top_k is"),
+        ({"run": "x", "study": True, "retry_failed": True}, "retry-failed is about trainings that failed"),
         ({"run": "x", "study": True, "encoder_prefix_space": True}, "which needs --encoder, a RoBERTa or BERT"),
     ],
 )

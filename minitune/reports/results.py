@@ -16,7 +16,15 @@ from minitune.reports.study_files import PARAMETERS, Grades, need, number, show
 from minitune.run_folder import read_lines
 
 RUN_FILES = ("evaluation.json", "metrics.jsonl", "environment.json", "sweep")
-KNOWN = {"config.json", "environment.json", "evaluation.json", "sweep.json", "minitune.json", "adapter_config.json"}
+KNOWN = {
+    "config.json",
+    "environment.json",
+    "evaluation.json",
+    "sweep.json",
+    "failed.json",
+    "minitune.json",
+    "adapter_config.json",
+}
 
 
 @dataclass
@@ -185,29 +193,46 @@ def read_run(folder, results):
 def read_sweep(run, results):
     """Add the points of a run's sweep: those that sweep/sweep.json lists, or every folder with an evaluation.json where there
     is no list. A point of a sweep over training is a run of its own."""
-    folder, options, kind = run / "sweep", {}, "decoding"
-    done = [path.parent for path in sorted(folder.glob("*/evaluation.json"))]
+    folder = run / "sweep"
     if (path := folder / "sweep.json").exists():
         stored = read_json(path)
-        need(stored, ("points",), path)
-        if not isinstance(stored["points"], list):
-            raise ValueError(f"{path}: points is {show(stored['points'])}, expected a list")
-        for row, point in enumerate(stored["points"]):
-            need(point, ("folder", "options"), f"{path}, row {row}")
-            need(point["options"], (), f"{path}, row {row}: options")
-            options[folder / str(point["folder"])] = point["options"]
-        done = [point for point in options if (point / "evaluation.json").exists()]
-        kind = stored.get("kind", kind)
-        if len(done) < len(options):
-            results.notes.append(f"{len(done)} of the {len(options)} points of the sweep in {run} have an evaluation.")
+        read_points(run, stored, path, results)
+        if stored.get("other") is not None:
+            read_points(run, stored["other"], f"{path}: other", results)
+        return
+    for path in sorted(folder.glob("*/evaluation.json")):
+        read_point(path.parent, {}, run, results, is_run=(path.parent / "adapter").is_dir())
+
+
+def read_points(run, stored, where, results):
+    """Add the points that one list of a sweep.json names, `where` it is."""
+    need(stored, ("points",), where)
+    if not isinstance(stored["points"], list):
+        raise ValueError(f"{where}: points is {show(stored['points'])}, expected a list")
+    done, failed = [], []
+    for row, point in enumerate(stored["points"]):
+        need(point, ("folder", "options"), f"{where}, row {row}")
+        need(point["options"], (), f"{where}, row {row}: options")
+        if "error" in point:
+            failed.append(f"{point['folder']} failed ({show(point['error'])})")
+        elif not point.get("pending") and (run / "sweep" / str(point["folder"]) / "evaluation.json").exists():
+            done.append(point)
+    if len(done) < len(stored["points"]):
+        words = [f"{len(done)} of the {len(stored['points'])} points of the sweep in {run} are done", *failed]
+        results.notes.append(f"{'; '.join(words)}.")
     for point in done:
-        if kind == "training" or (point / "adapter").is_dir():  # the latter where a sweep was stopped before its end
-            read_run(point, results)
-            continue
-        for system in read_evaluation(point / "evaluation.json", run)[0]:
-            varied = {name: system.options[name] for name in PARAMETERS if name in system.options}
-            system.options = varied | options.get(point, {})
-            results.points.append(system)
+        folder = run / "sweep" / str(point["folder"])
+        read_point(folder, point["options"], run, results, is_run=stored.get("kind") == "training")
+
+
+def read_point(folder, options, run, results, is_run):
+    if is_run:
+        read_run(folder, results)
+        return
+    for system in read_evaluation(folder / "evaluation.json", run)[0]:
+        varied = {name: system.options[name] for name in PARAMETERS if name in system.options}
+        system.options = varied | options
+        results.points.append(system)
 
 
 def read_metrics(path):
