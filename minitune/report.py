@@ -84,9 +84,9 @@ def report(config, say=print):
     if any("missing from font" in str(w.message) for w in caught):
         say("the PNG files show boxes for letters that matplotlib's font does not have; the page shows them")
     for note in results.notes:
-        say(note)
+        say(page.one_line(note))
     for path in results.not_understood:
-        say(f"not understood, left out: {path}")
+        say(page.one_line(f"not understood, left out: {path}"))
     say(f"wrote {', '.join(map(str, written))}")
     return out
 

@@ -443,6 +443,38 @@ def test_the_script_takes_folders_before_and_after_its_options_and_exits_2_on_ba
     assert call().returncode == 2
 
 
+CONTROLS = "\x1b[31mred\x1b[0m \x00 \x08 `code\x1b|\x00\n\x7f` \x9b \u202e \ud800 \x1c ` odd"
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def spoiled(value):
+    """value with CONTROLS behind every text in it."""
+    if isinstance(value, dict):
+        return {key: spoiled(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return list(map(spoiled, value))
+    return value + CONTROLS if isinstance(value, str) else value
+
+
+def test_no_control_character_of_any_text_reaches_the_page_the_markdown_or_the_terminal(run, tmp_path):
+    for path in [run / "evaluation.json", run / "environment.json", *run.glob("sweep/*/evaluation.json")]:
+        put(path, spoiled(json.loads(path.read_text())))
+    answers = run / "generations" / "tiny_topk50_nb5_t1.json"
+    put(answers, spoiled(json.loads(answers.read_text())))
+    points = json.loads((run / "sweep" / "sweep.json").read_text())["points"]
+    put(run / "sweep" / "sweep.json", {"points": [*points, {"folder": "x\x1b", "options": {}, "error": CONTROLS}]})
+    other = tmp_path / "ot\x1bher"
+    put(other / SCORED, {"Perplexity": None, "BLEU": 0.25, "ROUGE-L": None, "BERTScore": None})
+    put(other / "no\x1b.json", {})
+    text, markdown, lines = write([run, other], tmp_path)
+    check_page(text)
+    for written in (text, markdown, *lines):
+        assert not UNSEEN.search(written)
+    assert "␛[31mred␛[0m ␀ ␈" in markdown and "␛[31mred␛[0m ␀ ␈" in text
+    for rows in re.findall(r"(?:^\|.*\n)+", markdown, re.M):  # a bar within a cell would make one more
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows.splitlines()}) == 1, rows
+
+
 def test_visible_keeps_what_can_be_written():
     assert page.visible("a\r\n\tb\x00\ud800\u2066é漢😀") == "a\n\tb␀\ufffd\ufffdé漢😀"
     page.escape(NASTY).encode()

@@ -201,6 +201,10 @@ def visible(text):
     return "".join(kept)
 
 
+def one_line(text):
+    return " ".join(visible(str(text)).split())
+
+
 def escape(text):
     return html.escape(visible(str(text)))
 
@@ -219,11 +223,14 @@ def pictures(sections):
     found = {}
     for block in (block for section in sections for block in section.blocks):
         if isinstance(block, Table) and block.picture:
-            lines = [
-                [cell if isinstance(cell, str) else "\n".join([cell.text, *cell.below]) for cell in r]
-                for r in block.rows
+            header, *rows = [
+                [
+                    "\n".join(map(one_line, [cell] if isinstance(cell, str) else [cell.text, *cell.below]))
+                    for cell in row
+                ]
+                for row in [block.header, *block.rows]
             ]
-            found[block.picture] = figures.table_figure(block.header, lines, f"{block.caption}. {block.note}")
+            found[block.picture] = figures.table_figure(header, rows, one_line(f"{block.caption}. {block.note}"))
         if isinstance(block, Chart) and block.picture:
             found[block.picture] = block.whole or block.drawings[0]
     return found
@@ -260,24 +267,28 @@ def block_markdown(block, stem):
 
 def cell_markdown(cell):
     if isinstance(cell, str):
-        return cell if set(cell) <= set("-:") else mark_code(cell)
-    return "<br>".join(mark_code(line) for line in (cell.text, *cell.below))
+        return cell if set(cell) <= set("-:") else in_cell(cell)
+    return "<br>".join(in_cell(line) for line in (cell.text, *cell.below))
+
+
+def in_cell(text):
+    return re.sub(r"(?<!\\)\|", r"\|", mark_code(text))  # a bar in `code` would end the cell
 
 
 def mark(text):
     """One line of Markdown without markup of its own."""
-    text = " ".join(visible(str(text)).split())
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(text, quote=False))
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
 def mark_code(text):
     """As mark(), with `code` in backticks."""
-    return "".join(f"`{part}`" if i % 2 else mark_spaced(part) for i, part in enumerate(str(text).split("`")))
+    parts = re.split(r"`([^`]+)`", str(text))
+    return "".join(f"`{one_line(part)}`" if i % 2 else mark_spaced(part) for i, part in enumerate(parts))
 
 
 def mark_spaced(text):
     lead, tail = (" " if text[:1] == " " else ""), (" " if text[-1:] == " " else "")
-    return f"{lead}{mark(text)}{tail}" if text.strip() else text
+    return f"{lead}{mark(text)}{tail}" if mark(text) else lead
 
 
 def fenced(text):

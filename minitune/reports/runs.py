@@ -1,7 +1,7 @@
 """The sections of a report that show what runs did: decoding options, training curves, answers, environment."""
 
 from minitune.reports import figures
-from minitune.reports.page import Card, Cards, Cell, Chart, Folded, Part, Section, Table
+from minitune.reports.page import Card, Cards, Cell, Chart, Folded, Part, Section, Table, one_line
 from minitune.reports.results import sweep_lines, table_lines
 from minitune.reports.study_files import GRADES
 from minitune.reports.words import (
@@ -31,7 +31,7 @@ def sweep_section(results, missing):
             f"Scores against top_k, num_beams and temperature: `python scripts/sweep.py --run {example_run(results)} --study`"
         )
         return None
-    names = [line.name + (" (base)" if line.role == "base" else "") for line in lines]
+    names = [one_line(line.name) + (" (base)" if line.role == "base" else "") for line in lines]
     labels = [f"{n} ({line.group.name})" if names.count(n) > 1 else n for n, line in zip(names, lines, strict=True)]
     axes = list(dict.fromkeys(name for line in lines for name in line.centre))
     columns = {p: p for p in axes if any(len(line.points.get(p, ())) > 1 for line in lines)}
