@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 import errno
 import math
+import signal
 import sys
 import types
 import typing
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 from minitune.files import read_json
@@ -65,9 +67,11 @@ def parse(cls, argv=None, description=None):
 def run_script(cls, job, description):
     """What a script does: parse `cls` from the command line, run job(config), and end with the exit code.
 
-    0: done. 2: the user's input was wrong, in one line on stderr. 1: the run itself failed. 130: stopped by Ctrl-C."""
+    0: done. 2: the user's input was wrong, in one line on stderr. 1: the run itself failed. 130: stopped by Ctrl-C or
+    SIGTERM, with what the job says of what is kept."""
     try:
-        job(parse(cls, description=description))
+        with sigterm_as_ctrl_c():
+            job(parse(cls, description=description))
     except (ValueError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             raise
@@ -77,6 +81,25 @@ def run_script(cls, job, description):
             text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         sys.stderr.write(f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'error'}: {text}\n")
         sys.exit(next((code for kind, code in kinds.items() if isinstance(error, kind)), 2))
+
+
+@contextmanager
+def sigterm_as_ctrl_c():
+    """While open, SIGTERM raises KeyboardInterrupt: a job that is ended by its time limit says what is kept too. A training
+    takes both signals for itself while its loop runs (train.StopSignal), and gives them back."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt("by SIGTERM")
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever started it takes the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def error_is_of_a_path(error):

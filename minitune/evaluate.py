@@ -76,15 +76,33 @@ class EvaluateConfig(DecodeConfig, GenerateConfig):
 
 
 def evaluate(config, say=print):
-    """Answer or read, score, write evaluation.json and print a table. Returns what evaluation.json holds."""
+    """Answer or read, score, write evaluation.json and print a table. Returns what evaluation.json holds.
+
+    Raises ValueError on bad input, KeyboardInterrupt, with what is kept, after Ctrl-C or SIGTERM."""
     if config.out is not None:
         prove_writable(config.out)
-    if config.run is not None:
-        run = Run(config, say)
+    if config.run is None:
+        return evaluate_files(config, say)
+    run = Run(config, say)
+    try:
         return run.evaluate(config, run.folder, scoring.Judges(config, say), config.base, config.out, say)
+    except KeyboardInterrupt:
+        raise stopped(config, run.kept()) from None
+
+
+def stopped(config, kept):
+    """The KeyboardInterrupt that says what is kept, in words, and how to go on."""
+    without = " without --resume never" if config.resume == "never" else ""
+    return KeyboardInterrupt(f"{kept}; the same command{without} goes on from there")
+
+
+def evaluate_files(config, say):
     systems, judges = read_systems(config), scoring.Judges(config, say)
     settings = {"model": None, "adapter": None, "data": config.references, "decoding": None}
-    result = assess(systems, config, judges, settings | score_settings(config))
+    try:
+        result = assess(systems, config, judges, settings | score_settings(config))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing was written; the same command starts again") from None
     say("\n".join(scoring.table(result["systems"], result["comparisons"])))
     if config.out is not None:
         write_json(config.out, result)
@@ -156,6 +174,7 @@ class Run:
         self.losses = {}  # (is_tuned, row) -> [nats, tokens] of the reference
         self.prefixes, self.prefix_room = {}, 0  # (is_tuned, rows) -> Prefix, and the bytes that they may still take
         self.known = {}  # (is_tuned, meaning of a decoding) -> {row: its answer}: what another point need not decode again
+        self.working_on = None  # the file of the answers that were asked for last
 
     @functools.cached_property
     def answerer(self):
@@ -231,6 +250,7 @@ class Run:
         done = read_answers(file, settings, len(self.test.examples))
         if not done:
             write_whole(file, json.dumps({"settings": settings}, ensure_ascii=False) + "\n")
+        self.working_on = file
         for row in sorted(found.keys() - done.keys()):
             append_line(file, done.setdefault(row, found[row]))
         found |= done
@@ -242,6 +262,13 @@ class Run:
                 [rows[i : i + size] for i in range(0, len(rows), size)], is_tuned, decoding, file, found
             )
         return [self.record(row, found[row]) for row in rows]
+
+    def kept(self):
+        """What a stop leaves, in words."""
+        if self.working_on is None:
+            return "what was answered is kept"
+        number = len(read_lines(self.working_on)) - 1  # without its settings
+        return f"{self.working_on} has {number} answer{'s' * (number != 1)}"
 
     def decode_batches(self, batches, is_tuned, decoding, file, found):
         """Decode the batches that have a row which is not `found`. A batch is the same one after a kill: so are its answers."""
@@ -261,8 +288,6 @@ class Run:
                         answers, _ = decode(answerer.model, prompts, decoding, answerer.tokenizer, prefix=prefix)
                 except ValueError as error:
                     raise ValueError(f"held-out rows {batch[0]} to {batch[-1]}: {error}") from None
-                except KeyboardInterrupt:
-                    raise KeyboardInterrupt(f"{file} has {len(found)} answers; the same command goes on") from None
                 losses = self.reference_losses(is_tuned, batch)
                 for row, answer, loss in zip(batch, answers, losses, strict=True):
                     tokens += len(answer.ids)

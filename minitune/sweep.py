@@ -15,7 +15,7 @@ import torch
 
 from minitune import scoring
 from minitune.config import TrainConfig, arg, field_type, misfit, positive
-from minitune.evaluate import DecodeConfig, EvaluateConfig, Run, point_name, read_options, written
+from minitune.evaluate import DecodeConfig, EvaluateConfig, Run, point_name, read_options, stopped, written
 from minitune.files import read_json, write_json
 from minitune.generate import GenerateConfig
 from minitune.run_folder import hold
@@ -95,30 +95,41 @@ class SweepConfig(DecodeConfig, Grid):
 
 
 def sweep(config, say=print):
-    """Do every point of the grid that is not done yet. Returns what sweep.json holds."""
+    """Do every point of the grid that is not done yet. Returns what sweep.json holds.
+
+    Raises ValueError on bad input, KeyboardInterrupt, with what is kept, after Ctrl-C or SIGTERM."""
     points, centre = (training_points if config.train else decoding_points)(config)
     folder = Path(config.run) / "sweep"
     run = None if config.train else Run(config, say)
     with hold(folder):
-        if run is not None:
-            run.prefix_room = PREFIX_BYTES
-            if config.resume == "auto":
-                for name, _, point in points:  # before the first is decoded: the last may be hours away
-                    run.check_answers(point, folder / name, config.base, name)
-        judges = scoring.Judges(config, say)
         content = Content(config, points, centre, folder)
-        for number, (name, _, point) in enumerate(points, 1):
-            say(f"== {name}, point {number} of {len(points)} ==")
-            if config.train:
-                result = train_point(point, folder / name, config, judges, say)
-            else:
-                result = evaluate_point(run, point, folder / name, config, judges, name)
-            content.add(name, result)
+        try:
+            do_points(config, points, folder, run, content, say)
+        except KeyboardInterrupt:
+            raise stopped(config, content.kept(run)) from None
     if not content.systems:
         raise ValueError(f"no point was finished; the first: {content.found[points[0][0]]['error']}")
     say("\n".join(table(content.written)))
     say(f"written: {folder / 'sweep.json'}")
     return content.written
+
+
+def do_points(config, points, folder, run, content, say):
+    """Every point, one after the other, into `content`. run: None where training is varied."""
+    if run is not None:
+        run.prefix_room = PREFIX_BYTES
+        if config.resume == "auto":
+            for name, _, point in points:  # before the first is decoded: the last may be hours away
+                run.check_answers(point, folder / name, config.base, name)
+    judges = scoring.Judges(config, say)
+    for number, (name, _, point) in enumerate(points, 1):
+        say(f"== {name}, point {number} of {len(points)} ==")
+        content.working_on = name
+        if run is None:
+            result = train_point(point, folder / name, config, judges, say)
+        else:
+            result = evaluate_point(run, point, folder / name, config, judges, name)
+        content.add(name, result)
 
 
 class Content:
@@ -134,6 +145,7 @@ class Content:
         self.stored = read_json(path) if path.is_file() else {}  # of a sweep before this one
         self.earlier = None  # name -> entry of it that stays
         self.written = None
+        self.working_on = None  # the name of a point
 
     def add(self, name, result):
         """result: what evaluation.json of a point holds, or why it failed."""
@@ -163,6 +175,16 @@ class Content:
         if of_other_kind:
             self.written["other"] = {name: value for name, value in of_other_kind.items() if name != "other"}
         write_json(self.folder / "sweep.json", self.written)
+
+    def kept(self, run):
+        """What a stop leaves, in words."""
+        listed = (self.written or (self.stored if self.config.resume == "auto" else {})).get("points", ())
+        done = {entry["name"] for entry in listed if "metrics" in entry} & {name for name, _, _ in self.points}
+        words = f"{len(done)} of {len(self.points)} points are done"
+        if run is not None:
+            return f"{words}, {run.kept()}" if run.working_on else words
+        last = self.folder / str(self.working_on) / "last"
+        return f"{words}, the last state of {self.working_on} is in {last}" if last.is_dir() else words
 
 
 def tuned_system(folder):

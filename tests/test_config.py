@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import stat
+import threading
 from dataclasses import FrozenInstanceError, asdict, dataclass, fields
 
 import pytest
@@ -274,6 +276,22 @@ def test_exit_codes_of_a_script(script):
         script("--debug", job=raising(ValueError("bad input")))
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         script(job=lambda config: 1 / 0)
+
+
+def test_sigterm_ends_a_script_as_ctrl_c_does_and_its_handler_goes_back(script):
+    before, while_open = signal.getsignal(signal.SIGTERM), []
+
+    def job(config):
+        while_open.append(signal.getsignal(signal.SIGTERM))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert script(job=job) == (130, "stopped: by SIGTERM\n")
+    assert signal.getsignal(signal.SIGTERM) is before is not while_open[0]
+    found = []
+    thread = threading.Thread(target=lambda: found.append(script()))  # which may not take signals
+    thread.start()
+    thread.join()
+    assert found == [(0, "")]
 
 
 # --- files that appear whole or not at all

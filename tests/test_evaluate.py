@@ -345,6 +345,48 @@ def test_ctrl_c_says_what_is_there_and_a_prompt_without_room_its_rows(run, monke
         evaluate(config, QUIET)
 
 
+def test_sigterm_says_how_many_answers_are_kept_and_the_same_command_goes_on(run):
+    argv = ["--run", run, "--max-new-tokens", 40, "--min-new-tokens", 40, "--batch-size", 2, "--resamples", 50]
+    process = subprocess.Popen(script(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    file, deadline = answers_file(run), time.monotonic() + 60
+    while not file.exists() or len(file.read_bytes().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    answers = len(read_lines(file)) - 1
+    assert process.returncode == 130 and 3 <= answers < ROWS and "Traceback" not in errors
+    assert errors.splitlines()[-1] == f"stopped: {file} has {answers} answers; the same command goes on from there"
+    before = file.read_bytes()
+    result = evaluate(
+        EvaluateConfig(run=str(run), max_new_tokens=40, min_new_tokens=40, batch_size=2, resamples=50), QUIET
+    )
+    assert file.read_bytes().startswith(before) and len(result["systems"]["tuned"]["examples"]) == ROWS
+
+
+def test_a_stop_outside_of_decoding_says_what_is_kept_too(run, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    config = EvaluateConfig(run=str(run), max_new_tokens=4, limit=3, resamples=10, base=False)
+    monkeypatch.setattr(module, "Answerer", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"jsonl has 0 answers; the same command goes on from there$"):
+        evaluate(config, QUIET)
+    monkeypatch.undo()
+    monkeypatch.setattr(scoring, "score", stop)
+    words = r"jsonl has 3 answers; the same command without --resume never goes on from there$"
+    with pytest.raises(KeyboardInterrupt, match=words):
+        evaluate(replace(config, resume="never"), QUIET)
+    monkeypatch.setattr(scoring, "Judges", stop)
+    with pytest.raises(KeyboardInterrupt, match="^what was answered is kept; the same command goes on"):
+        evaluate(config, QUIET)
+    monkeypatch.undo()
+    monkeypatch.setattr(scoring, "score", stop)
+    write_json(tmp_path / "a.json", ["a"])
+    with pytest.raises(KeyboardInterrupt, match="^nothing was written; the same command starts again"):
+        evaluate(EvaluateConfig(predictions=str(tmp_path / "a.json"), references=str(tmp_path / "a.json")), QUIET)
+
+
 def test_a_value_that_is_not_finite_is_null_with_a_note():
     rows = scoring.Rows(np.array([1.0, math.inf, 2.0]))
     found = scoring.measure(rows, 10, 0)

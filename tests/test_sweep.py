@@ -1,5 +1,6 @@
 """scripts/sweep.py on an embedded model: the study's points, one load, nothing done twice, training points, errors."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -13,14 +14,15 @@ import pytest
 from minitune import evaluate as evaluating
 from minitune import hub
 from minitune import sweep as module
+from minitune import train as training
 from minitune.checkpoint import load_model
-from minitune.config import TrainConfig, parse
+from minitune.config import TrainConfig, parse, sigterm_as_ctrl_c
 from minitune.evaluate import EvaluateConfig, evaluate
 from minitune.files import read_json, write_json
 from minitune.generate import Decoder, GenerateConfig, generate
 from minitune.metrics.significance import paired_permutation
 from minitune.reports.results import read_results
-from minitune.run_folder import hold
+from minitune.run_folder import hold, read_lines
 from minitune.sweep import STUDY, SweepConfig, decoding_points, sweep, table
 from minitune.train import train
 
@@ -231,6 +233,52 @@ def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run
     assert ["metrics" in point for point in listed] == [True, False, False]
     sweep(SweepConfig(run=str(run), **options), QUIET)
     assert files(run) == files(whole)
+
+
+def test_sigterm_says_how_many_points_are_done_and_the_same_command_goes_on(run):
+    argv = ["--run", run, "--max-new-tokens", 30, "--min-new-tokens", 30, "--num-beams", 1, 2, 3, "--resamples", 50]
+    command = [sys.executable, ROOT / "scripts" / "sweep.py", *argv, "--batch-size", 2]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    file = run / "sweep/topk50_nb2_t1/generations/tiny-mistral-finetuned_topk50_nb2_t1.jsonl"
+    deadline = time.monotonic() + 60
+    while not file.exists() or len(file.read_bytes().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    answers = len(read_lines(file)) - 1
+    words = f"stopped: 1 of 3 points are done, {file} has {answers} answers; the same command goes on from there"
+    assert process.returncode == 130 and errors.splitlines()[-1] == words
+
+
+def test_a_stop_in_a_training_says_where_its_state_is_and_takes_no_signal_for_good(run, monkeypatch):
+    def signalled(options, say):
+        if options.lora_rank == 2:
+            return train(options, say)
+        append = training.append_line
+
+        def stop(path, record):
+            append(path, record)
+            if record["step"] == 1:  # within the loop, which ends its step and saves
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(training, "append_line", stop)
+        return train(options, say)
+
+    monkeypatch.setattr(module, "train", signalled)
+    axes = ("lora_rank=2,4", "max_steps=3", "samples=0", "eval_every=3")
+    config = SweepConfig(run=str(run), train=axes, num_beams=(1,), limit=2, **SHORT)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    words = (
+        "^1 of 2 points are done, the last state of lora_rank4 is in .*lora_rank4/last; the same command goes on from"
+    )
+    with sigterm_as_ctrl_c(), pytest.raises(KeyboardInterrupt, match=words):
+        sweep(config, QUIET)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    monkeypatch.undo()
+    assert all("metrics" in point for point in sweep(config, QUIET)["points"])
 
 
 def test_every_point_is_in_the_list_as_soon_as_it_is_done_and_the_report_says_how_many_are(run, monkeypatch):
