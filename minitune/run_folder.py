@@ -205,6 +205,7 @@ def draw_curves(records, path):
 def curves(records, figsize=(7, 5)):
     """The figure of curves.png, a matplotlib Figure, from the records of metrics.jsonl. figsize: in inches."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no state between figures
+    from matplotlib.ticker import MaxNLocator
 
     train = [(r["step"], r["loss"], r["lr"]) for r in records if "loss" in r]
     held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
@@ -229,6 +230,7 @@ def curves(records, figsize=(7, 5)):
     bottom.set_ylabel("learning rate")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     bottom.set_xlabel("optimizer step")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -303,7 +303,7 @@ def test_a_sweep_is_what_its_list_says(run, tmp_path):
             evaluation({"top_k": 50, "num_beams": 5, "temperature": 1.0}),
         )
     results = read_results([run])
-    assert any("3 of the 4 points of the sweep in" in n and "are done; gone failed ('no')." in n for n in results.notes)
+    assert any("3 of the 4 points of the sweep in" in n and "are done; gone failed (no)." in n for n in results.notes)
     assert [p.options["top_p"] for line in sweep_lines(results.points) for p in line.points["top_p"]] == [
         0.5,
         0.9,
@@ -320,6 +320,33 @@ def test_a_sweep_over_training_is_a_line_a_run(run, tmp_path):
     text, markdown, _ = write([run], tmp_path)
     assert all(f"tiny &lt;b&gt; ({name})" in text for name in ("mine", "lr1", "lr2"))
     assert "6 evaluated models, 3 run folders" in text and "sweep.py --run" in markdown
+
+
+def test_a_setting_is_called_decoded_twice_only_where_the_same_prompts_were_answered_by_the_same_options(run, tmp_path):
+    path = run / "sweep" / "point4" / "evaluation.json"
+    stored = json.loads(path.read_text())
+    said = lambda: "decoded another time" in write([run], tmp_path)[0]
+    assert said()
+    for name, value, is_the_same in (("seed", 9, True), ("max_new_tokens", 7, False)):
+        changed = json.loads(json.dumps(stored))
+        changed["settings"]["decoding"][name] = value
+        put(path, changed)
+        assert said() == is_the_same, name
+    for system in stored["systems"].values():
+        del system["examples"][5:]
+    put(path, stored)
+    assert not said()
+
+
+def test_intervals_of_other_draws_are_one_sentence_and_a_perplexity_of_0_is_on_no_card(run, tmp_path):
+    other = evaluation({"top_k": 50}) | {"comparisons": {}}
+    other["settings"]["resamples"] = 700
+    tuned(other)["examples"][0]["scores"] |= {"perplexity": 0.0}
+    tuned(other)["examples"][2]["scores"] |= {"perplexity": 3.5}
+    put(run.parent / "other" / "evaluation.json", other)
+    text = write([run.parent], tmp_path, answers=8)[0]
+    assert "as evaluation.json gives them (300 draws, seed 4; 700 draws, seed 4)." in text
+    assert "<span>Perplexity 3.50</span>" in text and "<span>Perplexity 0.00</span>" not in text
 
 
 def test_scores_that_were_not_computed_are_left_out(run, tmp_path):

@@ -41,9 +41,17 @@ class System:
         default_factory=list
     )  # of {prompt, reference, answer, scores, ...}; prompt, reference may be None
     grades: Grades | None = None
+    decoding: dict = field(default_factory=dict)  # all its options, where they are known
 
     def setting(self):
         return tuple(self.options.get(name) for name in PARAMETERS)
+
+    def is_repeated(self, other):
+        """Whether the other one answers the same prompts by the same options, but for the seed."""
+        without_seed = [{k: v for k, v in s.decoding.items() if k != "seed"} for s in (self, other)]
+        prompts = [[example["prompt"] for example in s.examples] for s in (self, other)]
+        same = (self.name, self.role, self.setting()) == (other.name, other.role, other.setting())
+        return same and without_seed[0] == without_seed[1] and (prompts[0] == prompts[1] or [] in prompts)
 
 
 @dataclass
@@ -214,7 +222,7 @@ def read_points(run, stored, where, results):
         need(point, ("folder", "options"), f"{where}, row {row}")
         need(point["options"], (), f"{where}, row {row}: options")
         if "error" in point:
-            failed.append(f"{point['folder']} failed ({show(point['error'])})")
+            failed.append(f"{point['folder']} failed ({shortened(point['error'])})")
         elif not point.get("pending") and (run / "sweep" / str(point["folder"]) / "evaluation.json").exists():
             done.append(point)
     if len(done) < len(stored["points"]):
@@ -223,6 +231,12 @@ def read_points(run, stored, where, results):
     for point in done:
         folder = run / "sweep" / str(point["folder"])
         read_point(folder, point["options"], run, results, is_run=stored.get("kind") == "training")
+
+
+def shortened(error):
+    """The beginning of an error, without its last full stop."""
+    text = str(error)
+    return text.removesuffix(".") if len(text) <= 100 else f"{text[:99]}…"
 
 
 def read_point(folder, options, run, results, is_run):
@@ -276,7 +290,7 @@ def read_evaluation(path, group):
         examples = [read_example(e, f"{where}, row {row}") for row, e in enumerate(record["examples"])]
         sizes[role] = len(examples)
         named = {name: value for name, value in scores.items() if value}
-        systems.append(System(str(record["name"]), role, group, path, options, named, examples))
+        systems.append(System(str(record["name"]), role, group, path, options, named, examples, decoding=options))
     if len(set(sizes.values())) > 1:
         counts = ", ".join(f"{role} {n}" for role, n in sizes.items())
         raise ValueError(f"{path}: the systems have different numbers of examples ({counts}), expected as many")

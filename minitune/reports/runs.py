@@ -78,8 +78,7 @@ def repeated_words(results):
     found = {}
     for system in results.systems:
         for point in results.points:
-            same = [(s.name, s.role, s.setting()) for s in (point, system)]
-            if same[0] == same[1] and point is not system:
+            if point is not system and point.is_repeated(system):
                 for name in FIGURE:
                     if name in system.scores and name in point.scores:
                         apart = abs(system.scores[name].value - point.scores[name].value)
@@ -170,7 +169,10 @@ def answer_card(row, system, base):
 def scores_words(system, row):
     """The scores of one answer, in one line."""
     scores = system.examples[row]["scores"]
-    words = [f"{metric(n).label} {shown(n, scores[n])}" for n in ON_A_CARD if n in scores]
+    named = [
+        n for n in ON_A_CARD if n in scores and (n, scores[n]) != ("perplexity", 0)
+    ]  # 0: it has no token to predict
+    words = [f"{metric(n).label} {shown(n, scores[n])}" for n in named]
     if system.grades:
         grades = system.grades.rows[row]
         words = [f"{GRADE_NAMES[name]} {grades[name]:g}" for name in GRADES] + words

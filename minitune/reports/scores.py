@@ -101,14 +101,12 @@ def score_cell(name, score, of_base, notes):
 def how_computed(results, config, scored):
     """How the intervals of the table came about, in sentences."""
     words = []
-    for run in results.runs:
-        if run.settings:
-            draws, seed = run.settings.get("resamples"), run.settings.get("seed")
-            words.append(
-                "In brackets: 95 % bootstrap intervals over the examples, as evaluation.json gives them "
-                f"({draws} draws, seed {seed})."
-            )
-    words = list(dict.fromkeys(words))
+    made = [(run.settings.get("resamples"), run.settings.get("seed")) for run in results.runs if run.settings]
+    if made:
+        draws = "; ".join(f"{draws} draws, seed {seed}" for draws, seed in dict.fromkeys(made))
+        words.append(
+            f"In brackets: 95 % bootstrap intervals over the examples, as evaluation.json gives them ({draws})."
+        )
     if any(s.role == "published" and s.scores for s in results.systems):
         published = ", ".join(METRICS[name].label for name in FIGURE if any(name in s for _, s, _ in scored))
         words.append(
