@@ -158,6 +158,14 @@ def check_types(config):
             raise ValueError(f"{f.name} is {getattr(config, f.name)!r}, expected {expected}")
 
 
+def not_empty(config):
+    """Raises ValueError where a field is an empty text, of a shell variable that is: it must not mean 'not set'."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value == "" or isinstance(value, tuple) and "" in value:
+            raise ValueError(f"{f.name} is empty; give a value, or leave the option out")
+
+
 def positive(config, *names):
     """Raises ValueError where one of these fields is not above 0 (None passes: it means 'not set')."""
     for name in names:
@@ -297,9 +305,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        for f in fields(self):
-            if getattr(self, f.name) == "":  # an empty shell variable; it must not mean 'not set'
-                raise ValueError(f"{f.name} is empty; give a value, or leave the option out")
+        not_empty(self)
         positive(
             self,
             "max_length",

@@ -84,6 +84,7 @@ def evaluate(config, say=print):
     if config.run is None:
         return evaluate_files(config, say)
     run = Run(config, say)
+    prove_writable(config.out or run.folder / "evaluation.json")
     try:
         return run.evaluate(config, run.folder, scoring.Judges(config, say), config.base, config.out, say)
     except KeyboardInterrupt:

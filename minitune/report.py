@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitune.config import arg, check_types, positive
+from minitune.config import arg, check_types, not_empty, positive
 from minitune.files import prove_writable, write_whole
 from minitune.reports import figures, page
 from minitune.reports.page import Section
@@ -36,6 +36,7 @@ class ReportConfig:
 
     def __post_init__(self):
         check_types(self)
+        not_empty(self)
         positive(self, "resamples")
         if not self.folders:
             raise ValueError("no folder is given; name at least one run folder, or a folder with results in it")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitune import checkpoint, hub
-from minitune.config import arg, check_types, positive
+from minitune.config import arg, check_types, not_empty, positive
 from minitune.device import choose_device
 from minitune.metrics.bertscore import bert_score, choose_layer
 from minitune.metrics.bleu import bleu_score, bleu_statistics, sentence_bleu
@@ -61,6 +61,7 @@ class ScoreConfig:
 
     def __post_init__(self):
         check_types(self)
+        not_empty(self)
         positive(self, "resamples", "limit")
         names = asked_metrics(self)
         if unknown := [name for name in names or () if name not in METRICS]:

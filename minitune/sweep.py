@@ -141,8 +141,7 @@ class Content:
         self.kind = "training" if config.train else "decoding"
         self.found = {}  # name -> entry of a point that is done, or failed
         self.systems = {}  # name -> its tuned system, with the examples
-        path = folder / "sweep.json"
-        self.stored = read_json(path) if path.is_file() else {}  # of a sweep before this one
+        self.stored = read_list(folder / "sweep.json")  # of a sweep before this one
         self.earlier = None  # name -> entry of it that stays
         self.written = None
         self.working_on = None  # the name of a point
@@ -166,7 +165,7 @@ class Content:
         for name, entry in entries.items():
             if name != self.centre and self.centre in self.systems and "metrics" in entry:
                 if "against_centre" not in entry:
-                    system = self.systems.get(name) or tuned_system(self.folder / entry["folder"])
+                    system = self.systems.get(name) or read_point(self.folder / entry["folder"])["systems"]["tuned"]
                     entry["against_centre"] = against(system, self.systems[self.centre], self.config.resamples)
         self.written = {"format": 1, "date": date.today().isoformat(), "run": str(self.config.run)}
         self.written |= {"grid": self.config.grid, "kind": self.kind, "centre": self.centre}
@@ -187,8 +186,30 @@ class Content:
         return f"{words}, the last state of {self.working_on} is in {last}" if last.is_dir() else words
 
 
-def tuned_system(folder):
-    return read_json(folder / "evaluation.json")["systems"]["tuned"]
+def read_list(path):
+    """What sweep.json holds, {} where there is none. Raises ValueError where it is no list of points."""
+    if not path.exists():
+        return {}
+    stored = read_json(path)
+    of_other_kind = stored.get("other") if isinstance(stored, dict) else None
+    for content in (stored, of_other_kind or {"points": []}):
+        points = content.get("points") if isinstance(content, dict) else None
+        is_good = isinstance(points, list) and all(isinstance(point, dict) for point in points)
+        if not is_good or not all({"name", "options", "folder"} <= point.keys() for point in points):
+            raise ValueError(f"{path} is no list of points; remove it: what was done is in the folders beside it")
+    return stored
+
+
+def read_point(folder):
+    """What evaluation.json of a point holds. Raises ValueError where it is none of a point."""
+    path = folder / "evaluation.json"
+    stored = read_json(path)
+    try:
+        stored["settings"]["decoding"].keys(), stored["systems"]["tuned"]["metrics"].keys()
+        stored["systems"]["tuned"]["examples"][0]["scores"].keys()
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{path} is not what a sweep writes; remove it: its answers are scored again") from None
+    return stored
 
 
 def earlier_points(stored, folder, kind, ours):
@@ -196,7 +217,7 @@ def earlier_points(stored, folder, kind, ours):
     they stay in sweep.json, to be compared with the middle of this sweep."""
     kept = {}
     earlier = stored if stored.get("kind") == kind else stored.get("other") or {}
-    settings = lambda entry: read_json(folder / entry["folder"] / "evaluation.json")["settings"]
+    settings = lambda entry: read_point(folder / entry["folder"])["settings"]
     for entry in earlier.get("points", ()):
         if "metrics" not in entry or not (folder / entry["folder"] / "evaluation.json").is_file():
             continue
@@ -237,7 +258,7 @@ def decoding_points(config):
         options = evaluate_config(config, config.run, point)
         shown = {name: point[name] for name in dict.fromkeys(("top_k", "num_beams", "temperature", *varied))}
         made.append((point_name(options, varied), shown, options))
-    return made, point_name(evaluate_config(config, config.run, middle), varied)
+    return distinct(made), point_name(evaluate_config(config, config.run, middle), varied)
 
 
 def evaluate_config(config, run, decoding):
@@ -259,13 +280,12 @@ def stored_result(run, point, folder, config):
     path = folder / "evaluation.json"
     if config.resume == "never" or not path.is_file():
         return None
-    stored = read_json(path)
+    stored = read_point(folder)
     now = run.settings(point)
     systems = ["tuned", "base"][: 1 + config.base]
     names = scoring.asked_metrics(point)
-    same = isinstance(stored, dict) and list(stored.get("systems", ())) == systems
-    same = same and {key: stored["settings"].get(key) for key in now} == now
-    return stored if same and names in (None, stored["settings"]["metrics"]) else None
+    same = list(stored["systems"]) == systems and {key: stored["settings"].get(key) for key in now} == now
+    return stored if same and names in (None, stored["settings"].get("metrics")) else None
 
 
 # --- training ---
@@ -289,14 +309,24 @@ def training_points(config):
     recipe = {} if stored else TrainConfig.recipe(fixed)
     base = TrainConfig(**recipe | stored | fixed)
     points, middle = combinations(lists, {name: getattr(base, name) for name in lists}, config.grid)
-    name_of = lambda point: "_".join(
-        f"{name}{'+'.join(v) if isinstance(v, tuple) else written(v)}" for name, v in point.items()
+    name_of = lambda point: "_".join(  # a folder: the / of a file or a hub id is none of its own
+        f"{name}{'+'.join(v) if isinstance(v, tuple) else written(v)}".replace("/", "-") for name, v in point.items()
     )
     made = []
     for point in points:
         run = {"run": str(folder / "sweep" / name_of(point)), "resume": config.resume}
         made.append((name_of(point), point, base.replace(**point, **run)))
-    return made, name_of(middle)
+    return distinct(made), name_of(middle)
+
+
+def distinct(points):
+    """The points as they are. Raises ValueError where two have one name, which is that of their folder."""
+    names = [name for name, _, _ in points]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"two points have the name {twice[0]}, but each has a folder of its own; leave one of them out"
+        )
+    return points
 
 
 def read_axis(text):

@@ -430,6 +430,8 @@ def test_a_run_without_questions_is_refused(run, tmp_path):
         ({"predictions": "b"}, "belong together"),
         ({"run": "a", "other": "b"}, "--other FILE is compared with"),
         ({"predictions": "b", "references": "c", "num_beams": 2}, "num_beams is about decoding"),
+        ({"run": ""}, "run is empty; give a value, or leave the option out"),
+        ({"run": "a", "metrics": ""}, "metrics is empty"),
         ({"run": "a", "metrics": "bleu,blue"}, "there is no 'blue'; expected some of bleu, corpus_bleu"),
         ({"run": "a", "metrics": "perplexity"}, "perplexity needs --judge, a GPT-2"),
         ({"run": "a", "metrics": "bertscore"}, "bertscore needs --encoder, a RoBERTa or BERT"),
@@ -563,6 +565,13 @@ def test_a_fact_of_another_kind_is_said_with_its_row(name, tmp_path):
     config = EvaluateConfig(predictions=str(tmp_path / "a.json"), references=str(tmp_path / "r.json"))
     with pytest.raises(ValueError, match=f"a.json, row 1: {message}"):
         evaluate(config, lambda line: None)
+
+
+def test_an_evaluation_that_could_not_be_written_is_said_before_anything_is_decoded(run, monkeypatch):
+    (run / "evaluation.json").mkdir()
+    monkeypatch.setattr(module, "decode", lambda *args, **options: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="evaluation.json is a folder, expected a file to write"):
+        evaluate(EvaluateConfig(run=str(run)), QUIET)
 
 
 def test_half_a_character_and_a_place_that_cannot_be_written_are_said_before_any_scoring(tmp_path):

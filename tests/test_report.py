@@ -16,6 +16,7 @@ from minitune.metrics.significance import bootstrap_interval, paired_bootstrap
 from minitune.report import ReportConfig, default_out, report
 from minitune.reports import page
 from minitune.reports.results import read_results, sweep_lines
+from minitune.reports.runs import repeated_words
 from minitune.reports.study_files import GRADES, parse_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -322,10 +323,10 @@ def test_a_sweep_over_training_is_a_line_a_run(run, tmp_path):
     assert "6 evaluated models, 3 run folders" in text and "sweep.py --run" in markdown
 
 
-def test_a_setting_is_called_decoded_twice_only_where_the_same_prompts_were_answered_by_the_same_options(run, tmp_path):
+def test_a_setting_is_called_decoded_twice_only_where_the_same_prompts_were_answered_by_the_same_options(run):
     path = run / "sweep" / "point4" / "evaluation.json"
     stored = json.loads(path.read_text())
-    said = lambda: "decoded another time" in write([run], tmp_path)[0]
+    said = lambda: bool(repeated_words(read_results([run])))
     assert said()
     for name, value, is_the_same in (("seed", 9, True), ("max_new_tokens", 7, False)):
         changed = json.loads(json.dumps(stored))
@@ -468,6 +469,7 @@ def test_the_script_takes_folders_before_and_after_its_options_and_exits_2_on_ba
     wrong = call("--out", out, tmp_path / "absent")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "absent" in wrong.stderr
     assert call().returncode == 2
+    assert "folders is empty" in call("").stderr
 
 
 CONTROLS = "\x1b[31mred\x1b[0m \x00 \x08 `code\x1b|\x00\n\x7f` \x9b \u202e \ud800 \x1c ` odd"

@@ -1,5 +1,6 @@
 """scripts/sweep.py on an embedded model: the study's points, one load, nothing done twice, training points, errors."""
 
+import json
 import os
 import shutil
 import signal
@@ -332,11 +333,11 @@ def test_points_of_an_earlier_sweep_are_compared_with_the_middle_of_this_one(run
     first = sweep(SweepConfig(num_beams=(1, 2), **options), QUIET)
     second = sweep(SweepConfig(num_beams=(3, 4), **options), QUIET)
     assert (first["centre"], second["centre"]) == ("topk50_nb1_t1", "topk50_nb3_t1")
-    middle = module.tuned_system(run / "sweep" / second["centre"])
+    middle = module.read_point(run / "sweep" / second["centre"])["systems"]["tuned"]
     assert len(second["points"]) == 4
     for point in second["points"]:
         if point["name"] != second["centre"]:
-            system = module.tuned_system(run / "sweep" / point["folder"])
+            system = module.read_point(run / "sweep" / point["folder"])["systems"]["tuned"]
             assert point["against_centre"] == module.against(system, middle, 50)
 
 
@@ -480,6 +481,50 @@ def test_a_sweep_over_training_needs_no_run_before_it(tmp_path):
 
 
 # --- what is refused ---
+
+GOOD_POINT = {"name": "x", "options": {}, "folder": "x"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "5", '{"points": 5}', '{"points": [1]}', '{"points": [{"name": "x"}]}', {"points": [], "other": 1},
+     {"points": [GOOD_POINT], "other": {"points": [GOOD_POINT, {}]}}],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_list_of_points_is_said_before_anything_is_decoded(run, decoded, content):
+    (run / "sweep").mkdir()
+    (run / "sweep" / "sweep.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match="sweep.json is no list of points; remove it"):
+        sweep(SweepConfig(run=str(run), num_beams=(1, 2), **SHORT), QUIET)
+    assert not decoded
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "5", "{}", '{"systems": 5}', '{"systems": {"tuned": {}}, "settings": 5}',
+     '{"systems": {"tuned": {"metrics": {}, "examples": []}}, "settings": {"decoding": {}}}',
+     '{"systems": {"tuned": {"metrics": {}, "examples": [{"scores": {}}]}}, "settings": {"decoding": null}}'],
+)  # fmt: skip
+def test_a_damaged_point_is_said_with_its_file_and_scored_again_once_that_is_removed(run, decoded, content):
+    config = SweepConfig(run=str(run), num_beams=(1, 2), limit=2, **SHORT)
+    whole = sweep(config, QUIET)
+    loads, path = len(decoded), run / "sweep" / "topk50_nb2_t1" / "evaluation.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="nb2_t1/evaluation.json is not what a sweep writes; remove it"):
+        sweep(config, QUIET)
+    path.unlink()
+    assert sweep(config, QUIET) == whole and len(decoded) == loads
+
+
+def test_two_points_of_one_name_are_refused_and_a_name_is_one_folder(tmp_path):
+    with pytest.raises(ValueError, match="two points have the name topk50_nb5_t0.7"):
+        decoding_points(SweepConfig(run="x", temperature=(0.7, 0.7000000001)))
+    axis = ("learning_rate=0.001,0.00100000001",)
+    with pytest.raises(ValueError, match="two points have the name learning_rate0.001"):
+        module.training_points(SweepConfig(run=str(tmp_path), train=axis))
+    points, _ = module.training_points(SweepConfig(run=str(tmp_path), train=("data=a/b.json,/c/d.json",)))
+    assert [name for name, _, _ in points] == ["dataa-b.json", "data-c-d.json"]
+    assert [config.run for _, _, config in points] == [str(tmp_path / "sweep" / name) for name, _, _ in points]
 
 
 @pytest.mark.parametrize(
