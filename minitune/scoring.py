@@ -328,7 +328,8 @@ def table(systems, comparisons):
     lines.append(
         f"{n} examples; [95 % interval by bootstrap over them]{'; p: paired permutation test' if comparisons else ''}"
     )
-    return lines + [f"{note} ({', '.join(where)})" for note, where in notes.items()]
+    some = lambda where: ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
+    return lines + [f"{note} ({some(where)})" for note, where in notes.items()]
 
 
 def columns(rows):

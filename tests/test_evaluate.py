@@ -554,6 +554,16 @@ def test_the_table_has_a_line_for_each_metric_with_intervals_and_p(evaluated):
     assert any("all 14 examples agree" in line for line in lines)  # why a line has no interval
 
 
+def test_a_note_of_many_values_names_the_first_of_them(tmp_path):
+    write_json(tmp_path / "a.json", ["a", "b"])
+    files = {"predictions": str(tmp_path / "a.json"), "references": str(tmp_path / "a.json")}
+    system = evaluate(EvaluateConfig(**files), QUIET)["systems"]
+    [line] = [line for line in scoring.table(system, {}) if "agree" in line]
+    assert line.endswith(
+        "(a: BLEU, sentences (0-1), a: BLEU, corpus (0-100), a: chrF (0-100), a: ROUGE-1 (0-1) and 6 more)"
+    )
+
+
 BAD_FACTS = {"tokens": ('"tokens": NaN', "tokens is nan"), "ended_by": ('"ended_by": 5', "ended_by is 5")}
 
 
