@@ -350,6 +350,20 @@ def test_intervals_of_other_draws_are_one_sentence_and_a_perplexity_of_0_is_on_n
     assert "<span>Perplexity 3.50</span>" in text and "<span>Perplexity 0.00</span>" not in text
 
 
+def test_two_files_that_were_compared_are_told_their_own_command_and_share_their_notes(run, tmp_path):
+    stored = evaluation({})
+    stored["settings"] |= {"model": None, "decoding": None}
+    agree = {"difference": 0.0, "low": None, "high": None, "p_bootstrap": 1.0, "p_permutation": 1.0, "n": 8}
+    stored["comparisons"] = {name: agree | {"note": "the two are alike"} for name in ("bleu", "chrf")}
+    put(tmp_path / "files" / "evaluation.json", stored)
+    markdown = write([tmp_path / "files"], tmp_path)[1]
+    assert "`python scripts/evaluate.py --predictions FILE --references FILE --encoder DIR`" in markdown
+    assert "--run DIR" in markdown and f"--run {tmp_path}" not in markdown
+    assert "BLEU, chrF: the two are alike." in markdown
+    spaced = run.rename(run.parent / "my run")
+    assert f"evaluate.py --run '{spaced}' --encoder DIR" in write([spaced], tmp_path)[1]
+
+
 def test_scores_that_were_not_computed_are_left_out(run, tmp_path):
     stored = evaluation({})
     stored["settings"]["decoding"] = None  # two files were compared

@@ -9,6 +9,7 @@ from minitune.reports.words import (
     GRADE_NAMES,
     METRICS,
     count,
+    evaluate_command,
     example_run,
     flat,
     interval_words,
@@ -117,8 +118,7 @@ def answers_section(results, config, missing):
     lines = [(label, s, base) for label, s, base in table_lines(results.systems) if ranking(s)[1]]
     if not lines or not config.answers:
         if config.answers:
-            command = f"`python scripts/evaluate.py --run {example_run(results)}`"
-            missing.append(f"Best and worst answers: {command} keeps each answer with its scores")
+            missing.append(f"Best and worst answers: `{evaluate_command(results)}` keeps each answer with its scores")
         return None
     blocks = []
     for label, system, base in lines:

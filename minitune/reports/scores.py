@@ -16,6 +16,7 @@ from minitune.reports.words import (
     METRICS,
     TABLE,
     count,
+    evaluate_command,
     example_run,
     interval_words,
     metric,
@@ -40,7 +41,7 @@ def scores_section(results, config, missing):
     columns = [name for name in TABLE if any(name in s or name in b for _, s, b in scored)]
     if absent := [name for name in FIGURE if name not in columns]:
         judges = [f" {JUDGES[name]} DIR" for name in absent if name in JUDGES]
-        command = f"`python scripts/evaluate.py --run {example_run(results)}{''.join(judges)}`"
+        command = f"`{evaluate_command(results)}{''.join(judges)}`"
         missing.append(f"{', '.join(METRICS[name].label for name in absent)}: {command}")
     if not columns:
         return None
@@ -201,7 +202,11 @@ def comparisons_section(results, missing):
             found = Difference(c["difference"], c.get("low"), c.get("high"), c.get("n"))
             label = with_arrow(name)
             rows.append(difference_row(label, name, found, c["p_bootstrap"], c["p_permutation"]))
-        notes = [f"{metric(n).label}: {c['note']}." for n, c in run.comparisons.items() if c.get("note")]
+        shared = {}  # note -> the metrics that share it
+        for name, c in run.comparisons.items():
+            if c.get("note"):
+                shared.setdefault(c["note"], []).append(metric(name).label)
+        notes = [f"{', '.join(labels)}: {text}." for text, labels in shared.items()]
         note = (
             "In brackets: 95 % paired bootstrap interval. p: how likely a difference as large would be if the two were alike "
             f"(two-sided); not corrected for {count(len(rows), 'metric')}."

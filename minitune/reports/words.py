@@ -1,6 +1,7 @@
 """What a report calls things, and how it writes numbers."""
 
 import json
+import shlex
 from typing import NamedTuple
 
 from minitune.reports.study_files import PARAMETERS
@@ -92,4 +93,14 @@ def flat(value):
 
 
 def example_run(results):
-    return str(results.runs[0].folder) if results.runs else "DIR"
+    """A run folder for a command, DIR where there is none: two files that were compared are none."""
+    asked = [run.folder for run in results.runs if not run.settings or run.settings.get("model") is not None]
+    return shlex.quote(str(asked[0])) if asked else "DIR"
+
+
+def evaluate_command(results):
+    """The command that gives more scores of what is there."""
+    of_files = example_run(results) == "DIR" and any(run.settings for run in results.runs)
+    return "python scripts/evaluate.py " + (
+        "--predictions FILE --references FILE" if of_files else f"--run {example_run(results)}"
+    )
