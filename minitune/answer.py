@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import math
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -221,10 +220,7 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
     each = config.num_return_sequences
     if config.out and config.prompts:
         settings = answer_settings(answerer)
-        with (
-            sigterm_as_ctrl_c(),
-            open_answers(Path(config.out), settings, questions, each, config.resume == "never") as file,
-        ):
+        with open_answers(Path(config.out), settings, questions, each, config.resume == "never") as file:
             if file.records:
                 say(
                     f"{file.progress()}; "
@@ -431,24 +427,6 @@ def print_json(total):
 @contextmanager
 def nothing(total):
     yield lambda records: None
-
-
-@contextmanager
-def sigterm_as_ctrl_c():
-    """While open, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
-
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever started it takes the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def record(found, answerer, question, prompt_tokens, with_logprobs):

@@ -10,7 +10,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitune.files import read_json, write_json
+from minitune.files import differences, read_json, write_json
 
 
 def settings_path(path):
@@ -71,14 +71,7 @@ class AnswerFile:
                 "or write over it with --resume never"
             )
         stored = read_json(stored)
-        stored = stored if isinstance(stored, dict) else {}
-        short = lambda value: value[:12] if isinstance(value, str) else value
-        changed = [
-            f"{name} {short(stored.get(name))} -> {short(settings.get(name))}"
-            for name in dict.fromkeys([*stored, *settings])
-            if stored.get(name) != settings.get(name)
-        ]
-        if changed:
+        if changed := differences(stored if isinstance(stored, dict) else {}, settings):
             raise ValueError(
                 f"{self.path} holds answers of other settings: {'; '.join(changed)}. Choose another --out, or use "
                 "--resume never to answer again"

@@ -53,7 +53,9 @@ def chat(config, ask=input, say=print):
         except EOFError:
             say("")
             return turns
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if str(stop):  # of SIGTERM, which ends a chat: only Ctrl-C has no words
+                raise
             say("\n(Ctrl-D or /quit ends)")
             continue
         except UnicodeDecodeError as error:
@@ -78,7 +80,9 @@ def chat(config, ask=input, say=print):
             say(f"error: {error} (/reset forgets the conversation)")
         except Stopped as stopped:
             say(str(stopped))
-        except KeyboardInterrupt:  # before or after the answer was being written
+        except KeyboardInterrupt as stop:  # before or after the answer was being written
+            if str(stop):
+                raise
             say("(stopped)")
 
 

@@ -18,7 +18,7 @@ from minitune import data, hub, lora, scoring
 from minitune.answer import Answerer, ModelConfig, decoding_of
 from minitune.config import TrainConfig, arg, from_file, positive
 from minitune.device import choose_device, choose_dtype, environment
-from minitune.files import prove_writable, read_json, write_json, write_whole
+from minitune.files import differences, prove_writable, read_json, write_json, write_whole
 from minitune.generate import GenerateConfig, Prefix, decode
 from minitune.metrics.perplexity import sequence_nll
 from minitune.run_folder import append_line, file_sha256, hold, model_fingerprint, read_lines
@@ -383,12 +383,7 @@ def read_answers(file, settings, rows):
 def changes(stored, settings):
     """What differs, in words: {name: value}, of which `decoding` is another one."""
     flat = [{k: v for k, v in s.items() if k != "decoding"} | (s.get("decoding") or {}) for s in (stored, settings)]
-    short = lambda value: value[:12] if isinstance(value, str) else value
-    return [
-        f"{name} {short(flat[0].get(name))} -> {short(flat[1].get(name))}"
-        for name in dict.fromkeys([*flat[0], *flat[1]])
-        if flat[0].get(name) != flat[1].get(name)
-    ]
+    return differences(*flat)
 
 
 SHORT = {"top_k": "topk", "num_beams": "nb", "temperature": "t"}

@@ -67,3 +67,13 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON for us: it is nested too deeply") from None
+
+
+def differences(before, after):
+    """What differs between two dicts, in words: ["name value -> value", ...]."""
+    short = lambda value: value[:12] if isinstance(value, str) else value
+    return [
+        f"{name} {short(before.get(name))} -> {short(after.get(name))}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]

@@ -19,7 +19,7 @@ from minitune import answer_file, sampling
 from minitune.answer import AnswerConfig, Answerer, Writer, answer, choose_template, read_facts, read_questions
 from minitune.answer_file import open_answers
 from minitune.chat import ChatConfig, chat
-from minitune.config import parse, run_script
+from minitune.config import parse, run_script, sigterm_as_ctrl_c
 from minitune.files import read_json, write_json
 from minitune.hub import resolve
 from minitune.prompts import BOS, CHAT_TEMPLATES, EOS, conversation
@@ -578,6 +578,18 @@ def test_where_every_token_is_banned_that_is_said():
         sampling.draw(scores, torch.tensor([0.5, 0.5]))
     with pytest.raises(FloatingPointError, match="are NaN"):
         sampling.draw(torch.full((1, 5), torch.nan), torch.tensor([0.5]))
+
+
+def test_sigterm_ends_a_chat_at_its_prompt_where_ctrl_c_does_not():
+    said, typed = [], [KeyboardInterrupt(), EOFError()]
+
+    def ask(prompt):
+        raise typed.pop(0)
+
+    chat(ChatConfig(model="tiny-llama"), ask=ask, say=said.append)
+    assert said[-2:] == ["\n(Ctrl-D or /quit ends)", ""]
+    with pytest.raises(KeyboardInterrupt, match="by SIGTERM"), sigterm_as_ctrl_c():
+        chat(ChatConfig(model="tiny-llama"), ask=lambda prompt: os.kill(os.getpid(), signal.SIGTERM), say=QUIET)
 
 
 BAD = {
