@@ -316,7 +316,9 @@ class Run:
         missing = [row for row in batch if (is_tuned, row) not in self.losses]
         examples = [self.examples[row] for row in missing]
         ids, starts = [e.ids for e in examples], [e.prompt_length for e in examples]
-        found = sequence_nll(self.answerer.model, ids, starts, batch_tokens=1)  # a row a call: no bit depends on the others
+        found = sequence_nll(
+            self.answerer.model, ids, starts, batch_tokens=1
+        )  # a row a call: no bit depends on the others
         self.losses |= {(is_tuned, row): list(loss) for row, loss in zip(missing, found, strict=True)}
         return [self.losses[is_tuned, row] for row in batch]
 

@@ -285,8 +285,8 @@ class Decoder:
         return seen.to(self.device)
 
     def generators(self, prompts):
-        """A source of random numbers for each answer, made from the seed, its prompt and which answer of it it is: what else
-        is in the batch changes nothing."""
+        """A source of random numbers for each answer, made from the seed, its prompt and which answer to it it is: other
+        prompts in the batch change nothing, and the same prompt again gets other samples."""
         made, generators = {}, []
         for prompt in prompts:
             for _ in range(self.config.num_return_sequences):
@@ -511,8 +511,8 @@ class Search:
         # The n best candidates may end; the others are there to go on.
         is_full = len(self.ended) == n and config.early_stopping == "yes"
         for i in range(n):
-            if how[i] and self.can_improve and not is_full:
-                score = by_length(scores[i], self.length + 1, config.length_penalty)
+            score = by_length(scores[i], self.length + 1, config.length_penalty)
+            if how[i] and self.can_improve and not is_full and score > NEVER:  # not one that took a banned token
                 self.ended.append((score, ids[i], [*self.logprobs[beams[i]], logprobs[i]], how[i]))
         self.ended = sorted(self.ended, key=lambda entry: -entry[0])[:n]
         # transformers lowers the scores of those that ended, and takes the n best of all.
@@ -536,8 +536,9 @@ class Search:
         return by_length(self.scores[0], length, config.length_penalty) > self.ended[-1][0]
 
     def answers(self, decoder, count):
-        answers = []
-        for score, ids, logprobs, how in self.ended[:count]:
+        running = zip(self.scores, self.tokens, self.logprobs, ["length"] * self.beams, strict=True)
+        answers = []  # where too few ended, as all tokens were banned, with those that went on
+        for score, ids, logprobs, how in [*self.ended, *running][:count]:
             answers.append(Answer(ids[:-1] if how == "eos" else ids, logprobs, how, score))
         return answers
 

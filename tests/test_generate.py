@@ -587,3 +587,25 @@ def test_scores_beyond_every_number_do_not_stop_the_search():
         assert len(decode(MODEL(), [[4]], options)[0][0].ids) == 4
     few = build({"model_type": "llama", **SIZES, "vocab_size": 3}).eval()
     assert decode(few, [[1]], GenerateConfig(max_new_tokens=3, num_beams=4, eos_ids=(0, 1, 2)))[0]
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_a_beam_that_took_a_banned_token_is_no_answer(early_stopping):
+    """A vocabulary of seven runs out of tokens under no_repeat_ngram_size."""
+    transformers = pytest.importorskip("transformers", reason="parity is proven against transformers")
+    sizes = SIZES | {"vocab_size": 7, "num_key_value_heads": 2}
+    compared = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(**sizes, attn_implementation="eager")
+        theirs = transformers.LlamaForCausalLM(config).eval()
+        for parameter in theirs.parameters():
+            torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1 if parameter.ndim == 1 else 0.3)
+        ours = build(json.loads(config.to_json_string())).eval()
+        ours.load_state_dict(theirs.state_dict())
+        options = {"num_beams": 3, "no_repeat_ngram_size": 1, "early_stopping": early_stopping}
+        [answer], _ = decode(ours, [[1, 2, 3]], GenerateConfig(max_new_tokens=14, eos_ids=(1, 5), **options))
+        if answer.score > -1e8:  # else none ended before the tokens were used up
+            assert [answer.ids] == theirs_of(theirs, [1, 2, 3], eos=(1, 5), **options)
+            compared += 1
+    assert compared >= 4
