@@ -18,7 +18,7 @@ from minitune.answer_file import open_answers, settings_path
 from minitune.config import arg, positive
 from minitune.device import choose_device, choose_dtype
 from minitune.files import prove_writable, read_json, write_json, write_whole
-from minitune.generate import GenerateConfig, decode
+from minitune.generate import GenerateConfig, decode, earlier_copies
 from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, EOS, alpaca_prompt, conversation
 from minitune.run_folder import file_sha256, model_fingerprint
 from minitune.tokenizer import load_tokenizer
@@ -261,6 +261,7 @@ def decode_batches(answerer, questions, prompts, write, done, say, places, write
     size = 1 if config.lookup else config.batch_size
     check_lengths(answerer, prompts, places, say)
     tokens = guessed = accepted = 0
+    copies = earlier_copies(prompts)
     started = time.perf_counter()
     bar = tqdm(
         total=len(prompts),
@@ -277,7 +278,12 @@ def decode_batches(answerer, questions, prompts, write, done, say, places, write
                 continue
             with out_of_memory_explained(config, len(batch)):
                 answers, counts = decode(
-                    answerer.model, [prompts[i] for i in batch], answerer.decoding, answerer.tokenizer, writer
+                    answerer.model,
+                    [prompts[i] for i in batch],
+                    answerer.decoding,
+                    answerer.tokenizer,
+                    writer,
+                    copies=[copies[i] for i in batch],
                 )
             records = [
                 record(found, answerer, questions[i], len(prompts[i]), config.logprobs)

@@ -19,7 +19,7 @@ from minitune.answer import Answerer, ModelConfig, decoding_of
 from minitune.config import TrainConfig, arg, from_file, positive
 from minitune.device import choose_device, choose_dtype, environment
 from minitune.files import differences, prove_writable, read_json, write_json, write_whole
-from minitune.generate import GenerateConfig, Prefix, decode
+from minitune.generate import GenerateConfig, Prefix, decode, earlier_copies
 from minitune.metrics.perplexity import sequence_nll
 from minitune.run_folder import append_line, file_sha256, hold, model_fingerprint, read_lines
 from minitune.scoring import ScoreConfig
@@ -276,6 +276,8 @@ class Run:
         answerer, tokens, started = self.answerer, 0, time.perf_counter()
         answerer.decoding = decoding
         done = sum(row in found for batch in batches for row in batch)
+        every = [example.ids[: example.prompt_length] for example in self.examples]
+        earlier = earlier_copies(every)
         bar = tqdm(
             total=len(self.examples), initial=done, unit="answer", desc=file.stem, disable=None, dynamic_ncols=True
         )
@@ -283,10 +285,12 @@ class Run:
             for batch in batches:
                 if all(row in found for row in batch):
                     continue
-                prompts = [self.examples[row].ids[: self.examples[row].prompt_length] for row in batch]
+                prompts, copies = [every[row] for row in batch], [earlier[row] for row in batch]
                 try:
                     with self.prefix_of(is_tuned, batch) as prefix:
-                        answers, _ = decode(answerer.model, prompts, decoding, answerer.tokenizer, prefix=prefix)
+                        answers, _ = decode(
+                            answerer.model, prompts, decoding, answerer.tokenizer, prefix=prefix, copies=copies
+                        )
                 except ValueError as error:
                     raise ValueError(f"held-out rows {batch[0]} to {batch[-1]}: {error}") from None
                 losses = self.reference_losses(is_tuned, batch)

@@ -142,12 +142,13 @@ def generate(model, prompts, config, tokenizer=None):
 
 
 @torch.no_grad()
-def decode(model, prompts, config, tokenizer=None, on_token=None, memory=None, prefix=None):
+def decode(model, prompts, config, tokenizer=None, on_token=None, memory=None, prefix=None, copies=None):
     """([Answer of each prompt, num_return_sequences of each side by side], Counts).
 
     tokenizer: for `stop`. on_token: called with each new id of a single answer as it comes (not with beams). memory: a
     cache.Memory of the conversation that the only prompt goes on with (not with beams); it then remembers the answer too.
-    prefix: a Prefix, where the same prompts are decoded several times.
+    prefix: a Prefix, where the same prompts are decoded several times. copies: earlier_copies() of all prompts, where these are a
+    batch of them: equal prompts draw for themselves.
     Raises ValueError on an empty prompt, one that leaves no room in the model's context, ids that the model does not have,
     and options that do not go together; FloatingPointError on NaN in the logits."""
     check(model, prompts, config, tokenizer, on_token, memory)
@@ -156,11 +157,20 @@ def decode(model, prompts, config, tokenizer=None, on_token=None, memory=None, p
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        decoder = Decoder(model, config, tokenizer, prefix)
+        decoder = Decoder(model, config, tokenizer, prefix, copies or earlier_copies(prompts))
         return decoder.beams(prompts) if config.num_beams > 1 else decoder.rows(prompts, on_token, memory)
     finally:
         for module in training:
             module.training = True
+
+
+def earlier_copies(prompts):
+    """How many of the prompts before each one are equal to it."""
+    seen, copies = {}, []
+    for prompt in map(tuple, prompts):
+        copies.append(seen.get(prompt, 0))
+        seen[prompt] = copies[-1] + 1
+    return copies
 
 
 def check(model, prompts, config, tokenizer, on_token, memory):
@@ -188,8 +198,8 @@ def check(model, prompts, config, tokenizer, on_token, memory):
 class Decoder:
     """The loops of decode(), over one model and its options."""
 
-    def __init__(self, model, config, tokenizer, prefix=None):
-        self.model, self.config, self.tokenizer, self.prefix = model, config, tokenizer, prefix
+    def __init__(self, model, config, tokenizer, prefix, copies):
+        self.model, self.config, self.tokenizer, self.prefix, self.copies = model, config, tokenizer, prefix, copies
         self.eos = config.eos_ids if config.eos_ids is not None else getattr(model, "eos_ids", ())
         self.device = next(model.parameters()).device
         self.window = getattr(model.config, "sliding_window", None)
@@ -286,12 +296,11 @@ class Decoder:
 
     def generators(self, prompts):
         """A source of random numbers for each answer, made from the seed, its prompt and which answer to it it is: other
-        prompts in the batch change nothing, and the same prompt again gets other samples."""
-        made, generators = {}, []
-        for prompt in prompts:
-            for _ in range(self.config.num_return_sequences):
-                copy = made[tuple(prompt)] = made.get(tuple(prompt), -1) + 1
-                digest = hashlib.sha256(f"{self.config.seed} {copy} {list(prompt)}".encode()).digest()
+        prompts in the batch change nothing."""
+        generators, n = [], self.config.num_return_sequences
+        for prompt, copy in zip(prompts, self.copies, strict=True):
+            for i in range(n):
+                digest = hashlib.sha256(f"{self.config.seed} {copy * n + i} {list(prompt)}".encode()).digest()
                 generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
         return generators
 

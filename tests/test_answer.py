@@ -140,9 +140,9 @@ def test_every_batch_is_in_the_file_when_the_next_one_begins(name, many, tmp_pat
 
     out, real, seen = tmp_path / name, module.decode, []
 
-    def decode(*args):
+    def decode(*args, **options):
         seen.append(len(entries(out)))
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(module, "decode", decode)
     answer(AnswerConfig(prompts=str(many), out=str(out), max_new_tokens=2, batch_size=6), QUIET)
@@ -265,11 +265,11 @@ def test_what_is_printed_of_a_file_comes_batch_by_batch_and_a_stopped_list_is_cl
 
     real, calls = module.decode, []
 
-    def decode(*args):
+    def decode(*args, **options):
         calls.append(capsys.readouterr().out)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(module, "decode", decode)
     for options, check in (
@@ -525,7 +525,7 @@ def test_letters_that_the_screen_does_not_have_are_escaped(adapter, monkeypatch)
 
 
 def test_a_question_beyond_the_context_is_named_before_anything_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("minitune.answer.decode", lambda *args: pytest.fail("something was decoded"))
+    monkeypatch.setattr("minitune.answer.decode", lambda *args, **options: pytest.fail("something was decoded"))
     for name, text, place in (
         ("q.json", json.dumps(["a", "word " * 600]), "row 1"),
         ("q.txt", "a\n\n" + "word " * 600, "line 3"),
@@ -542,11 +542,11 @@ def test_out_of_memory_names_the_options_and_keeps_the_answers_before(many, tmp_
 
     real, calls, out = module.decode, [], tmp_path / "answers.jsonl"
 
-    def decode(*args):
+    def decode(*args, **options):
         calls.append(1)
         if len(calls) == 3:
             return torch.empty(2**60)  # torch's own error
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(module, "decode", decode)
     options = {"prompts": str(many), "out": str(out), "max_new_tokens": 2}

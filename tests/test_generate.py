@@ -8,7 +8,7 @@ import torch
 
 from minitune import lora, sampling
 from minitune.checkpoint import load_model
-from minitune.generate import GenerateConfig, decode, generate, steady_rows
+from minitune.generate import GenerateConfig, decode, earlier_copies, generate, steady_rows
 from minitune.lookup import Lookup
 from minitune.models import build
 from minitune.models.cache import Cache, Memory
@@ -407,6 +407,10 @@ def test_identical_prompts_get_different_samples_and_the_same_by_the_same_seed(p
     config = GenerateConfig(max_new_tokens=12, do_sample=True, top_k=0, temperature=2.0, eos_ids=())
     first, second = generate(ours, [PROMPTS[0], PROMPTS[0]], config)
     assert first != second and [first, second] == generate(ours, [PROMPTS[0]] * 2, config)
+    copies = earlier_copies([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    assert copies == [0, 0, 1]
+    apart = [decode(ours, [PROMPTS[0]], config, copies=[copy])[0][0].ids for copy in (copies[0], copies[2])]
+    assert apart == [first, second]  # in whatever batches they are
 
 
 def test_a_stop_text_across_token_borders_ends_the_answer(stories):
