@@ -130,7 +130,7 @@ def assess(systems, config, judges, settings):
 
 
 def score_settings(config):
-    names = ("resamples", "seed", "judge", "encoder", "encoder_layer", "encoder_prefix_space", "limit")
+    names = ("resamples", "seed", "judge", "encoder", *scoring.ENCODER_OPTIONS, "limit")
     return {name: getattr(config, name) for name in names}
 
 

@@ -5,6 +5,7 @@ records, one an example: {"reference", "answer", and perhaps "tokens", "ended_by
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from minitune import checkpoint, hub
 from minitune.config import arg, check_types, not_empty, positive
 from minitune.device import choose_device
-from minitune.metrics.bertscore import bert_score, choose_layer
+from minitune.metrics.bertscore import bert_score, choose_layer, read_baseline
 from minitune.metrics.bleu import bleu_score, bleu_statistics, sentence_bleu
 from minitune.metrics.chrf import chrf_score, chrf_statistics
 from minitune.metrics.exact_match import is_exact
@@ -31,6 +32,10 @@ class Rows(NamedTuple):
     examples: list | None = None  # the value of each example; None: a mean's rows are these
     kept: np.ndarray | None = None  # (n,) bool: the examples that count; None: all
     note: str = ""
+
+
+ENCODER_OPTIONS = ("encoder_layer", "encoder_prefix_space", "encoder_idf", "encoder_baseline")
+LEAST_RESAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class ScoreConfig:
         "a space before every text that a RoBERTa reads, as in bert-score's published numbers (slow tokenizers); with fast "
         "ones, and so with transformers 5, bert-score leaves it out. A BERT reads the same either way",
     )
+    encoder_idf: bool = arg(False, "BERTScore: rare tokens weigh more, by their share of the references")
+    encoder_baseline: str | None = arg(
+        None,
+        "BERTScore: file of bert-score's baselines for this encoder (its rescale_baseline folder); not set: as it is",
+    )
     resamples: int = arg(5000, "bootstrap and permutation draws")
     limit: int | None = arg(None, "only the first so many rows")
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
@@ -69,9 +79,11 @@ class ScoreConfig:
         for name in names or ():
             if METRICS[name].needs in ("judge", "encoder") and getattr(self, METRICS[name].needs) is None:
                 raise ValueError(f"metrics: {name} needs --{METRICS[name].needs}, {NEEDS[METRICS[name].needs]}")
-        if self.encoder is None and (self.encoder_layer is not None or self.encoder_prefix_space):
-            option = "encoder_prefix_space" if self.encoder_layer is None else "encoder_layer"
-            raise ValueError(f"{option} is about BERTScore, which needs --encoder, {NEEDS['encoder']}")
+        for option in ENCODER_OPTIONS if self.encoder is None else ():
+            if getattr(self, option) not in (None, False):
+                raise ValueError(f"{option} is about BERTScore, which needs --encoder, {NEEDS['encoder']}")
+        if self.resamples < LEAST_RESAMPLES:
+            raise ValueError(f"resamples is {self.resamples}, expected {LEAST_RESAMPLES} or more for an interval")
 
 
 def asked_metrics(config):
@@ -108,9 +120,19 @@ class Judges:
                     raise ValueError(f"--encoder {config.encoder}: {error} (--encoder-layer)") from None
             else:
                 layer = choose_layer(encoder, config.encoder_layer)
-            space = ", a space before every text" if config.encoder_prefix_space else ""
-            say(f"encoder of BERTScore: {config.encoder}, layer {layer}{space}")
-            self.encoder = encoder, load_tokenizer(folder), layer, config.encoder_prefix_space
+            baseline = config.encoder_baseline and read_baseline(config.encoder_baseline, layer)
+            how = ", a space before every text" * config.encoder_prefix_space + ", idf" * config.encoder_idf
+            how += f", rescaled by {config.encoder_baseline}" if config.encoder_baseline else ""
+            say(f"encoder of BERTScore: {config.encoder}, layer {layer}{how}")
+            self.encoder = partial(
+                bert_score,
+                encoder=encoder,
+                tokenizer=load_tokenizer(folder),
+                layer=layer,
+                idf=config.encoder_idf,
+                baseline=baseline,
+                prefix_space=config.encoder_prefix_space,
+            )
 
 
 # --- metrics ---
@@ -177,9 +199,7 @@ def judged(records, judges):
 
 
 def bertscore_rows(records, judges):
-    encoder, tokenizer, layer, prefix_space = judges.encoder
-    found = bert_score(*texts(records), encoder, tokenizer, layer, prefix_space=prefix_space)
-    return Rows(found[2].double().numpy())  # F1
+    return Rows(judges.encoder(*texts(records))[2].double().numpy())  # F1
 
 
 rouge_1 = lambda reference, answer: rouge_n(reference, answer, 1)[2]

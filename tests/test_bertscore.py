@@ -174,23 +174,33 @@ def test_prefix_space_is_the_space_that_slow_tokenizers_put_before_a_text(folder
         (folders["roberta"] / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 128}))
 
 
-@pytest.mark.parametrize("prefix_space", [False, True])
-def test_evaluate_reads_texts_with_the_space_where_asked_and_its_file_says_so(folders, tmp_path, prefix_space):
-    pairs = some_pairs(6)
-    references, answers = zip(*pairs, strict=True)
+@pytest.mark.parametrize(
+    "options, how",
+    [
+        ({}, "layer 3"),
+        ({"prefix_space": True}, "layer 3, a space before every text"),
+        ({"idf": True}, "layer 3, idf"),
+        ({"baseline": "table.tsv", "idf": True}, "layer 3, idf, rescaled by"),
+    ],
+)
+def test_evaluate_scores_as_its_options_say_and_its_file_says_so(folders, tmp_path, options, how, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.tsv").write_text("LAYER,P,R,F\n2,0.1,0.1,0.1\n3,0.3,0.2,0.25\n")
+    references, answers = zip(*some_pairs(6), strict=True)
     write_json(tmp_path / "r.json", references)
     write_json(tmp_path / "a.json", answers)
-    argv = ["--predictions", str(tmp_path / "a.json"), "--references", str(tmp_path / "r.json"), "--resamples", "10"]
+    argv = ["--predictions", "a.json", "--references", "r.json", "--resamples", "10", "--out", "e.json"]
     argv += ["--encoder", str(folders["roberta"]), "--encoder-layer", "3", "--metrics", "bertscore"]
-    argv += ["--out", str(tmp_path / "e.json")] + ["--encoder-prefix-space"] * prefix_space
+    for name, value in options.items():
+        argv += [f"--encoder-{name.replace('_', '-')}"] + ([] if value is True else [value])
     said = []
     evaluate(parse(EvaluateConfig, argv), said.append)
     stored = read_json(tmp_path / "e.json")
-    expected = bert_score(references, answers, *load(folders["roberta"]), layer=3, prefix_space=prefix_space)[2]
+    expected = bert_score(references, answers, *load(folders["roberta"]), layer=3, **options)[2]
     found = [example["scores"]["bertscore"] for example in stored["systems"]["predictions"]["examples"]]
-    assert found == expected.double().tolist()
-    assert stored["settings"]["encoder_prefix_space"] is prefix_space
-    assert any("a space before every text" in line for line in said) == prefix_space
+    assert found == expected.double().tolist() and sum(how in line for line in said) == 1
+    for name in ("prefix_space", "idf", "baseline"):
+        assert (stored["settings"][f"encoder_{name}"] or None) == options.get(name)
 
 
 def test_tokens_of_both_libraries_are_the_same_from_either_form_of_file(folders, tmp_path):

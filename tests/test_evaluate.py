@@ -440,6 +440,8 @@ def test_a_run_without_questions_is_refused(run, tmp_path):
             "encoder_layer is about BERTScore, which needs --encoder, a RoBERTa or BERT",
         ),
         ({"run": "a", "encoder_prefix_space": True}, "encoder_prefix_space is about BERTScore, which needs --encoder"),
+        ({"run": "a", "encoder_baseline": "b.tsv"}, "encoder_baseline is about BERTScore, which needs --encoder"),
+        ({"run": "a", "resamples": 1}, "resamples is 1, expected 10 or more"),
         ({"run": "a", "num_return_sequences": 2, "num_beams": 2}, "one answer a question"),
         ({"run": "a", "limit": 0}, "limit is 0, expected a number above 0"),
         ({"run": "a", "temperature": -1.0}, "temperature is -1.0"),
