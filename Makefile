@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
 
-.PHONY: demo train test test-gpu lint bench bench-kernels clean
+.PHONY: demo train test test-gpu lint bench bench-kernels bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(RUN) scripts/demo.py
@@ -29,6 +29,11 @@ bench: $(VENV)/.installed-test
 
 bench-kernels: $(VENV)/.installed-test
 	$(RUN) scripts/bench_kernels.py $(ARGS)
+
+# On a machine with a GPU: tokens/s of a Mistral-7B shape, and the share of what its memory allows.
+bench-gpu: $(VENV)/.installed-test
+	$(RUN) scripts/bench_generate.py --model mistral-7b-shape --device cuda --quantize nf4 --modes greedy $(ARGS)
+	$(RUN) scripts/bench_generate.py --model mistral-7b-shape --device cuda --modes greedy $(ARGS)
 
 # torch first and by itself. Where the index has builds with CUDA only, they are gigabytes: PIP_EXTRA="--index-url URL"
 # takes another index, such as PyTorch's for CPUs.

@@ -32,6 +32,7 @@ GENERATE_MODES = {  # name -> (prompts, options of GenerateConfig)
     "beam5": (1, {"num_beams": 5}),
     "batch8beam5": (8, {"num_beams": 5}),
 }
+SHAPE_7B = "mistral-7b-shape"
 TRAIN_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
 
 
@@ -162,7 +163,10 @@ def bench_train(config, say=print):
 class BenchGenerateConfig:
     """Which model decodes what, against whom."""
 
-    model: str = arg("tiny-mistral", "model folder, or any name that scripts/train.py takes")
+    model: str = arg(
+        "tiny-mistral",
+        f"model folder, or any name that scripts/train.py takes; {SHAPE_7B}: 14.5 GB of random weights in a temporary folder",
+    )
     quantize: str = arg("none", "weights in 4 bit", choices=("none", "nf4", "nf4-dq"))
     dtype: str = arg("bf16", "compute dtype", choices=tuple(DTYPES))
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
@@ -187,7 +191,16 @@ class BenchGenerateConfig:
 def bench_generate(config, say=print):
     """Decode random prompts in each mode, in turn with the peer. Returns the record, also written to `config.out`."""
     device = choose_device(config.device)
-    model = load_model(config.model, DTYPES[config.dtype], device, config.quantize, say=say)
+    if config.model != SHAPE_7B:
+        return bench_generate_on(device, config.model, config, say)
+    with tempfile.TemporaryDirectory() as folder:
+        say(f"writing random weights to {folder}")
+        write_random_checkpoint(MISTRAL_7B, folder)
+        return bench_generate_on(device, folder, config, say)
+
+
+def bench_generate_on(device, folder, config, say):
+    model = load_model(folder, DTYPES[config.dtype], device, config.quantize, say=say)
     highest, measured, steps = min(30000, model.config.vocab_size), {}, {}
     for _ in range(config.repeats):
         generator = torch.Generator().manual_seed(0)
@@ -197,7 +210,7 @@ def bench_generate(config, say=print):
             measured.setdefault(mode, {}).setdefault("minitune", []).append(speed)
             steps.setdefault(mode, []).append(step)
         if config.peer:
-            output, _ = run_measured(shlex.split(config.peer.replace("{model}", config.model)))
+            output, _ = run_measured(shlex.split(config.peer.replace("{model}", str(folder))))
             for line in output.splitlines():
                 if line.startswith("{") and (row := json.loads(line))["mode"] in measured:
                     measured[row["mode"]].setdefault(row["system"], []).append(row["new_tokens_per_s"])

@@ -6,7 +6,15 @@ import sys
 import pytest
 import torch
 
-from minitune.benchmark import BenchTrainConfig, bench_train, run_measured, write_random_checkpoint
+from minitune import benchmark
+from minitune.benchmark import (
+    BenchGenerateConfig,
+    BenchTrainConfig,
+    bench_generate,
+    bench_train,
+    run_measured,
+    write_random_checkpoint,
+)
 from minitune.checkpoint import load_model
 
 
@@ -48,3 +56,20 @@ def test_a_random_checkpoint_of_several_shards_loads(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     logits = load_model(tmp_path)(torch.tensor([[1, 2, 3]]))
     assert logits.isfinite().all() and logits.std() > 0
+
+
+def test_the_shape_of_a_large_model_is_decoded_with_random_weights(monkeypatch):
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    monkeypatch.setattr(benchmark, "MISTRAL_7B", benchmark.MISTRAL_7B | small | {"num_key_value_heads": 2})
+    config = BenchGenerateConfig(
+        model="mistral-7b-shape", quantize="nf4", modes=("greedy",), prompt=4, new=6, repeats=1
+    )
+    record = bench_generate(config, lambda line: None)
+    assert record["median"]["greedy"]["minitune"] > 0 and record["settings"]["model"] == "mistral-7b-shape"
+    assert 0 < record["floor"]["read_gb"] < 1e-3
