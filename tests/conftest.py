@@ -1,6 +1,7 @@
 """Fixtures that every test file may use."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; the tensors of a test are too small for more
 sys.path.append(str(ROOT / "tests"))  # for triton_interpreter: pytest's importlib mode adds no folder
+
+# A shell that starts the tests behind itself has them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 

@@ -228,6 +228,7 @@ class LayerCache:
         Returns (R, T, H * D) in q.dtype."""
         if self.cache.pieces:
             return self.read(q, k, v)
+        self.cache.make_room(q.shape[2])
         if self.cache.in_c:
             shape = self.cache.next_shape(q.shape[2])
             shape.H = q.shape[1]
