@@ -1,7 +1,9 @@
 """Decoding against transformers, token for token, and what must hold by itself: cached as uncached, in a batch as alone."""
 
 import dataclasses
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -613,3 +615,17 @@ def test_a_beam_that_took_a_banned_token_is_no_answer(early_stopping):
             assert [answer.ids] == theirs_of(theirs, [1, 2, 3], eos=(1, 5), **options)
             compared += 1
     assert compared >= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_the_memory_of_a_decoding_goes_with_it_and_waits_for_no_garbage_collector(pair, options, monkeypatch):
+    _, ours = pair
+    made, own = [], Cache.__init__
+    monkeypatch.setattr(Cache, "__init__", lambda self, *rest: own(self, *rest) or made.append(weakref.ref(self)))
+    gc.collect()
+    gc.disable()
+    try:
+        decode(ours, PROMPTS, GenerateConfig(max_new_tokens=12, eos_ids=ENDS, **options))
+        assert len(made) == 1 and made[0]() is None
+    finally:
+        gc.enable()

@@ -3,6 +3,8 @@
 A prompt's keys and values are stored once, however many sequences are decoded from it: memory grows with the new tokens, not with
 beams x prompt. Letters as in layers.py, and: B prompts, n sequences of each, R = B * n, P tokens of the longest prompt stored."""
 
+import weakref
+
 import torch
 from minitune_kernels import decode
 from minitune_kernels.tape import Graph, Tape
@@ -218,7 +220,9 @@ class LayerCache:
     """Keys and values of one layer: of the prompts (B, H_kv, P, D), and of the new tokens (R, H_kv, capacity, D)."""
 
     def __init__(self, cache):
-        self.cache = cache
+        self.cache = weakref.proxy(
+            cache
+        )  # which has this one: its memory goes with it, and waits for no garbage collector
         self.parts = {}  # while prompts are read: prompt -> (k, v), each (H_kv, S, D)
         self.stored = []
         self.prompt_k = self.prompt_v = self.k = self.v = None
