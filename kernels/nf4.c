@@ -285,19 +285,23 @@ BF16_TARGET static void permute_x(const uint16_t *x, uint16_t *out, int64_t M, i
         }
 }
 
-/* 128 elements of a row in that order, from `block` on; is_half: only 64 are left. */
-BF16_INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w[4]) {
+/* 128 elements of a row in that order, of two blocks that have these scales; is_half: only 64 are left. */
+BF16_INLINE void decode_blocks(const uint8_t *packed, int is_half, float scale, float next_scale, __m512bh w[4]) {
   const __m512 code = _mm512_load_ps(CODE);
   const __m512i nibble = _mm512_set1_epi16(15);
   const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);  // the table's other half
-  __m512i bytes = _mm512_maskz_loadu_epi64(is_half ? 0x0F : 0xFF, j->packed + block * (BLOCK / 2));
-  __m512 low = _mm512_mul_ps(code, _mm512_set1_ps(scale_of(j, block)));
-  __m512 high = _mm512_mul_ps(code, _mm512_set1_ps(is_half ? 0 : scale_of(j, block + 1)));
-  __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  const __m512i bytes = is_half ? _mm512_maskz_loadu_epi64(0x0F, packed) : _mm512_loadu_si512(packed);
+  const __m512 low = _mm512_mul_ps(code, _mm512_set1_ps(scale)), high = _mm512_mul_ps(code, _mm512_set1_ps(next_scale));
+  const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
   for (int shift = 0; shift < 4; shift++) {
     __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4 * shift), nibble, second, 0xEA);
     w[shift] = (__m512bh)_mm512_permutexvar_epi16(index, table);
   }
+}
+
+/* The same from `block` on. */
+BF16_INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w[4]) {
+  decode_blocks(j->packed + block * (BLOCK / 2), is_half, scale_of(j, block), is_half ? 0 : scale_of(j, block + 1), w);
 }
 
 /* Few rows: the weight goes from its nibbles into the product without leaving the registers. STREAMS rows of the weight at
@@ -305,25 +309,43 @@ BF16_INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w
  * several rows of x: their sums and what is decoded stay in the registers. */
 enum { STREAMS = 4, FEW = 8 };
 
-BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride, int M) {
-  const int64_t padded = (j->K + 127) / 128 * 128;
+/* A step of 128 elements, from `block` on, of `rows` rows of the weight that lie `apart` blocks apart, and M rows of x. Two rows
+ * of the weight at once: x is loaded for both. The numbers that are constants leave neither loops nor questions. */
+BF16_INLINE void few_step(const Job *j, int64_t block, const int rows, int64_t apart, const int M, const int is_nested,
+                          const int is_half, const uint16_t *x, int64_t padded, __m512 sums[STREAMS][FEW]) {
+#pragma GCC unroll 4
+  for (int first = 0; first < rows; first += 2) {
+    const int pair = rows - first < 2 ? 1 : 2;
+    __m512bh w[2][4];
+#pragma GCC unroll 2
+    for (int r = 0; r < pair; r++) {
+      const int64_t at = block + (first + r) * apart;
+      const uint8_t *packed = j->packed + at * (BLOCK / 2);
+      const float scale = is_nested ? scale_of(j, at) : j->absmax[at];
+      _mm_prefetch(packed + 512, _MM_HINT_T0);
+      decode_blocks(packed, is_half, scale, is_half ? 0 : is_nested ? scale_of(j, at + 1) : j->absmax[at + 1], w[r]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        const __m512bh values = (__m512bh)_mm512_load_si512(x + m * padded + 32 * i);
+#pragma GCC unroll 2
+        for (int r = 0; r < pair; r++) sums[first + r][m] = _mm512_dpbf16_ps(sums[first + r][m], w[r][i], values);
+      }
+  }
+}
+
+BF16_INLINE void multiply_few(const Job *j, int64_t n, const int rows, int64_t stride, const int M, const int is_nested) {
+  const int64_t padded = (j->K + 127) / 128 * 128, whole = j->K / 128 * 128, apart = stride * (j->K / BLOCK);
+  int64_t block = n * (j->K / BLOCK);
+  const uint16_t *x = j->x;
   __m512 sums[STREAMS][FEW];
   for (int r = 0; r < STREAMS; r++)
     for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < padded; k += 128)
-    for (int first = 0; first < rows; first += 2) {  // two at once: x is loaded for both
-      __m512bh w[2][4];
-      for (int r = first; r < rows && r < first + 2; r++) {
-        const int64_t block = ((n + r * stride) * j->K + k) / BLOCK;
-        _mm_prefetch(j->packed + block * (BLOCK / 2) + 512, _MM_HINT_T0);
-        decode_128(j, block, k + BLOCK == j->K, w[r - first]);
-      }
-      for (int i = 0; i < 4; i++)
-        for (int m = 0; m < M; m++) {
-          const __m512bh x = (__m512bh)_mm512_load_si512((const uint16_t *)j->x + m * padded + k + 32 * i);
-          for (int r = first; r < rows && r < first + 2; r++) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], w[r - first][i], x);
-        }
-    }
+  for (int64_t k = 0; k < whole; k += 128, block += 2, x += 128)
+    few_step(j, block, rows, apart, M, is_nested, 0, x, padded, sums);
+  if (whole < j->K) few_step(j, block, rows, apart, M, is_nested, 1, x, padded, sums);
   for (int m = 0; m < M; m++) {  // each sum in the order of multiply_many_bf16: it must not depend on M
     float four[4];
     _mm_storeu_ps(four, sum_of_four(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
@@ -331,13 +353,18 @@ BF16_INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride,
   }
 }
 
-/* Numbers of rows as constants keep the sums in registers. */
+#define MULTIPLY_ROWS(M, is_nested) \
+  const int streams = M == 1 ? STREAMS : STREAMS / 2; \
+  const int64_t stride = (end - begin) / streams; \
+  for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, streams, stride, M, is_nested); \
+  for (int64_t n = begin + streams * stride; n < end; n++) multiply_few(j, n, 1, 0, M, is_nested);
 #define MULTIPLY_FEW(M) \
   BF16_TARGET static void multiply_few_##M(const Job *j, int64_t begin, int64_t end) { \
-    const int streams = M == 1 ? STREAMS : STREAMS / 2; \
-    const int64_t stride = (end - begin) / streams; \
-    for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, streams, stride, M); \
-    for (int64_t n = begin + streams * stride; n < end; n++) multiply_few(j, n, 1, 0, M); \
+    if (j->absmax) { \
+      MULTIPLY_ROWS(M, 0) \
+    } else { \
+      MULTIPLY_ROWS(M, 1) \
+    } \
   }
 MULTIPLY_FEW(1)
 MULTIPLY_FEW(2)
