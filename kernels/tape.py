@@ -23,6 +23,11 @@ LOOKING = set(
 MAKING = set("empty empty_like new_empty".split())
 
 
+RECORDED = (
+    4  # the run that is recorded: a record costs as much as two runs more, which a short answer would not win back
+)
+
+
 class Repeated:
     """run() calls a function until it is known by heart; as long as shapes, weights and the memory of the cache stay."""
 
@@ -31,17 +36,18 @@ class Repeated:
         self.runs = 0
 
     def run(self, function, *inputs):
-        """function(*inputs), a tensor that is valid until the next call: called, then called and recorded, then played and
-        called, to be compared bit by bit, and from then on played. inputs: tensors that the recorded call keeps as its own."""
+        """function(*inputs), a tensor that is valid until the next call: called some times, then called and recorded, then
+        played and called, to be compared bit by bit, and from then on played. inputs: tensors that the recorded call keeps as
+        its own."""
         self.runs += 1
-        if self.runs == 1 or self.fault:  # what comes once is not worth a record
+        if self.runs < RECORDED or self.fault:
             return function(*inputs)
-        if self.runs == 2:
+        if self.runs == RECORDED:
             return self.record(function, *inputs)
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         played = self.play()
-        if self.runs > 3:
+        if self.runs > RECORDED + 1:
             return played
         played, computed = played.clone(), function(*inputs)
         if not torch.equal(played, computed):

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from minitune_kernels import decode
-from minitune_kernels.tape import Graph, Repeated, Tape
+from minitune_kernels.tape import RECORDED, Graph, Repeated, Tape
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
@@ -171,7 +171,7 @@ def test_a_changed_block_is_never_half_played(name, played, monkeypatch):
     monkeypatch.setattr("minitune.models.llama.swiglu", lambda gate, up: CHANGES[name](own(gate, up)))
     expected, _ = with_a_hook(model, "greedy")
     assert answers(model, "greedy") == expected
-    assert played.steps == 0 and all(tape.fault for tape in played.tapes if tape.runs > 1)
+    assert played.steps == 0 and all(tape.fault for tape in played.tapes if tape.runs >= RECORDED)
 
 
 def test_a_changed_block_of_known_operations_is_played(played, monkeypatch):
@@ -224,7 +224,7 @@ def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
 
     tape, results = Tape(), []
     with torch.no_grad():
-        for step in range(6):
+        for step in range(RECORDED + 3):
             x = torch.full((2, 64), float(step))
             results.append(torch.equal(tape.run(function, x.clone()), 3 * x))
     assert all(results) and tape.fault == "what is played is not what was computed"
@@ -258,7 +258,7 @@ def test_nothing_that_a_cuda_graph_would_freeze_changes_between_steps(family, ki
     Traced.made.clear()
     found = answers(model, kind, new=40)
     assert [answer[0] for answer in found] == [answer[0] for answer in expected]
-    assert any(graph.runs > 5 for graph in Traced.made) and all(graph.fault is None for graph in Traced.made)
+    assert any(graph.runs > RECORDED + 2 for graph in Traced.made) and all(graph.fault is None for graph in Traced.made)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -272,7 +272,7 @@ def test_a_decoding_with_cuda_graphs_is_the_one_without(family, kind, quantized,
     expected, _ = with_a_hook(model, kind)
     graphs.clear()
     assert answers(model, kind) == expected
-    assert any(graph.runs > 3 for graph in graphs) and all(graph.fault is None for graph in graphs)
+    assert any(graph.runs > RECORDED + 1 for graph in graphs) and all(graph.fault is None for graph in graphs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
