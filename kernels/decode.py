@@ -88,6 +88,18 @@ def is_beside(parameter, x):
     return parameter.dtype is x.dtype and parameter.is_cpu and parameter.is_contiguous()
 
 
+def is_along(parameter, x):
+    """Whether a parameter may be read along the last axis of x: is_beside(), and as long."""
+    return is_beside(parameter, x) and parameter.shape == x.shape[-1:]
+
+
+def turns(table, x):
+    """Whether rope() may turn x (B, H, T, D) by this table of cosines or sines."""
+    B, _, T, D = x.shape
+    half = table.shape[-1]
+    return is_beside(table, x) and table.shape in ((B, 1, T, half), (1, 1, T, half)) and 2 * half <= D
+
+
 def fits(x, weight, bias=None):
     """Whether linear() takes these: one dtype, few rows, whole vectors."""
     K = weight.shape[1]

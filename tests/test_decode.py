@@ -66,6 +66,24 @@ def test_rope_is_torchs(level, dtype, B, H, T, D, tables):
     close(decode.rope(part, cos, sin), layers.turn(part, cos, sin), dtype)
 
 
+def test_shapes_that_do_not_fit_are_torchs_to_judge(level):
+    """C would read beyond them."""
+    x, cos = torch.ones(2, 4, 3, 16), torch.ones(1, 1, 3, 8)
+    for call in (
+        lambda: RMSNorm(8, 1e-5)(x),
+        lambda: layers.LayerNorm(8)(x),
+        lambda: swiglu(x, x[..., :8]),
+        lambda: apply_rope(x, cos[:, :, :2], cos[:, :, :2]),
+        lambda: apply_rope(x, torch.ones(1, 1, 3, 9), torch.ones(1, 1, 3, 9)),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+    assert torch.equal(layers.LayerNorm((3, 16))(x), F.layer_norm(x, (3, 16)))
+    assert torch.equal(swiglu(x, x[:1]), F.silu(x) * x[:1])
+    turned = random(1, 1, 8, 3, dtype=torch.float32).mT
+    assert torch.equal(apply_rope(x, turned, cos), apply_rope(x, turned.contiguous(), cos))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(1, 1, 2048), (5, 37), (3, 3, 3333), (0, 8)])
 def test_swiglu_is_torchs(level, dtype, shape):

@@ -51,7 +51,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x):
         weight, bias = self.weight, self.bias
-        if bias is not None and decode.takes(x) and decode.is_beside(weight, x) and decode.is_beside(bias, x):
+        if bias is not None and decode.takes(x) and decode.is_along(weight, x) and decode.is_along(bias, x):
             return decode.layer_norm(x, weight, bias, self.eps)
         return super().forward(x)
 
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         weight = self.weight
-        if decode.takes(x) and decode.is_beside(weight, x):
+        if decode.takes(x) and decode.is_along(weight, x):
             return decode.rms_norm(x, weight, self.eps)
         return RMSNormFunction.apply(x, weight, self.eps)
 
@@ -97,7 +97,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 def swiglu(gate, up):
     """silu(gate) * up (arXiv 2002.05202), all of one shape."""
-    if decode.takes(gate) and up.dtype is gate.dtype:
+    if decode.takes(gate) and up.dtype is gate.dtype and up.shape == gate.shape:
         return decode.swiglu(gate, up)
     return SwiGLUFunction.apply(gate, up)
 
@@ -223,7 +223,7 @@ def first_given(*values):
 def apply_rope(x, cos, sin):
     """Turn x (B, H, T, D) by its positions: dim i goes with dim i + d/2, for the first d dims (Phi turns a part of a head); the
     rest stays as it is. cos, sin: (B, 1, T, d/2)."""
-    if decode.takes(x) and cos.dtype is x.dtype and x.stride(-1) == 1:
+    if decode.takes(x) and x.stride(-1) == 1 and decode.turns(cos, x) and decode.turns(sin, x):
         return decode.rope(x, cos, sin)
     return RopeFunction.apply(x, cos, sin)
 
