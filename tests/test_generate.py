@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
+import itertools
 import json
+import sys
 import weakref
 
 import pytest
@@ -521,6 +523,37 @@ def test_what_was_read_before_an_answer_was_stopped_is_remembered():
     with pytest.raises(KeyboardInterrupt):
         decode(model, [[4, 9, 3]], GenerateConfig(max_new_tokens=9, eos_ids=()), on_token=stop, memory=memory)
     assert memory.ids == [4, 9, 3, *seen] and memory.layers[0][0].shape[1] == 6
+
+
+def test_an_answer_that_is_interrupted_at_any_line_leaves_a_memory_that_is_right(monkeypatch):
+    monkeypatch.setattr("minitune.models.cache.FIRST_CAPACITY", 2)
+    model, whole, prompt = tiny_with_adapter("llama", "fp32", "none"), Memory(), [4, 9, 3, 30, 2]
+    options = GenerateConfig(max_new_tokens=4, eos_ids=(), lookup=0)
+    decode(model, [prompt], options, memory=whole)
+    for line in itertools.count(1):
+        memory, left = Memory(), line
+
+        def trace(frame, event, argument):
+            nonlocal left
+            if not frame.f_code.co_filename.endswith("models/cache.py") or "keep" in frame.f_code.co_name:
+                return None
+            left -= event == "line"
+            if event == "line" and left == 0:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            decode(model, [prompt], options, memory=memory)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert memory.ids == whole.ids[: len(memory.ids)]
+        for found, expected in zip(memory.layers, whole.layers, strict=True) if memory.ids else ():
+            assert all(torch.equal(a, b[:, : len(memory.ids)]) for a, b in zip(found, expected, strict=True)), line
+    assert line > 100
 
 
 @pytest.mark.parametrize(

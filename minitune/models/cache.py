@@ -263,7 +263,7 @@ class LayerCache:
         return torch.cat(outputs, dim=1).reshape(1, q.shape[2], -1)
 
     def lay_out(self):
-        """The prompts side by side, the shorter ones with unused slots at the end."""
+        """The prompts side by side, the shorter ones with unused slots at the end. Where an interrupt comes, all or nothing."""
         parts = [self.parts[prompt] for prompt in range(len(self.cache.lengths))]
         self.stored = [k.shape[1] for k, _ in parts]
         H_kv, _, D = parts[0][0].shape
@@ -274,12 +274,13 @@ class LayerCache:
         device = parts[0][0].device
         dtype = torch.float32 if device.type == "cpu" and not in_c else self.dtype
         make = torch.empty if in_c else torch.zeros  # C never reads a slot that was not written
-        self.prompt_k, self.prompt_v = (make(shape, dtype=dtype, device=device) for _ in range(2))
+        prompt_k, prompt_v = (make(shape, dtype=dtype, device=device) for _ in range(2))
         for i, (k, v) in enumerate(parts):
-            self.prompt_k[i, :, : self.stored[i]], self.prompt_v[i, :, : self.stored[i]] = k, v
-        self.parts = {}
+            prompt_k[i, :, : self.stored[i]], prompt_v[i, :, : self.stored[i]] = k, v
         room = len(parts) * self.cache.sequences, H_kv, self.cache.capacity, D
         self.k, self.v = (make(room, dtype=dtype, device=device) for _ in range(2))
+        self.prompt_v, self.prompt_k = prompt_v, prompt_k  # its keys last: they say that all is there
+        self.parts = {}
 
     def grow(self, more):
         """Room for that many new tokens more."""
