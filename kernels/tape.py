@@ -3,8 +3,10 @@ small model spends a quarter of its time: on a GPU a CUDA graph, on a CPU a tape
 
 The C operations write themselves down (perform() in common.h) with the addresses that they were given; Watch sees to it that
 nothing else happened to the numbers meanwhile. A record is believed after one step that was computed too. A function that is
-played does not run its Python: what it prints or counts is that of the first steps. MINITUNE_KERNELS=torch makes no tapes."""
+played does not run its Python: what it prints is that of the first steps. A module that counts its calls, or keeps what it
+saw, is noticed and runs at every step (see Parts). MINITUNE_KERNELS=torch makes no tapes."""
 
+import copy
 import functools
 import sys
 import weakref
@@ -23,30 +25,33 @@ LOOKING = set(
 MAKING = set("empty empty_like new_empty".split())
 
 
-RECORDED = (
-    4  # the run that is recorded: a record costs as much as two runs more, which a short answer would not win back
-)
+RECORDED = 4  # the run that is recorded: it costs as much as two runs more, which a short answer would not win back
 
 
 class Repeated:
-    """run() calls a function until it is known by heart; as long as shapes, weights and the memory of the cache stay."""
+    """run() calls a function of some modules until it is known by heart; as long as shapes and the memory of the cache stay."""
 
-    def __init__(self):
+    def __init__(self, modules=()):
+        self.modules = modules
         self.fault = None  # why it cannot be played, in words
         self.runs = 0
 
     def run(self, function, *inputs):
         """function(*inputs), a tensor that is valid until the next call: called some times, then called and recorded, then
-        played and called, to be compared bit by bit, and from then on played. inputs: tensors that the recorded call keeps as
-        its own."""
+        played and called, to be compared bit by bit, and from then on played, until the modules are changed."""
         self.runs += 1
         if self.runs < RECORDED or self.fault:
             return function(*inputs)
         if self.runs == RECORDED:
-            return self.record(function, *inputs)
+            output = self.record(function, *(t.clone() for t in inputs))  # written to: must not be a part of a table
+            self.parts = Parts(self.modules)
+            return output
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         played = self.play()
+        if not self.parts.stay():  # asked while a GPU plays; what was played did no harm
+            self.fault = "the model was changed"
+            return function(*inputs)
         if self.runs > RECORDED + 1:
             return played
         played, computed = played.clone(), function(*inputs)
@@ -59,14 +64,14 @@ class Repeated:
 class Tape(Repeated):
     """C operations on a CPU, which write themselves down."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, modules=()):
+        super().__init__(modules)
         library, _ = decode.library()
         self.address = library.tape_new()
         weakref.finalize(self, library.tape_free, self.address)
 
     def record(self, function, *inputs):
-        """function(*inputs), written down."""
+        """function(*inputs), written down. inputs: tensors that play() reads, to be written to before."""
         libraries = list(c_library.loaded)
         watch = Watch()
         for library in libraries:
@@ -111,6 +116,30 @@ class Graph(Repeated):
         return self.output
 
 
+class Parts:
+    """What some modules are made of: their attributes, parts and hooks, and where their weights lie."""
+
+    def __init__(self, modules):
+        self.now = [vars(part) for module in modules for part in module.modules()]
+        self.before = [{name: apart(value) for name, value in attributes.items()} for attributes in self.now]
+        held = [[*attributes["_parameters"].values(), *attributes["_buffers"].values()] for attributes in self.now]
+        self.tensors = [t for group in held for t in group if t is not None]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+
+    def stay(self):
+        """Whether all is as it was, and no hook for all modules has come."""
+        try:
+            stays = self.now == self.before and [t.data_ptr() for t in self.tensors] == self.addresses
+        except (RuntimeError, ValueError):  # of two tensors, or arrays, that are not one and the same
+            return False
+        return stays and not torch.nn.modules.module._has_any_global_hook()
+
+
+def apart(value):
+    """A copy of what may be changed where it lies."""
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
 @functools.cache
 def say_once(line):
     print(line, file=sys.stderr)
@@ -119,7 +148,7 @@ def say_once(line):
 class Watch(TorchFunctionMode):
     """While open, sums of C's operations are computed there too, and every call that a tape could not repeat is noticed.
 
-    fault: the first of them, or None; kept: the tensors whose addresses were asked for."""
+    fault: the first of them, or None; kept: the memory whose addresses were asked for, whatever becomes of its tensors."""
 
     def __init__(self):
         super().__init__()
@@ -129,14 +158,15 @@ class Watch(TorchFunctionMode):
         name = getattr(function, "__name__", str(function))
         if name in ("add", "add_") and not kwargs and len(args) == 2 and is_sum(*args):
             result = decode.add(*args, out=args[0] if name == "add_" else None)
-            self.kept += [*args, result]
+            self.kept += [t.detach() for t in (*args, result)]
             return result
         result = function(*args, **(kwargs or {}))
         if name == "data_ptr":
-            self.kept.append(args[0])
+            self.kept.append(args[0].detach())
         elif found := tensors(result):
             known = {t.untyped_storage().data_ptr() for t in tensors(args)}
             is_view = name in LOOKING and all(t.untyped_storage().data_ptr() in known for t in found)
+            is_view = is_view and not (kwargs or {}).get("inplace")  # of dropout
             if not is_view and name not in MAKING:
                 self.fault = self.fault or f"torch's {name}()"
         elif name not in ASKING:

@@ -66,8 +66,8 @@ class Played:
         self.tapes, self.steps = [], 0
         monkeypatch.setattr(cache, "Tape", self.make)
 
-    def make(self):
-        tape, counts = Tape(), self
+    def make(self, modules):
+        tape, counts = Tape(modules), self
         play = tape.play
         tape.play = lambda: counts.count() or play()
         self.tapes.append(tape)
@@ -174,6 +174,93 @@ def test_a_changed_block_is_never_half_played(name, played, monkeypatch):
     assert played.steps == 0 and all(tape.fault for tape in played.tapes if tape.runs >= RECORDED)
 
 
+def streamed(model, at, change, new=24):
+    """A greedy answer, with change(model) called in the middle of it."""
+    seen = []
+
+    def on_token(token):
+        seen.append(token)
+        if len(seen) == at:
+            change(model)
+
+    config = GenerateConfig(max_new_tokens=new, eos_ids=(), lookup=0)
+    (answer,), _ = decode_prompts(model, PROMPTS[:1], config, on_token=on_token)
+    return answer.ids, answer.logprobs
+
+
+def give_other_memory(model):
+    for parameter in model.model.layers.parameters():
+        parameter.data = -parameter.data
+    gc.collect()
+
+
+def give_other_weights(model):
+    layer = model.model.layers[0].mlp.down_proj.base_layer
+    layer.weight = torch.nn.Parameter(-layer.weight.data)
+
+
+def switch_off(model):
+    for name, layer in lora.lora_layers(model).items():
+        lora.put(model, name, layer.base_layer)
+
+
+def scale_adapters(model):
+    for layer in lora.lora_layers(model).values():
+        layer.scaling *= 3
+
+
+def turn_by_a_hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: -out)
+
+
+@pytest.mark.parametrize("change", [give_other_memory, give_other_weights, switch_off, scale_adapters, turn_by_a_hook])
+def test_a_model_that_is_changed_between_two_steps_is_played_no_more(change, played):
+    expected, found = (model_of("llama", has_lora=True) for _ in range(2))
+    for block in expected.model.layers:
+        block.register_forward_pre_hook(lambda *call: None)  # no tapes
+    expected = streamed(expected, 9, change)
+    assert not played.steps
+    assert streamed(found, 9, change) == expected and played.steps == 9 - RECORDED  # the last one in vain
+
+
+def test_a_module_that_keeps_what_it_saw_sees_every_step(played, monkeypatch):
+    model = model_of("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.calls, mlp.seen, own = 0, [], mlp.forward
+
+    def forward(x):
+        mlp.calls += 1
+        mlp.seen.append(x)
+        return own(x)
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    answers(model, "greedy", new=20, eos=())
+    assert mlp.calls == len(mlp.seen) == 20
+
+
+def test_tables_that_are_parts_of_a_buffer_stay_as_they_are(monkeypatch):
+    """A step's inputs are written to where it is played: they are copies."""
+    model = model_of("llama")
+    whole = model.config.rope.tables(torch.arange(100)[None], torch.bfloat16)
+    before = [table.clone() for table in whole]
+    expected = streamed(model, 0, None)
+
+    def tables(self, positions, dtype, documents=None):
+        first, T = int(positions[0, 0]), positions.shape[1]
+        return tuple(table[:, :, first : first + T] for table in whole)
+
+    monkeypatch.setattr(layers.Rope, "tables", tables)
+    assert streamed(model, 0, None) == expected
+    assert all(torch.equal(*pair) for pair in zip(whole, before, strict=True))
+
+
+def test_dropout_in_place_is_no_view():
+    tape = Tape()
+    with torch.no_grad():
+        tape.record(lambda x: decode.add(F.dropout(x, 0.5, training=True, inplace=True), x), torch.ones(2, 64))
+    assert tape.fault == "torch's dropout()"
+
+
 def test_a_changed_block_of_known_operations_is_played(played, monkeypatch):
     model = model_of("llama")
     own = layers.swiglu
@@ -267,7 +354,7 @@ def test_nothing_that_a_cuda_graph_would_freeze_changes_between_steps(family, ki
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decoding_with_cuda_graphs_is_the_one_without(family, kind, quantized, monkeypatch):
     graphs = []
-    monkeypatch.setattr(cache, "Graph", lambda: graphs.append(Graph()) or graphs[-1])
+    monkeypatch.setattr(cache, "Graph", lambda blocks: graphs.append(Graph(blocks)) or graphs[-1])
     model = model_of(family, torch.bfloat16, quantized).cuda()
     expected, _ = with_a_hook(model, kind)
     graphs.clear()

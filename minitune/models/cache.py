@@ -68,7 +68,7 @@ class Cache:
             return through(*inputs)
         form = *(t.shape for t in inputs), x.dtype, torch.get_num_threads()
         if form not in self.tapes:
-            self.tapes[form] = kind()
+            self.tapes[form] = kind(blocks)
             self.tapes[form].fault = "a hook" if has_hooks(blocks) else None
         return self.tapes[form].run(through, *inputs)
 
