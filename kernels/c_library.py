@@ -65,6 +65,7 @@ def load(path):
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoCompiler(f"the built library cannot be loaded: {error}; delete it to build it again") from None
-    library.record.argtypes, library.record.restype = (ctypes.c_void_p,), None  # of common.h; see tape.py
+    for function in (library.record, library.forget):  # of common.h; see tape.py
+        function.argtypes, function.restype = (ctypes.c_void_p,), None
     loaded.append(library)
     return library

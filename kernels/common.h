@@ -58,6 +58,11 @@ static __thread Tape *tape;  // NULL: nothing is recorded
 /* Called of each library that is to write its steps to one tape. */
 void record(Tape *to) { tape = to; }
 
+/* Called of each library before a tape is freed. */
+void forget(const Tape *t) {
+  if (tape == t) tape = NULL;
+}
+
 static void run(const Step *steps, int64_t length, int threads) {
   if (threads == 1) {
     for (int64_t i = 0; i < length; i++) steps[i].work(steps[i].job, 0, steps[i].count);

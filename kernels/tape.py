@@ -68,15 +68,15 @@ class Tape(Repeated):
         super().__init__(modules)
         library, _ = decode.library()
         self.address = library.tape_new()
-        weakref.finalize(self, library.tape_free, self.address)
+        weakref.finalize(self, free, self.address)
 
     def record(self, function, *inputs):
         """function(*inputs), written down. inputs: tensors that play() reads, to be written to before."""
         libraries = list(c_library.loaded)
         watch = Watch()
-        for library in libraries:
-            library.record(self.address)
         try:
+            for library in libraries:
+                library.record(self.address)
             with watch:
                 output = function(*inputs)
         finally:
@@ -94,6 +94,13 @@ class Tape(Repeated):
         if library.tape_run(self.address):
             raise MemoryError("no memory for a decoding step")
         return self.output
+
+
+def free(address):
+    """End a tape, also one that an interrupt left open."""
+    for library in c_library.loaded:
+        library.forget(address)
+    decode.library()[0].tape_free(address)
 
 
 class Graph(Repeated):

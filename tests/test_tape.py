@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from minitune_kernels import decode
+from minitune_kernels import c_library, decode
 from minitune_kernels.tape import RECORDED, Graph, Repeated, Tape
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -297,6 +297,19 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_no_tape_running():
         other.record(lambda x: decode.add(x, x), x.clone())
         other.inputs[0].mul_(3)
         assert torch.equal(other.play(), 6 * x)
+
+
+def test_a_tape_that_an_interrupt_left_open_is_closed_when_it_goes():
+    x, tape = torch.ones(2, 64), Tape()
+    for library in c_library.loaded:
+        library.record(tape.address)
+    del tape
+    with torch.no_grad():
+        for _ in range(100):
+            decode.add(x, x)  # to memory that is another's now, if it were written down
+        other = Tape()
+        other.record(lambda x: decode.add(x, x), x.clone())
+        assert torch.equal(other.play(), 2 * x)
 
 
 def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
