@@ -306,6 +306,9 @@ INLINE void store_32(void *out, int dtype, int64_t i, const Float16 two[2]) {
   memcpy((uint16_t *)out + i, &bits, sizeof bits);
 }
 
+/* In tails, fused where the code says it: a loop for one query and the same for two would be rounded in two ways. */
+#define fused __builtin_fmaf
+
 /* scores[i * stride + k] = query i of q (queries, D) times the key at place[k] of `cache`: up to four keys. */
 INLINE void score_four(const float *q, const int queries, const void *cache, int dtype, const int64_t *place, int count,
                        int64_t D, float *scores, int64_t stride) {
@@ -326,7 +329,7 @@ INLINE void score_four(const float *q, const int queries, const void *cache, int
       for (int k = 0; k < 4; k++) sums[i][k] += load_16(q, FP32, i * D + d) * load_16(cache, dtype, at[k] + d);
   for (; d < D; d++)
     for (int i = 0; i < queries; i++)
-      for (int k = 0; k < 4; k++) rest[i][k] += q[i * D + d] * load(cache, dtype, at[k] + d);
+      for (int k = 0; k < 4; k++) rest[i][k] = fused(q[i * D + d], load(cache, dtype, at[k] + d), rest[i][k]);
   for (int i = 0; i < queries; i++) {
     const Float4 four = sums_16(sums[i]);
     for (int k = 0; k < count; k++) scores[i * stride + k] = four[k] + rest[i][k];
@@ -371,7 +374,8 @@ INLINE void add_values_of(const float *shares, int64_t stride, const int queries
     }
   for (int i = 0; i < queries; i++)
     for (int64_t k = 0; k < count; k++)
-      for (int64_t e = d; e < D; e++) sums[i * D + e] += shares[i * stride + k] * load(cache, dtype, place[k] + e);
+      for (int64_t e = d; e < D; e++)
+        sums[i * D + e] = fused(shares[i * stride + k], load(cache, dtype, place[k] + e), sums[i * D + e]);
 }
 
 INLINE void add_values(const float *shares, int64_t stride, int64_t queries, const void *cache, int dtype,

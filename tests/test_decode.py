@@ -66,6 +66,25 @@ def test_rope_is_torchs(level, dtype, B, H, T, D, tables):
     close(decode.rope(part, cos, sin), layers.turn(part, cos, sin), dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("G, T, D", [(3, 1, 2), (7, 1, 6), (3, 3, 20), (7, 3, 40), (3, 1, 100)])
+def test_what_a_sequence_attends_to_does_not_depend_on_the_others(level, dtype, G, T, D):
+    """Odd numbers of queries, which are taken by twos, and heads that end in the middle of a vector."""
+    n, capacity, new, P = 5, 70, 61, 3
+    for seed in range(4):
+        q, k, v = (random(n, heads, T, D, seed=seed + 9 * i, dtype=dtype) for i, heads in enumerate((G, 1, 1)))
+        prompts = [random(1, 1, P, D, seed=seed + 40 + i, dtype=dtype) for i in range(2)]
+        fresh = [random(n, 1, capacity, D, seed=seed + 60 + i, dtype=dtype) for i in range(2)]
+        sizes = {"B": 1, "H": G, "H_kv": 1, "T": T, "D": D, "P": P, "capacity": capacity, "new_tokens": new}
+        length = torch.tensor([P])
+        shape = decode.Shape(length.data_ptr(), length.data_ptr(), n=n, **sizes)
+        together = decode.attend(q, k, v, shape, (*prompts, *fresh))
+        for row in range(n):
+            shape, part = decode.Shape(length.data_ptr(), length.data_ptr(), n=1, **sizes), slice(row, row + 1)
+            own = [t[part].clone() for t in fresh]
+            assert torch.equal(decode.attend(q[part], k[part], v[part], shape, (*prompts, *own)), together[part])
+
+
 def test_shapes_that_do_not_fit_are_torchs_to_judge(level):
     """C would read beyond them."""
     x, cos = torch.ones(2, 4, 3, 16), torch.ones(1, 1, 3, 8)
