@@ -46,7 +46,7 @@ def run_linears(level, dtype):
     size = BYTES[dtype]
     for N, K in ((1, 32), (7, 96), (17, 1056)):
         weight, bias = buffer(N * K * size), buffer(N * size)
-        for M in range(1, 20):
+        for M in (*range(1, 20), 127, 128):
             x, first, second = buffer(M * K * size), buffer(M * N * size), buffer(M * N * size)
             layers = weight, bias, first, N, weight, None, second, N, *decode.NO_LAYER
             assert steps.decode_linears(level, 2, dtype, x, M, K, *layers) == 0
@@ -57,7 +57,7 @@ def run_linears(level, dtype):
 
 def run_lora(level, dtype):
     size = BYTES[dtype]
-    for M, N, K, r in ((1, 1, 1, 1), (3, 70, 50, 17), (2, 700, 512, 16)):
+    for M, N, K, r in ((1, 1, 1, 1), (3, 70, 50, 17), (2, 700, 512, 16), (13, 33, 63, 70), (128, 15, 32, 3)):
         x, A, B, out = buffer(M * K * size), buffer(r * K * 4), buffer(N * r * 4), buffer(M * N * size)
         assert steps.decode_lora(level, 2, dtype, x, A, B, 0.5, out, M, N, K, r) == 0
         for address in (x, A, B, out):
@@ -66,9 +66,13 @@ def run_lora(level, dtype):
 
 def run_steps(level, dtype):
     size = BYTES[dtype]
-    for M, K in ((1, 1), (3, 70), (2, 8192)):
+    for M, K in ((1, 1), (3, 70), (128, 31), (2, 8192)):
         x, y, weight, out = buffer(M * K * size), buffer(M * K * size), buffer(K * size), buffer(M * K * size)
         steps.decode_norm(level, 2, dtype, x, weight, out, M, K, 1e-5)
+        steps.decode_layer_norm(level, 2, dtype, x, weight, weight, out, M, K, 1e-5)
+        steps.decode_add(level, 2, dtype, x, weight, out, M * K, K)
+        steps.decode_add(level, 2, dtype, x, y, x, M * K, M * K)
+        steps.decode_gelu(level, 2, dtype, x, out, M * K)
         steps.decode_gate(level, 2, dtype, x, y, out, M * K)
         values, ids = buffer(M * 4), buffer(M * 8)
         steps.decode_rank(level, 2, dtype, x, values, ids, M, K, 1)
@@ -90,6 +94,7 @@ def run_steps(level, dtype):
         ([5, 300], 3, 4, 2, 1, 64, 8, 5, 0),
         ([5, 2], 2, 2, 2, 3, 20, 7, 9, 4),
         ([6], 1, 3, 1, 1, 128, 3, 100, 3),
+        *(([5, 129], 2, 6, 2, 1, D, 4, 3, 0) for D in (16, 40, 48, 72, 80, 96, 100, 112, 160)),
     ):
         stored = [min(length, window - 1) if window else length for length in lengths]
         B, R, P = len(lengths), len(lengths) * n, max(stored)
@@ -122,6 +127,11 @@ def run_tape(level, dtype):
     steps.decode_add(level, 2, dtype, x, weight, x, M * K, K)
     for library in (lib, steps):
         library.record(None)
+    left_open = steps.tape_new()  # and forgotten before it goes
+    for library in (lib, steps):
+        library.record(left_open)
+        library.forget(left_open)
+    steps.tape_free(left_open)
     steps.decode_layer_norm(level, 2, dtype, x, weight, weight, out, M, K, 1e-5)
     for _ in range(3):
         assert steps.tape_run(tape) == 0
