@@ -252,21 +252,20 @@ INLINE float sum_16(Float16 v) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Bits16){__VA_ARGS__})
 #endif
 
-/* Sums of neighbours: of a and of b, in turn. */
-INLINE Float16 add_ones(Float16 a, Float16 b) {
-  return SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-
-/* Sums of neighbouring pairs: two of a, two of b, in turn. */
-INLINE Float16 add_twos(Float16 a, Float16 b) {
-  return SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-         SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
+/* Groups of eight, four, two or one neighbours: the even ones of a and of b in turn (LOW), or the odd ones (HIGH). */
+#define LOW_8(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+#define HIGH_8(a, b) SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#define LOW_4(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+#define HIGH_4(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+#define LOW_2(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH_2(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define LOW_1(a, b) SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+#define HIGH_1(a, b) SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
 
 /* The sums of the 16 elements of each of four vectors, each in the order of the others. */
 INLINE Float4 sums_16(const Float16 *v) {
-  const Float16 all = add_twos(add_ones(v[0], v[1]), add_ones(v[2], v[3]));  // parts of the four sums, four times
+  const Float16 ab = LOW_1(v[0], v[1]) + HIGH_1(v[0], v[1]), cd = LOW_1(v[2], v[3]) + HIGH_1(v[2], v[3]);
+  const Float16 all = LOW_2(ab, cd) + HIGH_2(ab, cd);  // parts of the four sums, four times
   Float8 half[2];
   memcpy(half, &all, sizeof half);
   half[0] += half[1];
@@ -750,14 +749,6 @@ INLINE void transpose_16(Float16 v[16]) {
 #define PASS(from, to, apart, low, high) \
   for (int i = 0; i < 16; i++) \
     if (!(i & apart)) to[i] = low(from[i], from[i + apart]), to[i + apart] = high(from[i], from[i + apart]);
-#define LOW_8(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-#define HIGH_8(a, b) SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
-#define LOW_4(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
-#define HIGH_4(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
-#define LOW_2(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-#define HIGH_2(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-#define LOW_1(a, b) SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
-#define HIGH_1(a, b) SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
   PASS(v, t, 8, LOW_8, HIGH_8)
   PASS(t, v, 4, LOW_4, HIGH_4)
   PASS(v, t, 2, LOW_2, HIGH_2)
