@@ -11,6 +11,7 @@ import typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
+from minitune import screen
 from minitune.files import read_json
 
 
@@ -69,6 +70,7 @@ def run_script(cls, job, description):
 
     0: done. 2: the user's input was wrong, in one line on stderr. 1: the run itself failed. 130: stopped by Ctrl-C or
     SIGTERM, with what the job says of what is kept."""
+    screen.prepare()
     try:
         with sigterm_as_ctrl_c():
             job(parse(cls, description=description))

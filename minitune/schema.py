@@ -1,0 +1,109 @@
+"""What a JSON file must hold, and the one function that checks it. A reader names the shape of its file as plain data.
+
+PERSON = {"name": str, "age?": Number(0, 150), "tags": [str]}
+check(json, PERSON, "people.json, line 3")      # ValueError: people.json, line 3: tags[0] is 5, expected text"""
+
+import math
+from dataclasses import dataclass
+
+from minitune.screen import short
+
+WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number from low to high, both included. is_whole: an int."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    is_whole: bool = False
+
+
+COUNT = Number(0, 2**63 - 1, is_whole=True)
+TOKEN_ID = Number(0, 2**31 - 1, is_whole=True)
+
+
+def check(value, shape, where):
+    """Returns `value` where it has the shape; raises ValueError with `where`, the place in it, what is there and what
+    was expected.
+
+    shape: a type (int and float take no bool, float takes an int and must be finite); None; a Number; a set of allowed
+    values; a tuple of alternatives; [shape], a list of it; {str: shape}, an object with any keys; or {"key": shape,
+    "key?": shape}, an object where a ? means that the key may be missing. Keys that are not named pass."""
+    if found := misfit(value, shape, ""):
+        place, bad, expected = found
+        raise ValueError(f"{where}: {place.lstrip('.') or 'it'} is {bad}, expected {expected}")
+    return value
+
+
+def misfit(value, shape, place):
+    """(place, what is there, what was expected) of the first value that does not fit, None where all fit."""
+    wrong = place, short(value), words(shape)
+    if isinstance(shape, tuple):
+        found = [misfit(value, one, place) for one in shape]
+        deeper = [one for one in found if one is not None and one[0] != place]
+        return None if None in found else (deeper or [wrong])[0]
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return wrong
+        return next(filter(None, (misfit(item, shape[0], f"{place}[{i}]") for i, item in enumerate(value))), None)
+    if isinstance(shape, dict):
+        return misfit_object(value, shape, place)
+    if isinstance(shape, Number):
+        is_number = isinstance(value, int if shape.is_whole else (int, float)) and not isinstance(value, bool)
+        return None if is_number and math.isfinite(bounded(value)) and shape.low <= value <= shape.high else wrong
+    if isinstance(shape, (set, frozenset)):
+        is_plain = value is None or isinstance(value, (str, int, float))
+        return None if is_plain and any(value == one and type(value) is type(one) for one in shape) else wrong
+    if shape is None:
+        return None if value is None else wrong
+    if shape is float:
+        return misfit(value, Number(), place)
+    return None if isinstance(value, shape) and isinstance(value, bool) == (shape is bool) else wrong
+
+
+def misfit_object(value, shape, place):
+    if not isinstance(value, dict):
+        return place, short(value), "an object"
+    if set(shape) == {str}:
+        return next(filter(None, (misfit(v, shape[str], f"{place}.{short(k)}") for k, v in value.items())), None)
+    for key, inner in shape.items():
+        name = key.removesuffix("?")
+        if name not in value:
+            if name == key:
+                return f"{place}.{name}", "missing", words(inner)
+        elif found := misfit(value[name], inner, f"{place}.{name}"):
+            return found
+    return None
+
+
+def bounded(value):
+    """A number as a float where it is small enough for one, so that isfinite() can be asked."""
+    return value if isinstance(value, float) else min(max(value, -(2**70)), 2**70)
+
+
+def words(shape):
+    """What a shape means, in words."""
+    if isinstance(shape, tuple):
+        return " or ".join(dict.fromkeys(map(words, shape)))
+    if isinstance(shape, list):
+        return f"a list, each {words(shape[0])}"
+    if isinstance(shape, dict):
+        return "an object"
+    if isinstance(shape, Number):
+        noun = "a whole number" if shape.is_whole else "a finite number"
+        low, high = (None if math.isinf(bound) else f"{bound:g}" for bound in (shape.low, shape.high))
+        if low and high:
+            return f"{noun} from {low} to {high}"
+        return f"{noun}, {low} or more" if low else f"{noun}, at most {high}" if high else noun
+    if isinstance(shape, (set, frozenset)):
+        return f"one of {', '.join(sorted(map(str, shape)))}"
+    return "null" if shape is None else WORDS[shape]
