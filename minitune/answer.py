@@ -1,7 +1,6 @@
 """Prompts to answers, the job of scripts/generate.py: load model and adapter, wrap prompts as it was trained, decode, write."""
 
 import functools
-import hashlib
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ from minitune.device import choose_device, choose_dtype
 from minitune.files import prove_writable, read_json, write_json, write_whole
 from minitune.generate import GenerateConfig, decode, earlier_copies
 from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, EOS, alpaca_prompt, conversation
-from minitune.run_folder import file_sha256, model_fingerprint
+from minitune.run_folder import adapter_fingerprint, model_fingerprint
 from minitune.tokenizer import load_tokenizer
 
 
@@ -346,14 +345,10 @@ def check_lengths(answerer, prompts, places, say):
 def answer_settings(answerer):
     """{what: value} that the answers depend on beside the questions."""
     config = answerer.config
-    adapter = None
-    if config.adapter is not None:
-        parts = [file_sha256(Path(config.adapter) / f"adapter_{name}") for name in ("config.json", "model.safetensors")]
-        adapter = hashlib.sha256("".join(map(str, parts)).encode()).hexdigest()
     settings = {
         "model": answerer.name,
         "model files (sha256)": model_fingerprint(answerer.folder),
-        "adapter (sha256)": adapter,
+        "adapter (sha256)": adapter_fingerprint(config.adapter),
         "template": answerer.template,
         "quantize": config.quantize,
         "compute dtype": str(answerer.dtype).removeprefix("torch."),

@@ -296,7 +296,7 @@ class TrainConfig:
     keep: str = arg(
         "best", "what adapter/ holds in the end: the best held-out loss, or the last step", choices=("best", "last")
     )
-    samples: int = arg(3, "held-out prompts that are answered at every evaluation")
+    samples: int = arg(3, "held-out prompts that are answered, greedily, at every evaluation")
     sample_tokens: int = arg(64, "longest sample answer, in tokens")
     seed: int = arg(42, "seed of the adapter's start, the order of the rows and the dropout")
 

@@ -4,7 +4,6 @@ Answers stream into generations/NAME.jsonl, so that a kill loses none that was w
 metrics are those of minitune/scoring.py. Point by point, the sweep does the same through Run."""
 
 import functools
-import hashlib
 import json
 import time
 from contextlib import contextmanager, nullcontext
@@ -21,7 +20,7 @@ from minitune.device import choose_device, choose_dtype, environment
 from minitune.files import differences, prove_writable, read_json, write_json, write_whole
 from minitune.generate import GenerateConfig, Prefix, decode, earlier_copies
 from minitune.metrics.perplexity import sequence_nll
-from minitune.run_folder import append_line, file_sha256, hold, model_fingerprint, read_lines
+from minitune.run_folder import adapter_fingerprint, append_line, hold, model_fingerprint, read_lines
 from minitune.scoring import ScoreConfig
 from minitune.tokenizer import load_tokenizer
 
@@ -171,8 +170,7 @@ class Run:
             "quantize": self.options.quantize,
             "compute dtype": str(dtype).removeprefix("torch."),
         }
-        parts = [str(file_sha256(self.adapter / name)) for name in ("adapter_config.json", "adapter_model.safetensors")]
-        self.adapter_sha256 = hashlib.sha256("".join(parts).encode()).hexdigest()
+        self.adapter_sha256 = adapter_fingerprint(self.adapter)
         self.losses = {}  # (is_tuned, row) -> [nats, tokens] of the reference
         self.prefixes, self.prefix_room = {}, 0  # (is_tuned, rows) -> Prefix, and the bytes that they may still take
         self.known = {}  # (is_tuned, meaning of a decoding) -> {row: its answer}: what another point need not decode again

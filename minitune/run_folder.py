@@ -122,6 +122,16 @@ def file_sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).exists() else None
 
 
+def adapter_fingerprint(folder):
+    """sha256 of an adapter in PEFT's format, or None where `folder` is None or holds no adapter.
+
+    Whatever is made from an adapter (answers, scores, points of a sweep) stores it: what does not fit is out of date."""
+    if folder is None:
+        return None
+    parts = [file_sha256(Path(folder) / name) for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return None if None in parts else hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
 @dataclass
 class Progress:
     """What a run knows of itself beyond its tensors."""

@@ -3,6 +3,7 @@
 Read fine_tune() from top to bottom: prepare, (batch, forward, backward, clip, step, log, evaluate, save), finish. No
 callbacks."""
 
+import json
 import math
 import os
 import shlex
@@ -17,8 +18,8 @@ from tqdm import tqdm
 
 from minitune import checkpoint, data, hub, lora
 from minitune.config import TrainConfig
-from minitune.device import choose_device, choose_dtype, environment, peak_bytes, reset_peak
-from minitune.files import write_json
+from minitune.device import DTYPES, choose_device, choose_dtype, environment, peak_bytes, reset_peak
+from minitune.files import to_json, write_json, write_whole
 from minitune.generate import GenerateConfig, generate
 from minitune.models.layers import chunked_cross_entropy
 from minitune.run_folder import (
@@ -89,7 +90,13 @@ def fine_tune(config, run, say):
     )
     optimizer = make_optimizer(trained, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    template = {"template": train_set.row_format, "base_model": config.model}
+    facts_of_adapter = {  # what generate and chat need to compute as this run did
+        "template": train_set.row_format,
+        "base_model": config.model,
+        "revision": config.revision,
+        "dtype": next(name for name, each in DTYPES.items() if each == dtype),
+        "quantize": config.quantize,
+    }
 
     def save_adapter(name):
         checkpoint.save_adapter(
@@ -97,7 +104,7 @@ def fine_tune(config, run, say):
             run / name,
             base_model=hub.MODELS.get(config.model, config.model),
             revision=config.revision,
-            extra=template,
+            extra=facts_of_adapter,
             trained=name == "adapter",  # while a scaler looks for its scale, last/ may still be the base
         )
 
@@ -127,7 +134,8 @@ def fine_tune(config, run, say):
             config.sample_tokens,
         )
         if samples:
-            append_line(run / "samples.jsonl", {"step": progress.step, "samples": samples})
+            how = {"do_sample": False, "num_beams": 1, "max_new_tokens": config.sample_tokens}
+            append_line(run / "samples.jsonl", {"step": progress.step, "decoding": how, "samples": samples})
         if not test_set.examples:
             return None
         loss = held_out_loss(model, test_set.examples, config.batch_size, tokenizer.pad_id)
@@ -141,6 +149,7 @@ def fine_tune(config, run, say):
         return loss
 
     torch.manual_seed(config.seed)  # the dropout's
+    write_held_out(run, test_set)
     if progress.step:
         load_state(state_file, trained, optimizer, scaler)
         for file in ("metrics.jsonl", "samples.jsonl"):
@@ -356,6 +365,15 @@ def start_run(run, config, device, fingerprint):
         (run / name).unlink(missing_ok=True)
     write_config(run, config)
     write_json(run / "environment.json", environment(device) | {"seed": config.seed, "data_fingerprint": fingerprint})
+
+
+def write_held_out(run, test_set):
+    """heldout.jsonl: the held-out rows as they were read, for --prompts FILE and --references FILE."""
+    if not test_set.examples:
+        (run / "heldout.jsonl").unlink(missing_ok=True)
+    else:
+        rows = (json.loads(json.dumps(row, default=str)) for row in test_set.rows)  # Parquet has values JSON lacks
+        write_whole(run / "heldout.jsonl", "".join(to_json(row) + "\n" for row in rows))
 
 
 def write_config(run, config):

@@ -814,7 +814,25 @@ def test_environment_and_config_describe_the_run(done, options):
     assert environment["seed"] == 42 and len(environment["data_fingerprint"]) == 64
     assert environment["packages"]["torch"] == torch.__version__
     assert set(config) == set(asdict(TrainConfig())) and config["run"] == str(done)
-    assert read_json(done / "adapter" / "minitune.json")["template"] == "prompt_completion"
+    facts = {"template": "prompt_completion", "base_model": config["model"], "revision": None}
+    assert read_json(done / "adapter" / "minitune.json") == facts | {"dtype": "fp32", "quantize": "none"}
+
+
+def test_held_out_rows_are_written_as_they_were_read(done, base):
+    _, test_set = data.load(str(base / "rows.json"), load_tokenizer(base / "llama"), test_size=4)
+    assert read_lines(done / "heldout.jsonl") == test_set.rows
+
+
+def test_an_adapter_has_one_fingerprint_and_none_where_it_is_not_whole(copied):
+    whole = run_folder.adapter_fingerprint(copied / "adapter")
+    assert re.fullmatch("[0-9a-f]{64}", whole)
+    assert run_folder.adapter_fingerprint(copied / "last") == whole, "the best step was the last: the same adapter"
+    config = read_json(copied / "adapter" / "adapter_config.json")
+    (copied / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    assert run_folder.adapter_fingerprint(copied / "adapter") != whole
+    (copied / "adapter" / "adapter_model.safetensors").unlink()
+    assert run_folder.adapter_fingerprint(copied / "adapter") is None
+    assert run_folder.adapter_fingerprint(None) is None
 
 
 def plain_loss(config, folder, tokenizer):
@@ -848,6 +866,7 @@ def test_samples_are_greedy_answers_to_held_out_prompts(options, base, done):
     config, tokenizer = options(done), load_tokenizer(base / "llama")
     records = read_lines(done / "samples.jsonl")
     assert [record["step"] for record in records] == [0, 4, 8, 10]
+    assert records[0]["decoding"] == {"do_sample": False, "num_beams": 1, "max_new_tokens": 6}
     _, test_set = data.load(config.data, tokenizer, test_size=4)
     model = checkpoint.load_model(config.model, adapter=done / "last")
     prompts = [tokenizer.encode(row["prompt"]) for row in test_set.rows[:2]]
