@@ -139,7 +139,7 @@ def test_kernels_folder_does_not_shadow_hugging_face():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "see the comment in setup.py"
     import minitune_kernels.nf4
 
-    assert Path(minitune_kernels.nf4.__file__).parent == ROOT / "kernels"
+    assert Path(minitune_kernels.nf4.__file__).resolve().parent == ROOT / "kernels"
 
 
 def test_scripts_stay_short():
