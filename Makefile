@@ -12,10 +12,11 @@ demo: $(VENV)/.installed
 train: $(VENV)/.installed
 	$(RUN) scripts/train.py $(ARGS)
 
+# One process a core, four at most. In one process: make test ARGS="-n 0 -x tests/test_lora.py", or plain pytest.
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-# On a machine with a GPU: the kernels, compiled and run there.
+# On a machine with a GPU: the kernels, compiled and run there, in one process.
 test-gpu: $(VENV)/.installed-test
 	$(RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA device')"
 	$(RUN) -m pytest -rs tests/test_nf4.py tests/test_nf4_triton.py tests/test_nf4_cuda.py tests/test_fused.py tests/test_tape.py $(ARGS)

@@ -31,6 +31,7 @@ setup(
         # The peers that the tests compare against; minitune itself never imports them.
         "test": [
             "pytest",
+            "pytest-xdist",  # `make test` runs one process a core: three quarters of the time is Python
             "transformers>=5",
             "peft>=0.17",
             "bitsandbytes>=0.46",
