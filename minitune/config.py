@@ -29,8 +29,8 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, argv=None, description=None):
     """Build `cls` from the command line: field `lora_rank` becomes option --lora-rank.
 
-    Strength, weakest first: the dataclass default, the recipe of the model (`cls.recipe(values)`, where the class has
-    one), the JSON file of --config, the options typed. Exits 2 with one line on an unknown option; --debug shows
+    Strength, weakest first: what `cls` gives a field that is not set (a recipe of TrainConfig, the default), the JSON
+    file of --config, the options typed. Exits 2 with one line on an unknown option; --debug shows
     tracebacks. Raises ValueError on a value that `cls` refuses."""
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="JSON file with options, such as the config.json of a run")
@@ -60,8 +60,7 @@ def parse(cls, argv=None, description=None):
     if path == "":
         parser.error("--config is empty; give a JSON file, or leave the option out")
     stored = from_file(cls, path) if path is not None else {}
-    recipe = cls.recipe({**stored, **typed}) if hasattr(cls, "recipe") else {}
-    values = {**recipe, **stored, **typed}
+    values = {**stored, **typed}
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
@@ -218,9 +217,11 @@ RECIPES = {  # what --model NAME means beyond the weights: the study's settings,
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TrainConfig:
-    """Everything that a training run depends on. A run's config.json holds these fields and is a valid --config."""
+    """Everything that a training run depends on. A run's config.json holds these fields and is a valid --config.
+
+    What is not given has the value of the model's recipe (RECIPES), else the default below."""
 
     model: str = arg(
         "tiny-mistral",
@@ -303,9 +304,14 @@ class TrainConfig:
     @staticmethod
     def recipe(values):
         """The defaults that come with a model's short name."""
-        return RECIPES.get(values.get("model", "tiny-mistral"), {})
+        model = values.get("model", TrainConfig.model)
+        return RECIPES.get(model, {}) if isinstance(model, str) else {}
 
-    def __post_init__(self):
+    def __init__(self, **given):
+        if unknown := given.keys() - {f.name for f in fields(self)}:
+            raise TypeError(f"TrainConfig has no option {screen.some(sorted(unknown))}")
+        for name, value in ({f.name: f.default for f in fields(self)} | self.recipe(given) | given).items():
+            object.__setattr__(self, name, value)
         check_types(self)
         not_empty(self)
         positive(

@@ -55,9 +55,9 @@ def fine_tune_and_compare(name, quantize, kind, config, say):
     """One row of the table."""
     started = time.perf_counter()
     run = Path(config.runs) / f"{name}-{kind.lower()}"
-    settings = TrainConfig.recipe({"model": name}) | {"model": name, "quantize": quantize, "run": str(run)}
-    settings |= {"resume": "never", "samples": 0, "eval_every": 50, "device": config.device}
-    options = TrainConfig(**settings)
+    options = TrainConfig(
+        model=name, quantize=quantize, run=str(run), resume="never", samples=0, eval_every=50, device=config.device
+    )
     folder, device = hub.resolve(name), choose_device(options.device)
     tokenizer = load_tokenizer(folder)
     _, test_set = data.load_for(options, tokenizer)

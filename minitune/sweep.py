@@ -306,8 +306,7 @@ def training_points(config):
     lists = {name: values for name, values in lists.items() if len(values) > 1}
     if not lists:
         raise ValueError("--train varies nothing: give one option several values, such as learning_rate=1e-4,2e-4")
-    recipe = {} if stored else TrainConfig.recipe(fixed)
-    base = TrainConfig(**recipe | stored | fixed)
+    base = TrainConfig(**stored | fixed)
     points, middle = combinations(lists, {name: getattr(base, name) for name in lists}, config.grid)
     name_of = lambda point: "_".join(  # a folder: the / of a file or a hub id is none of its own
         f"{name}{'+'.join(v) if isinstance(v, tuple) else written(v)}".replace("/", "-") for name, v in point.items()

@@ -10,7 +10,7 @@ from dataclasses import FrozenInstanceError, asdict, dataclass, fields
 import pytest
 
 from minitune import files
-from minitune.config import TrainConfig, arg, parse, run_script
+from minitune.config import RECIPES, TrainConfig, arg, parse, run_script
 from minitune.device import choose_device
 from minitune.files import read_json, write_json, write_whole
 
@@ -101,7 +101,26 @@ def test_without_a_model_the_recipe_is_that_of_the_default_model():
 
 
 def test_a_folder_or_hub_id_has_no_recipe():
-    assert parse(TrainConfig, ["--model", "microsoft/phi-2"]) == TrainConfig(model="microsoft/phi-2")
+    config = parse(TrainConfig, ["--model", "microsoft/phi-2"])
+    assert asdict(config) == {f.name: f.default for f in fields(TrainConfig)} | {"model": "microsoft/phi-2"}
+
+
+@pytest.mark.parametrize("model", [*RECIPES, "./mistral", "mistralai/Mistral-7B-v0.1"])
+def test_python_code_gets_the_recipe_as_the_command_line_does(model):
+    config = TrainConfig(model=model)
+    assert config == parse(TrainConfig, ["--model", model])
+    assert {name: getattr(config, name) for name in RECIPES.get(model, {})} == RECIPES.get(model, {})
+
+
+def test_what_is_given_wins_over_the_recipe_also_where_it_is_the_default():
+    config = TrainConfig(model="mistral", quantize="none", lora_rank=TrainConfig.lora_rank)
+    assert (config.quantize, config.lora_rank, config.warmup) == ("none", 16, 0.03)
+    assert config.replace(seed=1) == TrainConfig(model="mistral", quantize="none", lora_rank=16, seed=1)
+    assert config.replace(model="phi2").max_grad_norm == 0.3, "a changed copy keeps what it had"
+    assert TrainConfig() == TrainConfig(model="tiny-mistral") and TrainConfig().dtype == "fp32"
+    assert TrainConfig(**asdict(config)) == config
+    with pytest.raises(TypeError, match="no option epoch"):
+        TrainConfig(epoch=3)
 
 
 @pytest.mark.parametrize("model", ["tiny-mistral", "mistral", "phi2"])
