@@ -1,9 +1,11 @@
 """Fixtures that every test file may use."""
 
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,3 +31,22 @@ def data_dir():
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}: set MINITUNE_TEST_DATA to a folder with it")
     return folder
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script("generate.py", *argv) runs a script here, where torch is imported already: what it printed (stdout, stderr) and its
+    exit code (returncode), as subprocess.run() gives them."""
+
+    def run(name, *argv):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run

@@ -41,18 +41,13 @@ def adapter(tmp_path_factory):
     return run / "adapter"
 
 
-def script(name, *argv, **options):
-    command = [sys.executable, ROOT / "scripts" / name, *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
-def test_a_question_is_answered_and_the_speed_is_said(adapter):
+def test_a_question_is_answered_and_the_speed_is_said(adapter, script):
     done = script("generate.py", "--adapter", adapter, "--prompt", "What is 3 + 4?", "--max-new-tokens", 8)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "tokens/s" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_json_holds_every_token_with_its_logprob(adapter):
+def test_json_holds_every_token_with_its_logprob(adapter, script):
     done = script(
         "generate.py", "--adapter", adapter, "--prompt", "Name a bird.", "--json", "--logprobs", "--max-new-tokens", 6,
         "--num-beams", 3, "--num-return-sequences", 2,
@@ -638,7 +633,7 @@ def test_a_stop_text_is_not_written_and_what_may_begin_one_waits():
         assert stream.getvalue() == expected + "\n"
 
 
-def test_a_place_that_cannot_be_written_is_said_before_the_model_is_loaded(tmp_path):
+def test_a_place_that_cannot_be_written_is_said_before_the_model_is_loaded(tmp_path, script):
     (tmp_path / "file").write_text("")
     for out in (tmp_path, tmp_path / "file" / "answers.json"):
         done = script("generate.py", "--prompt", "x", "--model", "no-such-model", "--out", str(out))

@@ -1,10 +1,8 @@
 """Rows to batches: files, split, labels, over-length policies, packing, order, and the page that shows them."""
 
 import json
-import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -590,10 +588,9 @@ def test_the_page_escapes_rows_shows_white_space_and_loads_nothing(page):
     assert "http" not in text and "src=" not in text and "@import" not in text
 
 
-def test_inspect_data_is_a_command_with_one_clear_line_on_bad_input(tmp_path, tokenizer):
-    script = Path(__file__).parents[1] / "scripts" / "inspect_data.py"
-    command = [sys.executable, str(script), "--model", str(tokenizer.folder), "--data", str(tmp_path / "no.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_inspect_data_is_a_command_with_one_clear_line_on_bad_input(tmp_path, tokenizer, script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = script("inspect_data.py", "--model", tokenizer.folder, "--data", tmp_path / "no.json")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.json does not exist" in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -57,7 +57,7 @@ def evaluated(trained):
     return evaluate(EvaluateConfig(run=str(trained), max_new_tokens=12, resamples=400), QUIET)
 
 
-def script(*argv):
+def command(*argv):
     return [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, argv)]
 
 
@@ -212,7 +212,7 @@ def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run
     whole = shutil.copytree(run, tmp_path / "whole")
     theirs = evaluate(EvaluateConfig(run=str(whole), do_sample=True, **options), QUIET)
     argv = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
-    process = subprocess.Popen(script("--run", run, "--do-sample", *argv), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command("--run", run, "--do-sample", *argv), stdout=subprocess.DEVNULL)
     file = answers_file(run)
     deadline = time.monotonic() + 60
     while not file.exists() or len(file.read_bytes().splitlines()) < 4:
@@ -347,7 +347,7 @@ def test_ctrl_c_says_what_is_there_and_a_prompt_without_room_its_rows(run, monke
 
 def test_sigterm_says_how_many_answers_are_kept_and_the_same_command_goes_on(run):
     argv = ["--run", run, "--max-new-tokens", 40, "--min-new-tokens", 40, "--batch-size", 2, "--resamples", 50]
-    process = subprocess.Popen(script(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     file, deadline = answers_file(run), time.monotonic() + 60
     while not file.exists() or len(file.read_bytes().splitlines()) < 4:
         assert process.poll() is None and time.monotonic() < deadline
@@ -538,11 +538,11 @@ def test_metrics_that_files_cannot_give_are_refused_by_name(tmp_path):
             evaluate(EvaluateConfig(**files, metrics=name), QUIET)
 
 
-def test_the_script_ends_with_2_and_one_line_on_bad_input(tmp_path):
+def test_the_script_ends_with_2_and_one_line_on_bad_input(tmp_path, script):
     write_json(tmp_path / "r.json", REFERENCES)
     (tmp_path / "bad.json").write_text('["a", 1]')
     files = ("--predictions", tmp_path / "bad.json", "--references", tmp_path / "r.json")
-    bad = subprocess.run(script(*files), capture_output=True, text=True)
+    bad = script("evaluate.py", *files)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "bad.json, row 1" in bad.stderr
 
 

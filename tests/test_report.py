@@ -4,8 +4,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -472,11 +470,9 @@ def test_a_broken_study_is_one_line_with_file_and_row(case, tmp_path):
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
-def test_the_script_takes_folders_before_and_after_its_options_and_exits_2_on_bad_input(run, tmp_path):
+def test_the_script_takes_folders_before_and_after_its_options_and_exits_2_on_bad_input(run, tmp_path, script):
     out = tmp_path / "made" / "page.html"
-    call = lambda *argv: subprocess.run(
-        [sys.executable, ROOT / "scripts" / "report.py", *map(str, argv)], capture_output=True, text=True, cwd=tmp_path
-    )
+    call = lambda *argv: script("report.py", *argv)
     shutil.rmtree(run / "sweep")
     done = call(run, "--out", out, "--resamples", 50, run.parent)
     assert done.returncode == 0 and out.exists() and str(out) in done.stdout, done.stderr
