@@ -19,7 +19,7 @@ setup(
         "safetensors",  # weights and adapters
         "sentencepiece",  # tokenizer.model of Llama and Mistral
         "tokenizers",  # tokenizer.json of Phi and Llama 3
-        "huggingface-hub",  # downloads
+        "huggingface-hub>=1",  # downloads: its cache, token and HTTP client
         "numpy",  # the study's split, random bits
         "nltk",  # Porter stemmer of ROUGE-L
         "regex",  # Unicode classes of a BLEU tokeniser; nltk needs it anyway

@@ -1,24 +1,31 @@
 """From a model's name to a local folder, and the original Alpaca rows: the only module that uses the network.
 
-The cache, tokens, locks, bars and small files are huggingface_hub's: HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE
-mean what they always mean, and the cache is shared with other tools. Weights are the exception. huggingface_hub 2
-deletes what it has of a file when the download breaks, and a shard is 5-10 GB: here it comes over plain HTTP into
-blobs/ETAG.incomplete, a rerun goes on where it stopped, and the SHA-256 is checked at the end. Who wants Xet's speed
-instead fills the same cache with `hf download ID`.
+The cache, the token, locks and proxies are huggingface_hub's: HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what
+they always mean, and the cache is shared with other tools. The downloads are ours, because a server is not trusted here:
+huggingface_hub writes to whatever path an ETag spells, and deletes what it has of a 10 GB shard when a download breaks. Only
+names that this module spells itself, commits and hashes become paths; a body ends at the announced size, is given up when
+it trickles, and must have the repository's hash; a rerun goes on where it stopped. Who wants Xet's speed instead fills the
+same cache with `hf download ID`.
 """
 
+import contextlib
 import difflib
 import errno
 import hashlib
-import io
-import json
 import os
+import queue
 import re
 import shutil
-import sys
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, urljoin, urlsplit
 
-from minitune.files import read_json, write_whole
+from minitune import screen
+from minitune.files import expand, parse_json, read_json, write_whole
+from minitune.schema import Number, check
+from minitune.screen import short, some
 
 MODELS = {
     "llama2": "meta-llama/Llama-2-7b-hf",
@@ -35,32 +42,59 @@ SMALL_FILES = (
     "generation_config.json tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
     "added_tokens.json vocab.json merges.txt vocab.txt chat_template.jinja"
 ).split()
+PLAIN_NAME = re.compile(r"\w[\w.+-]{0,199}")  # of a shard: no folder, no hidden file
+COMMIT = re.compile("[0-9a-f]{40}")
+HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 of small files, SHA-256 of large ones
 
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 ALPACA_ROWS = 52_002
 
+PATIENCE = 30  # seconds in which a server must send this much a second, or is given up
+SLOWEST = 1024  # bytes
+ATTEMPTS = 3  # in a row that bring less than a MiB
+SMALL_LIMIT = 200_000_000  # bytes of a listing, a tokenizer, the rows; the largest that we know have 50 MB
+LARGE_LIMIT = 500_000_000_000  # bytes of a file of weights: the hub's own limit
 
-def resolve(name, revision=None):
+SIZE = Number(0, 10**15, is_whole=True)
+TEXT = (str, None)
+LISTED = {
+    "rfilename": str,
+    "size?": (SIZE, None),
+    "blobId?": TEXT,
+    "lfs?": ({"sha256?": TEXT, "size?": (SIZE, None)}, None),
+}
+LISTING = {"sha?": TEXT, "siblings": [LISTED]}  # of the hub's API, /api/models/ID/revision/NAME?blobs=true
+ALPACA = [{"instruction": str, "input": str, "output": str}]
+
+
+def resolve(name, revision=None, weights=True):
     """The local folder (Path) of a model, downloaded first if need be.
 
     name: a short name (MODELS, EMBEDDED), a folder with config.json, or a hub id owner/name. A short name wins over a
     folder called the same: write ./mistral for the folder. revision: branch, tag or commit on the hub; None is main.
+    weights: False fetches config and tokenizer only, so that what depends on these is checked before 10 GB come.
     Raises ValueError that says what to do if there is no such model or it cannot be downloaded whole."""
     name = os.fspath(name)
     if name in MODELS:
-        return _from_hub(MODELS[name], revision or "main")
-    folder = EMBEDDED_FOLDER / name if name in EMBEDDED else Path(os.path.expanduser(name))
-    if name in EMBEDDED or (name and folder.exists()):
+        return _from_hub(MODELS[name], revision or "main", weights)
+    folder = EMBEDDED_FOLDER / name if name in EMBEDDED else expand(name)
+    if name in EMBEDDED or (name and os.path.exists(folder)):
         return _local(folder, revision)
     if "://" in name:
-        raise ValueError(f"{name!r} is an address; expected a hub id such as mistralai/Mistral-7B-v0.1, or a folder")
+        raise ValueError(
+            f"{short(name)} is an address; expected a hub id such as mistralai/Mistral-7B-v0.1, or a folder"
+        )
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-        raise ValueError(f"the folder {name} does not exist; expected a folder with config.json or a hub id owner/name")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ValueError(
+            f"the folder {some([name])} does not exist; expected a folder with config.json or a hub id owner/name"
+        )
+    if len(name) > 96 or not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name, re.ASCII) or ".." in name:
         known = [*MODELS, *EMBEDDED]
-        guess = "".join(f" Did you mean {close}?" for close in difflib.get_close_matches(name, known, n=1))
-        raise ValueError(f"unknown model {name!r}.{guess} Expected {', '.join(known)}, a folder or a hub id owner/name")
-    return _from_hub(name, revision or "main")
+        guess = "".join(f" Did you mean {close}?" for close in difflib.get_close_matches(name[:99], known, n=1))
+        raise ValueError(
+            f"unknown model {short(name)}.{guess} Expected {', '.join(known)}, a folder or a hub id owner/name"
+        )
+    return _from_hub(name, revision or "main", weights)
 
 
 def embedded_rows(part):
@@ -79,65 +113,98 @@ def alpaca_file():
     MINITUNE_ALPACA_URL names a mirror. Raises ValueError, and keeps nothing, if it does not arrive whole."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
-    from huggingface_hub.file_download import http_get
 
     path = Path(constants.HF_HOME) / "minitune" / "alpaca_data.json"
     if path.is_file():
         return path
     url = os.environ.get("MINITUNE_ALPACA_URL") or ALPACA_URL
     ways_out = "Ways out: rows of yours (--data FILE) or the embedded ones (--data embedded)."
-    content = io.BytesIO()
     try:
-        # Without build_hf_headers: this is not the hub, the token stays here.
-        http_get(url, content, headers={"Accept-Encoding": "identity"}, displayed_filename=path.name)
-        if fault := _fault_of_rows(content.getvalue()):
-            raise ValueError(f"{url} is not the original alpaca_data.json: {fault}. Nothing was kept. {ways_out}")
-        write_whole(path, content.getvalue())
+        content = _read(url, {}, path.name)  # without the token: this is not the hub
+        if fault := _fault_of_rows(content):
+            raise ValueError(
+                f"{some([url])} is not the original alpaca_data.json: {fault}. Nothing was kept. {ways_out}"
+            )
+        write_whole(path, content)
     except (HTTPError, OSError) as error:
-        raise ValueError(f"alpaca_data.json cannot be downloaded: {_reason(error, url)} {ways_out}") from error
+        reason = _reason(error, url)
+        raise ValueError(f"alpaca_data.json cannot be downloaded: {reason} {ways_out}") from error
     return path
 
 
 def _fault_of_rows(content):
     try:
-        rows = json.loads(content)
-    except ValueError as error:  # not JSON, or not text
-        return f"not JSON ({error})"
-    keys = {"instruction", "input", "output"}
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
-        return "not a list of rows with instruction, input and output"
+        rows = check(_json(content, "it"), ALPACA, "its value")
+    except ValueError as error:
+        return str(error)
     return f"{len(rows):,} rows instead of {ALPACA_ROWS:,}" if len(rows) != ALPACA_ROWS else None
 
 
 def _local(folder, revision):
     if revision is not None:
-        raise ValueError(f"revision {revision!r} is for models on the hub; leave it out for the folder {folder}")
-    if (folder / "config.json").is_file():
+        raise ValueError(f"revision {short(revision)} is for models on the hub; leave it out for the folder {folder}")
+    if os.path.isfile(folder / "config.json"):
         return folder
-    if (folder / "adapter_config.json").is_file():
+    if os.path.isfile(folder / "adapter_config.json"):
         raise ValueError(f"{folder} holds an adapter, not a model: name its base as the model and it as the adapter")
     fault = "is a file, not a folder" if folder.is_file() else "has no config.json"
     raise ValueError(f"{folder} {fault}; expected a folder with config.json, tokenizer and safetensors files")
 
 
-def _from_hub(repo, revision):
-    """The snapshot folder of a model in the hub's cache, after fetching what it lacks."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HTTPError  # of httpx2 or httpx; those of requests are OSErrors
+# --- a model on the hub ---
 
+
+@dataclass
+class RemoteFile:
+    """A file of a repository at one commit."""
+
+    name: str
+    url: str
+    size: int | None  # bytes, None where the server does not say
+    digest: str | None  # hex: SHA-256, or git's SHA-1; None where the server gives no hash
+    limit: int = SMALL_LIMIT  # bytes
+
+
+def _from_hub(repo, revision, weights):
+    """The snapshot folder of a model in the hub's cache, after fetching what it lacks."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+
+    if not re.fullmatch(r"\w[\w./+-]{0,199}", revision) or ".." in revision:
+        raise ValueError(f"revision is {short(revision)}, expected a branch, a tag or a commit of {repo}")
     try:
-        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except (HTTPError, OSError, json.JSONDecodeError) as error:  # JSON: a captive portal answers 200 with its own page
-        return _cached(repo, revision, error)
-    try:
-        return _download(repo, revision, {sibling.rfilename for sibling in info.siblings or []})
+        try:
+            commit, listed = _listing(repo, revision)
+        except (HTTPError, OSError, ValueError) as error:  # ValueError: a captive portal answers 200 with its own page
+            return _cached(repo, revision, weights, error)
+        return _download(repo, revision, commit, listed, weights)
     except (HTTPError, OSError) as error:
         reason = _reason(error, constants.ENDPOINT, repo, revision)
         raise ValueError(f"{repo} cannot be downloaded: {reason} {WAYS_OUT}") from error
+    except KeyboardInterrupt:
+        again = "the same command goes on from what has arrived"
+        raise KeyboardInterrupt(f"{repo} is not downloaded yet; {again}") from None
 
 
-def _cached(repo, revision, error):
-    """The snapshot in the cache when the hub is out of reach or refuses, if it is whole. Prints that, and why."""
+def _listing(repo, revision):
+    """(commit, {file name: what the hub says of it}) of a revision. Raises ValueError where the answer is no listing."""
+    from huggingface_hub import constants, hf_hub_url
+
+    url = f"{constants.ENDPOINT}/api/models/{repo}/revision/{quote(revision, safe='')}"
+    found = check(_json(_read(f"{url}?blobs=true", _headers()), url), LISTING, f"the answer of {url}")
+    commit = found.get("sha")
+    if commit is None:  # some mirrors say it beside the files only
+        response, _ = _open("HEAD", hf_hub_url(repo, "config.json", revision=revision), _headers())
+        commit = response.headers.get("X-Repo-Commit")
+    if not COMMIT.fullmatch(commit or ""):
+        raise ValueError(f"{url} names the commit {short(commit)}, expected 40 hexadecimal digits")
+    if COMMIT.fullmatch(revision) and commit != revision:
+        raise ValueError(f"{url} answered with another commit, {commit}")
+    return commit, {file["rfilename"]: file for file in found["siblings"]}
+
+
+def _cached(repo, revision, weights, error):
+    """The snapshot in the cache when the hub is out of reach or refuses, if it is whole. Tells that, and why."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     reason = _reason(error, constants.ENDPOINT, repo, revision)
@@ -147,53 +214,58 @@ def _cached(repo, revision, error):
         raise ValueError(f"{repo} cannot be downloaded, and {fault}: {reason} {WAYS_OUT}") from error
     folder = Path(config).parent
     files = {path.name for path in folder.iterdir() if path.exists()}  # a link to a deleted blob does not
-    lacking = [name for name in _weights(files, folder) or ["all safetensors"] if name not in files]
-    if lacking:
-        fault = f"the copy in {folder} is incomplete: it lacks {_some(lacking)}"
+    wanted = (_weights(files, folder) or ["all safetensors"]) if weights else []
+    if lacking := [name for name in wanted if name not in files]:
+        fault = f"the copy in {folder} is incomplete: it lacks {some(lacking)}"
         raise ValueError(f"{repo} cannot be downloaded, and {fault}: {reason} {WAYS_OUT}") from error
-    print(f"{repo}: using the copy in {folder}, because it cannot be downloaded: {reason}", file=sys.stderr)
+    screen.tell(f"{repo}: using the copy in {folder}, because it cannot be downloaded: {reason}")
     return folder
 
 
-def _download(repo, revision, names):
-    """Fetch what a model needs out of the repository's file `names`; returns the snapshot folder.
+def _download(repo, revision, commit, listed, weights):
+    """Fetch what a model needs out of the repository's files; returns the snapshot folder.
 
-    config.json goes first: the commit that it comes from is the one of all others, and `revision` in the cache."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    listed: {file name: its entry of the listing}."""
+    from huggingface_hub import constants
 
-    if "config.json" not in names:
-        kind = "an adapter, whose base is the model to name" if "adapter_config.json" in names else "no model"
+    if "config.json" not in listed:
+        kind = "an adapter, whose base is the model to name" if "adapter_config.json" in listed else "no model"
         raise ValueError(f"{repo} (revision {revision}) has no config.json: it is {kind}. {WAYS_OUT}")
-    if INDEX not in names and not _weights(names, None):
+    if INDEX not in listed and not _weights(listed, None):
         kinds = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
-        held = _some(sorted(n for n in names if n.endswith(kinds)) or sorted(names))
+        held = some(sorted(n for n in listed if n.endswith(kinds)) or sorted(listed))
         convert = "Convert it with transformers (from_pretrained, then save_pretrained), or take another revision."
         raise ValueError(
             f"{repo} (revision {revision}) has no model.safetensors and no index of shards, only {held}. {convert} {WAYS_OUT}"
         )
 
-    folder = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
-    commit, blobs = folder.name, folder.parent.parent / "blobs"
-    for name in [*SMALL_FILES, *([] if "model.safetensors" in names else [INDEX])]:
-        if name in names:
-            hf_hub_download(repo, name, revision=commit)
-    weights = _weights(names, folder)
-    if absent := [name for name in weights if name not in names]:
-        raise ValueError(f"{INDEX} of {repo} names {_some(absent)}, which the repository does not have. {WAYS_OUT}")
+    storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"  # as huggingface_hub calls it
+    folder, blobs = storage / "snapshots" / commit, storage / "blobs"
+    small = [*SMALL_FILES, *([] if "model.safetensors" in listed else [INDEX])]
+    files = _describe(repo, commit, folder, [name for name in ("config.json", *small) if name in listed], listed)
+    for made in (folder, blobs, storage / "refs"):
+        made.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        _fetch(file, storage, folder)
+    if revision != commit:
+        write_whole(storage / "refs" / revision, commit)
+    if not weights:
+        return folder
 
-    urls = {name: hf_hub_url(repo, name, revision=commit) for name in weights if not (folder / name).exists()}
-    remote = {name: get_hf_file_metadata(url) for name, url in urls.items()}
-    have = sum(_size(blobs / file.etag) or _size(blobs / f"{file.etag}.incomplete") for file in remote.values())
-    needed = sum(file.size or 0 for file in remote.values()) - have
+    names = _weights(listed, folder)
+    if absent := [name for name in names if name not in listed]:
+        raise ValueError(f"{INDEX} of {repo} names {some(absent)}, which the repository does not have. {WAYS_OUT}")
+    files = _describe(repo, commit, folder, names, listed, LARGE_LIMIT)
+    have = sum(_size(blobs / _key(file)) or _size(blobs / f"{_key(file)}.incomplete") for file in files)
+    needed = sum(file.size or 0 for file in files) - have
     free = shutil.disk_usage(folder).free
     if needed > free:
         sizes = f"{needed:,} bytes ({needed / 1e9:.1f} GB) are to come, {free:,} ({free / 1e9:.1f} GB) are free"
         raise ValueError(f"the disk is too full for {repo}: {sizes} in {blobs}. {OTHER_DISK} {WAYS_OUT}")
-    if remote:
-        print(f"{repo}: downloading {needed / 1e9:.2f} GB to {blobs}", file=sys.stderr)
-    for name, file in remote.items():
-        _fetch(name, urls[name], blobs / file.etag, file.size)
-        hf_hub_download(repo, name, revision=commit)  # finds the blob and links it into the snapshot
+    if files:
+        screen.tell(f"{repo}: downloading {needed / 1e9:.2f} GB to {blobs}")
+    for file in files:
+        _fetch(file, storage, folder)
     return folder
 
 
@@ -203,83 +275,344 @@ def _weights(names, folder):
     if "model.safetensors" in names:
         return ["model.safetensors"]
     if INDEX in names:
-        index = read_json(folder / INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError(f"{folder / INDEX} has no weight_map; expected one from tensor to file name")
-        return sorted(set(weight_map.values()))
+        shards = sorted(set(read_json(folder / INDEX, {"weight_map": {str: str}})["weight_map"].values()))
+        if odd := [name for name in shards if not PLAIN_NAME.fullmatch(name)]:
+            raise ValueError(
+                f"{folder / INDEX} names the file {short(odd[0])}, expected plain names such as model-00001.safetensors"
+            )
+        return shards
     return []  # names of other schemes (consolidated.safetensors) hold other tensor names
 
 
-def _fetch(name, url, blob, size):
-    """Download one file of weights to `blob`, going on from its .incomplete part. size: bytes, None if not known."""
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+def _describe(repo, commit, folder, names, listed, limit=SMALL_LIMIT):
+    """The RemoteFiles of those `names` that the snapshot `folder` lacks, with hash and size as listing and server give them.
 
-    part = blob.with_name(f"{blob.name}.incomplete")
-    storage = blob.parent.parent
-    lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"  # that of huggingface_hub for this blob
+    Raises ValueError where a size or an ETag cannot be one."""
+    from huggingface_hub import hf_hub_url
+
+    files = []
+    for name in names:
+        if (folder / name).exists():
+            continue
+        url, entry = hf_hub_url(repo, name, revision=commit), listed[name]
+        response, _ = _open("HEAD", url, _headers())
+        headers, large, is_itself = response.headers, entry.get("lfs"), response.status_code == 200
+        etag = _hash_in(headers.get("X-Linked-Etag") or (headers.get("ETag") if is_itself else None), name)
+        size = _size_in(headers.get("X-Linked-Size") or (headers.get("Content-Length") if is_itself else None), name)
+        sha256 = (large or {}).get("sha256") or (etag if etag and len(etag) == 64 else None)
+        if etag and len(etag) == 64 and etag != sha256:
+            raise ValueError(f"the hub gives two hashes for {name} of {repo}: {short(sha256)} and {etag}. {WAYS_OUT}")
+        digest = sha256 or (entry.get("blobId") if large is None else None) or etag
+        if digest and not HASH.fullmatch(digest):
+            raise ValueError(
+                f"the hub lists {name} of {repo} with the hash {short(digest)}, expected hexadecimal digits"
+            )
+        size = next((s for s in (size, (large or {}).get("size"), entry.get("size")) if s is not None), None)
+        if size is not None and size > limit:
+            raise ValueError(f"the hub gives {name} of {repo} {size:,} bytes, expected at most {limit:,}. {WAYS_OUT}")
+        files.append(RemoteFile(name, url, size, digest, limit))
+    return files
+
+
+def _hash_in(etag, name):
+    """The hash that an ETag is, None where it is something else. Raises ValueError where it looks like a path."""
+    if etag is None:
+        return None
+    etag = etag.strip().removeprefix("W/").strip('"')
+    if etag.startswith(("/", "~")) or ".." in etag or not etag.isprintable() or "\\" in etag:
+        raise ValueError(
+            f"the server gives {name} the ETag {short(etag)}, which is a path and no hash: do not trust it. {WAYS_OUT}"
+        )
+    return etag.lower() if HASH.fullmatch(etag.lower()) else None
+
+
+def _size_in(text, name):
+    if text is not None and not re.fullmatch(r"\s*[0-9]{1,15}\s*", text):
+        raise ValueError(f"the server gives {name} a size of {short(text)}, expected a number of bytes. {WAYS_OUT}")
+    return None if text is None else int(text)
+
+
+def _key(file):
+    """The name that the blob of a RemoteFile has while it is not whole."""
+    return file.digest or hashlib.sha256(file.url.encode()).hexdigest()
+
+
+def _fetch(file, storage, folder):
+    """Bring a RemoteFile into the snapshot `folder`, going on from the .incomplete part in storage/blobs."""
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import WeakFileLock
+
+    part = storage / "blobs" / f"{_key(file)}.incomplete"
+    lock = storage.parent / ".locks" / storage.name / f"{_key(file)}.lock"  # that of huggingface_hub for this blob
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if blob.exists():
+        if (folder / file.name).exists():
             return
-        if size is not None and _size(part) > size:
-            part.unlink()
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        with open(part, "ab") as file:
-            http_get(url, file, resume_size=_size(part), headers=headers, expected_size=size, displayed_filename=name)
-            file.flush()
-            os.fsync(file.fileno())
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and _sha256(part) != blob.name:  # the hub's ETag of large files
-            part.unlink()
-            raise OSError(f"{name} arrived damaged: its SHA-256 is not {blob.name}; it was deleted")
-        os.replace(part, blob)
+        blob = storage / "blobs" / file.digest if file.digest else None
+        if blob is None or not blob.exists():
+            attempts = ATTEMPTS
+            while attempts:
+                before = _size(part)
+                try:
+                    _append(file, part)
+                    break
+                except (HTTPError, Refused) as error:
+                    if isinstance(error, Refused) and error.status not in (408, 429, 500, 502, 503, 504):
+                        raise
+                    attempts = ATTEMPTS if _size(part) - before >= 1 << 20 else attempts - 1
+                    if not attempts:
+                        raise
+                    time.sleep(1)
+            blob = storage / "blobs" / _proven(file, part)
+            os.replace(part, blob)
+        _link(blob, folder / file.name)
+
+
+def _append(file, part):
+    """Download what `part` lacks of a RemoteFile. Raises HTTPError or OSError; what has arrived stays."""
+    bound = file.limit if file.size is None else file.size
+    with open(part, "ab") as out:
+        have = _size(part)
+        if have > bound:
+            out.truncate(0)
+            have = 0
+        if have and have == file.size:
+            return
+        response, blocks = _open("GET", file.url, {**_headers(), **({"Range": f"bytes={have}-"} if have else {})})
+        if have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            if response.status_code == 206:
+                raise OSError(f"the server sent another part of {file.name} than was asked for")
+            out.truncate(0)  # it sends the whole file
+            have = 0
+        announced = _size_in(response.headers.get("Content-Length"), file.name)
+        total = file.size if announced is None or file.size is not None else have + announced
+        bound = min(bound, have + shutil.disk_usage(part.parent).free // 2 if total is None else total)
+        with screen.progress(total, "B", unit_scale=True, desc=file.name, initial=have, leave=bound > 10**7) as bar:
+            for block in blocks:
+                have += len(block)
+                if have > bound:
+                    out.truncate(0)
+                    raise OSError(f"the server sends more of {file.name} than the {bound:,} bytes that it may have")
+                out.write(block)
+                bar.update(len(block))
+        out.flush()
+        os.fsync(out.fileno())
+        if total is not None and have != total:
+            raise OSError(f"{file.name} has {have:,} bytes, but {total:,} were announced")
+
+
+def _proven(file, part):
+    """The name of the blob that `part` is. Raises OSError, and deletes it, where it has not the repository's hash."""
+    size = _size(part)
+    digests = [hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size), hashlib.sha1()]  # the last: some mirrors' ETag
+    if file.digest:
+        digests = digests[:1] if len(file.digest) == 64 else digests[1:]
+    with open(part, "rb") as content:
+        while block := content.read(1 << 20):
+            for digest in digests:
+                digest.update(block)
+    found = [digest.hexdigest() for digest in digests]
+    if file.digest is None:
+        screen.warn(f"the server gives no hash of {file.name}, so its content could not be checked")
+        return found[0]
+    if file.digest not in found:
+        part.unlink()
+        raise OSError(f"{file.name} arrived damaged: its hash is {found[0]}, not {file.digest}; it was deleted")
+    return file.digest
+
+
+def _link(blob, path):
+    """Make `path` in a snapshot a relative link to its blob, or a copy where there are no links."""
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        os.symlink(os.path.relpath(blob, path.parent), temporary)
+    except OSError:  # Windows, exFAT
+        shutil.copyfile(blob, temporary)
+    os.replace(temporary, path)
 
 
 def _size(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+# --- a server ---
 
 
-def _some(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+class Refused(OSError):
+    """A server's answer that is an error: its HTTP status, and the hub's code and message."""
+
+    def __init__(self, response):
+        self.status = response.status_code
+        self.code, self.said = (response.headers.get(name, "") for name in ("X-Error-Code", "X-Error-Message"))
+        super().__init__(f"HTTP status {self.status}" + (f": {self.said}" if self.said else ""))
+
+
+def _headers():
+    """With the token, where there is one: for HF_ENDPOINT only. (build_hf_headers() asks the server for more first.)"""
+    from huggingface_hub import constants, get_token
+
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    if not re.fullmatch(r"[!-~]*", token or ""):
+        raise ValueError("the token of HF_TOKEN or `hf auth login` has characters that no token has; set it anew")
+    return {"User-Agent": "minitune", **({"Authorization": f"Bearer {token}"} if token else {})}
+
+
+def _read(url, headers, name=None):
+    """The whole body behind an address, at most SMALL_LIMIT bytes. name: of a progress bar."""
+    response, blocks = _open("GET", url, headers)
+    total = _size_in(response.headers.get("Content-Length"), url)
+    content = bytearray()
+    bar = screen.progress(total, "B", unit_scale=True, desc=name) if name else contextlib.nullcontext()
+    with bar:
+        for block in blocks:
+            content += block
+            if len(content) > SMALL_LIMIT:
+                raise OSError(f"it sends more than {SMALL_LIMIT:,} bytes")
+            if name:
+                bar.update(len(block))
+    return bytes(content)
+
+
+def _json(content, where):
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{where} is not valid JSON: it is no UTF-8 text") from None
+    return parse_json(text, where)
+
+
+def _open(method, url, headers):
+    """(response, its blocks) of a request, after redirects; the token goes to no other host than the first.
+
+    A HEAD request stops where the hub describes a large file, before the redirect to its store."""
+    for _ in range(6):
+        stream = _receive(method, url, headers)
+        response = next(stream)
+        location = response.headers.get("Location")
+        if response.status_code not in (301, 302, 303, 307, 308) or not location:
+            break
+        try:
+            target = urljoin(url, location)
+            is_same_host = _origin(target) == _origin(url)
+        except ValueError:
+            raise OSError(f"it redirects to {short(location)}, which is no address") from None
+        if method == "HEAD" and ("X-Linked-Etag" in response.headers or not is_same_host):
+            return response, stream
+        stream.close()
+        if not is_same_host:
+            headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+        url = target
+    else:
+        raise OSError(f"{some([url])} redirects without end")
+    if response.status_code >= 300:
+        stream.close()
+        raise Refused(response)
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if method == "GET" and encoding.lower() not in ("identity", "binary"):
+        raise OSError(f"it sends the content compressed ({short(encoding)}), which was not asked for")
+    return response, stream
+
+
+def _origin(url):
+    """(host, port) of an address, which a token may be sent to. Raises ValueError where it is none."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port
+
+
+def _receive(method, url, headers):
+    """Yields the response (status and headers), then the blocks of its body as they come.
+
+    Raises TimeoutError where less than SLOWEST bytes a second come for PATIENCE seconds. The conversation is held in a
+    thread, which is left behind then: no time limit of a socket ends a server that sends a byte a second, least of all
+    within the headers."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    box, is_left = queue.Queue(maxsize=16), threading.Event()
+    headers = {**headers, "Accept-Encoding": "identity"}
+    limits = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": False}
+    conversation = get_session().stream(method, url, headers=headers, **limits)
+    threading.Thread(target=_converse, args=(conversation, method == "GET", box, is_left), daemon=True).start()
+    waited, received = 0.0, 0
+    try:
+        while True:
+            start = time.monotonic()
+            try:
+                item = box.get(timeout=max(PATIENCE - waited, 0.001))
+            except queue.Empty:
+                item = b""
+            waited += time.monotonic() - start
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, bytes):
+                received += len(item)
+            if waited >= PATIENCE:
+                if received < SLOWEST * PATIENCE:
+                    raise TimeoutError(f"it sent {received:,} bytes in {waited:.0f} s")
+                waited, received = 0.0, 0
+            if item:
+                yield item
+    finally:
+        is_left.set()
+
+
+def _converse(conversation, has_body, box, is_left):
+    """Put the response, the blocks of its body and None, or the error that ended it, into `box`."""
+    from huggingface_hub.errors import HTTPError
+
+    def put(item):
+        while not is_left.is_set():
+            with contextlib.suppress(queue.Full):
+                return box.put(item, timeout=1)
+
+    try:
+        with conversation as response:
+            put(response)
+            for block in response.iter_raw() if has_body and response.status_code < 300 else ():
+                put(block)
+                if is_left.is_set():
+                    return
+        put(None)
+    except (HTTPError, OSError) as error:
+        put(error)
+    except Exception as error:  # the client's own (InvalidURL): what ends this thread must be told to the other
+        put(OSError(f"{type(error).__name__}: {error}"))
 
 
 def _reason(error, url, repo=None, revision=None):
     """Why a download failed and what to do, in a sentence or two."""
     from huggingface_hub import constants, errors, get_token
 
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # huggingface_hub wraps what went wrong
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
     token = "The token of HF_TOKEN or `hf auth login` was sent." if get_token() else "HF_TOKEN is not set."
-    what = " ".join(str(error).strip().partition("\n\n")[0].split()) or type(error).__name__
+    what = short(" ".join(str(error).split()) or type(error).__name__, 160)[1:-1]
+    status, code = getattr(error, "status", None), getattr(error, "code", "")
+    kept = " to go on: what has arrived is kept" if repo else ""
+    again = f"Check the network and run the command again{kept}."
+    url = some([url])
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to download."
-    if isinstance(error, errors.GatedRepoError):
+    if code == "GatedRepo":
         page = f"https://huggingface.co/{repo}"
         return f"it is gated. Accept its licence on {page} and set HF_TOKEN to a token of that account. {token}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"it has no revision {revision!r}. Look up its branches, tags and commits on {url}/{repo}."
-    if status == 401 and "Invalid credentials" in response.headers.get("X-Error-Message", ""):
+    if code == "RevisionNotFound":
+        return f"it has no revision {short(revision)}. Look up its branches, tags and commits on {url}/{repo}."
+    if status == 401 and "Invalid credentials" in error.said:
         return "the hub refused the token of HF_TOKEN or `hf auth login`. Renew it, or unset it for a public model."
-    if repo and (isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404)):
+    if repo and code != "EntryNotFound" and (code == "RepoNotFound" or status in (401, 404)):
         missing = f"{url} has no such model, or it is private, and there is no folder of that name"
         return f"{missing}. Check the spelling, or set HF_TOKEN to a token that may read it. {token}"
     if status is not None:
-        return f"{url} answered with HTTP status {status} ({what})."
+        return f"{url} answered with {what}."
+    if isinstance(error, ValueError):
+        return f"{what}. Check HF_ENDPOINT, and whether a proxy or a login page answers in its place."
+    if isinstance(error, TimeoutError):
+        return f"{url} is too slow: {what}, expected {SLOWEST:,} bytes a second. {again}"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk with {constants.HF_HOME} is full ({what}). {OTHER_DISK}"
     if isinstance(error, PermissionError):
         return f"the cache cannot be written ({what}). Set HF_HOME to a folder of yours."
-    kept = " to go on: what has arrived is kept" if repo else ""
-    again = f"Check the network and run the command again{kept}."
+    if type(error) is OSError and error.errno is None:
+        return f"{what} ({url}). {again}"
     return f"the connection to {url} failed or was cut ({type(error).__name__}: {what}). {again}"

@@ -3,6 +3,7 @@
 huggingface_hub reads its environment at import, so a download runs in a process of its own. Large files are answered as
 the hub does: HEAD tells ETag (SHA-256) and size, GET redirects to another host, which must never see the token."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,10 +32,10 @@ SINGLE = {"config.json": b"{}", "model.safetensors": b"w" * 1000}
 
 PRELUDE = """
 import json, shutil, sys, time
-import huggingface_hub.constants
-from minitune import hub
-time.sleep = lambda seconds: None                       # huggingface_hub waits a second between retries
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000  # what it reads and writes at once: 10 MB, above our files
+from functools import partial
+from minitune import hub, screen
+time.sleep = lambda seconds: None  # between attempts
+screen.progress = partial(screen.progress, disable=False)  # bars are for terminals
 def attempt(function, *arguments):
     try:
         outcome = ["ok", str(function(*arguments))]
@@ -42,6 +43,11 @@ def attempt(function, *arguments):
         outcome = ["error", str(error)]
     print(json.dumps(outcome) + "\\n", end="")  # one write: threads call this
 """
+
+
+def git_hash(body):
+    """git's SHA-1 of a file."""
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
 class Hub(ThreadingHTTPServer):
@@ -54,7 +60,11 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.pages, self.log = {REPO: SHARDED}, {}, []
         self.gated = False
+        self.listed = {}  # file: more keys of its entry in the listing
+        self.said = {}  # repo: {file: headers instead of the true ones; None: without it}
         self.cut_at = {}  # file: no answer goes past this byte
+        self.trickles = set()  # files, or "headers": a byte every 10 ms, without end
+        self.stop = threading.Event()
         self.damaged = set()
         self.delay = 0  # seconds before the content of a large file
 
@@ -70,10 +80,17 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status, body=b"", **headers):
         self.send_response(status)
         for key, value in {"Content_Length": len(body), **headers}.items():
-            self.send_header(key.replace("_", "-"), str(value))
+            if value is not None:
+                self.send_header(key.replace("_", "-"), str(value))
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+
+    def trickle(self):
+        """A byte at a time, until the client has gone or the test ends."""
+        with contextlib.suppress(OSError):
+            while not self.server.stop.wait(0.01):
+                self.wfile.write(b"x")
 
     def send(self, name, body, **headers):
         """A body, or what a Range header asks for of it, up to the byte at which the line is cut."""
@@ -84,6 +101,9 @@ class Handler(BaseHTTPRequestHandler):
         body = body[: self.server.cut_at.get(name)]
         if name in self.server.damaged:
             body = body[:-1] + b"!"
+        if name in self.server.trickles and self.command == "GET":
+            self.answer(200, **{**headers, "Content_Length": 10**6})
+            return self.trickle()
         self.answer(206 if start else 200, body[start:], **headers)
 
     def do_GET(self):
@@ -99,6 +119,9 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(server.delay)
             return self.send(name, server.repos[repo][name])
         api = path.startswith("/api/models/")
+        if "headers" in server.trickles and not api:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            return self.trickle()
         repo, _, rest = path.removeprefix("/api/models/").lstrip("/").partition("/revision/" if api else "/resolve/")
         revision, _, name = rest.partition("/")
         if repo not in server.repos:
@@ -107,18 +130,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, X_Error_Code="RevisionNotFound")
         files = server.repos[repo]
         if api:
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [{"rfilename": name, **server.listed.get(name, {})} for name in files]
             return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
         if server.gated and "Authorization" not in self.headers:
             return self.answer(401, X_Error_Code="GatedRepo")
         if name not in files:
             return self.answer(404, X_Error_Code="EntryNotFound")
-        body = files[name]
+        body, said = files[name], server.said.get(repo, {}).get(name, {})
         if not name.endswith(".safetensors"):
-            return self.send(name, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+            return self.send(name, body, **{"ETag": f'"{git_hash(body)}"', "X_Repo_Commit": COMMIT, **said})
         linked = {"X_Linked_Etag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Linked_Size": len(body)}
         cdn = f"http://localhost:{server.server_port}/cdn/{repo}//{name}"
-        return self.answer(302, ETag='"of the redirect"', X_Repo_Commit=COMMIT, Location=cdn, **linked)
+        headers = {"ETag": '"of the redirect"', "X_Repo_Commit": COMMIT, "Location": cdn, **linked, **said}
+        return self.answer(302, **headers)
 
     do_HEAD = do_GET
 
@@ -133,6 +157,7 @@ def server():
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield server
+        server.stop.set()
         server.shutdown()
         thread.join()
 
@@ -152,10 +177,9 @@ def run(tmp_path, server):
         ours = re.compile("HF_|HUGGINGFACE|MINITUNE|.*_proxy$", re.IGNORECASE)
         kept = {key: value for key, value in os.environ.items() if not ours.match(key)}
         home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
-        bars = {"TQDM_POSITION": "-1"}  # huggingface_hub shows its bars on a terminal only, or with this
         done = subprocess.run(
             [sys.executable, "-c", PRELUDE + code],
-            env={**kept, **home, **bars, "PYTHONPATH": str(ROOT), **variables},
+            env={**kept, **home, "PYTHONPATH": str(ROOT), **variables},
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -216,6 +240,12 @@ def test_a_local_folder_is_itself(tmp_path, monkeypatch):
         ("adapter", "adapter holds an adapter, not a model"),
         ("file.gguf", "file.gguf is a file, not a folder"),
         ("mistrall", "unknown model 'mistrall'. Did you mean mistral"),
+        ("~nosuchuser/x", "there is no such user's home folder"),
+        ("a" * 5000, "unknown model 'aaa"),
+        ("a/" + "b" * 5000, "unknown model"),
+        ("x/\0", "null byte"),
+        ("\x1b[31m/x", r"unknown model '\x1b[31m/x'"),
+        ("a/..", "unknown model 'a/..'"),
         ("", "unknown model ''"),
         ("some one/model", "unknown model 'some one/model'"),
         ("https://huggingface.co/microsoft/phi-2", "is an address; expected a hub id"),
@@ -236,7 +266,7 @@ def test_a_name_that_is_no_model_is_refused_without_the_network(tmp_path, monkey
 
 def test_short_names_win_over_a_folder_of_that_name(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path / "package")
-    monkeypatch.setattr(hub, "_from_hub", lambda repo, revision: (repo, revision))
+    monkeypatch.setattr(hub, "_from_hub", lambda repo, revision, weights: (repo, revision))
     monkeypatch.chdir(tmp_path)
     for folder in ("mistral", "tiny-llama", "package/tiny-llama"):
         (tmp_path / folder).mkdir(parents=True)
@@ -268,7 +298,7 @@ def test_only_config_tokenizer_and_one_copy_of_the_weights_are_fetched(server, r
     (outcome, again), stderr = run(f"attempt(hub.resolve, {REPO!r})\nattempt(hub.resolve, {REPO!r})")
     assert is_whole(outcome, wanted) and again == outcome
     assert sorted(server.fetched()) == sorted(wanted), "each wanted file once, and nothing else"
-    assert SHARDS[1] in stderr and "100%" in stderr, "a bar shows the progress"
+    assert f"{SHARDS[1]}:   0%" in stderr and "100k" in stderr, "a bar shows the progress"
 
 
 def test_weights_without_an_index(server, run):
@@ -311,8 +341,8 @@ def test_a_model_that_cannot_be_had_is_explained(server, run, closed_port):
     assert one_line(pickled, "no model.safetensors and no index of shards, only pytorch_model.bin", "Convert it")
     assert one_line(adapter, "has no config.json: it is an adapter")
     assert one_line(gap, f"names {SHARDS[1]}, which the repository does not have")
-    assert one_line(no_map, "has no weight_map", ways_out="expected")
-    assert one_line(portal, f"the connection to {server.url} failed")
+    assert one_line(no_map, "it is [], expected an object", ways_out=hub.INDEX)
+    assert one_line(portal, "is not valid JSON", "a login page answers in its place")
     assert one_line(busy, f"{server.url} answered with HTTP status 503")
     assert not any(name.endswith(("bin", "safetensors")) for name in server.fetched()), "no weights for a lost cause"
 
@@ -401,6 +431,181 @@ def test_a_disk_that_fills_up_meanwhile_is_explained(run, tmp_path):
     assert one_line(outcome, "is full", "HF_HOME")
 
 
+# A server that is not to be trusted
+
+EVIL = ["../../../../evil", "/tmp/evil-of-test-hub", "..", "a/../../b", "\\..\\evil", "~/evil", "x\x1b[2J", "a" * 5000]
+
+
+def written(home):
+    """Every file under a HF_HOME, as text."""
+    return sorted(str(path.relative_to(home)) for path in home.rglob("*") if not path.is_dir())
+
+
+def test_no_word_of_a_server_becomes_a_path(server, run, tmp_path):
+    server.repos, server.pages, code, home = {}, {}, "", tmp_path / "deep" / "down" / "in" / "home"
+    evil_of = {}
+    names = [{"rfilename": name} for name in SINGLE]
+    for number, evil in enumerate(EVIL):
+        quoted = json.dumps(evil)[1:-1]  # of a header: no raw control characters
+        for kind in ("etag", "linked", "commit", "sha", "sibling", "shard", "size"):
+            repo = f"a/{kind}{number}"
+            page = f"/api/models/{repo}/revision/main"
+            server.repos[repo], evil_of[repo] = SINGLE, evil
+            if kind == "etag":
+                server.said[repo] = {"config.json": {"ETag": quoted}}
+            elif kind == "linked":
+                server.said[repo] = {"model.safetensors": {"X_Linked_Etag": quoted}}
+            elif kind == "size":
+                server.said[repo] = {"model.safetensors": {"X_Linked_Size": quoted}}
+            elif kind == "commit":
+                server.said[repo] = {"config.json": {"X_Repo_Commit": quoted}}
+                server.pages[page] = json.dumps({"siblings": names}).encode()
+            elif kind == "sha":
+                server.pages[page] = json.dumps({"sha": evil, "siblings": names}).encode()
+            elif kind == "sibling":
+                server.repos[repo] = {**SINGLE, evil: b"evil"}
+            else:
+                index = json.dumps({"weight_map": {"a": evil}}).encode()
+                server.repos[repo] = {"config.json": b"{}", hub.INDEX: index, evil: b"evil"}
+            code += f"attempt(hub.resolve, {repo!r})\n"
+    outcomes, stderr = run(code, HF_HOME=str(home))
+    for repo, (kind, said) in zip(server.repos, outcomes, strict=True):
+        assert kind == "ok" or len(said) < 500 and "\n" not in said and "\x1b" not in said, (repo, said)
+        is_opaque = evil_of[repo].startswith("a" * 9) and repo.startswith(("a/etag", "a/linked"))  # no path: no hash
+        assert kind == ("ok" if "sibling" in repo or is_opaque else "error"), (repo, said)
+    assert all(
+        re.fullmatch(
+            r"hub/(\.locks/)?models--a--\w+/(blobs/[0-9a-f]+(\.incomplete)?|[0-9a-f]+\.lock|refs/main"
+            rf"|snapshots/{COMMIT}/[\w.]+)",
+            path,
+        )
+        for path in written(home)
+    ), written(home)
+    outside = {path for path in tmp_path.rglob("*") if path.is_file() and home not in path.parents}
+    assert not outside and not Path("/tmp/evil-of-test-hub").exists()
+    assert "\x1b" not in stderr
+
+
+def test_content_must_have_the_hash_of_the_repository(server, run):
+    zeros = "0" * 64
+    server.repos = {f"a/{kind}": SINGLE for kind in ("etag", "linked", "lfs", "blob", "two")}
+    server.said = {
+        "a/etag": {"config.json": {"ETag": f'"{zeros[:40]}"'}},
+        "a/linked": {"model.safetensors": {"X_Linked_Etag": f'"{zeros}"'}},
+        "a/lfs": {"model.safetensors": {"X_Linked_Etag": None}},
+        "a/blob": {"config.json": {"ETag": None}},
+    }
+    pages = {
+        "lfs": {"rfilename": "model.safetensors", "lfs": {"sha256": zeros, "size": 1000}},
+        "blob": {"rfilename": "config.json", "blobId": zeros[:40]},
+        "two": {"rfilename": "model.safetensors", "lfs": {"sha256": zeros}},
+    }
+    for kind, entry in pages.items():
+        siblings = [{"rfilename": name} for name in SINGLE if name != entry["rfilename"]] + [entry]
+        page = f"/api/models/a/{kind}/revision/main"
+        server.pages[page] = json.dumps({"sha": COMMIT, "siblings": siblings}).encode()
+    (etag, linked, lfs, blob, two), _ = run("\n".join(f"attempt(hub.resolve, {repo!r})" for repo in server.repos))
+    for outcome in (etag, linked, lfs, blob):
+        assert one_line(outcome, "arrived damaged", "it was deleted")
+    assert one_line(two, "two hashes for model.safetensors")
+
+
+def test_a_mirror_without_etags_serves_a_model_and_it_is_said_that_nothing_checks_it(server, run):
+    for name in SHARDED:
+        none = {"ETag": None, "X_Linked_Etag": None, "X_Linked_Size": None}
+        server.said.setdefault(REPO, {})[name] = none
+    server.said[REPO]["config.json"] = {"ETag": 'W/"5f3c-1a2b/="'}
+    (outcome,), stderr = run()
+    assert is_whole(outcome, SHARDED)
+    assert f"no hash of {SHARDS[1]}, so its content could not be checked" in stderr
+    blobs = {path.name for path in (Path(outcome[1]).parents[1] / "blobs").iterdir()}
+    assert hashlib.sha256(WEIGHTS[SHARDS[0]]).hexdigest() in blobs, "found by other tools too"
+    server.listed = {name: {"lfs": {"sha256": hashlib.sha256(body).hexdigest()}} for name, body in WEIGHTS.items()}
+    (outcome,), stderr = run(HF_HOME=outcome[1] + "/../again")
+    assert is_whole(outcome, SHARDED) and SHARDS[1] not in stderr.replace(f"{SHARDS[1]}:", "")
+
+
+NONSENSE = [
+    b"{}", b"[]", b"null", b'"x"', b"5", b"", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'{"siblings": null}',
+    b'{"siblings": 5}', b'{"siblings": [5]}', b'{"siblings": [null]}', b'{"siblings": [{}]}',
+    b'{"siblings": [{"rfilename": 5}]}', b'{"siblings": [{"rfilename": "a", "size": -1}]}',
+    b'{"siblings": [{"rfilename": "a", "size": 1e400}]}', b'{"siblings": [{"rfilename": "a", "lfs": []}]}',
+    b'{"siblings": [{"rfilename": "\\ud800\\u001b"}], "sha": "' + COMMIT.encode() + b'"}', b'{"siblings": [], "sha": 5}',
+    b'{"siblings": {"a": ' + b"[" * 50_000 + b"}}", b'{"x": "' + b"y" * 10_000_000 + b'"}',
+]  # fmt: skip
+
+
+def test_a_listing_that_is_none_is_one_line(server, run):
+    server.pages = {f"/api/models/a/x{n}/revision/main": page for n, page in enumerate(NONSENSE)}
+    code = "\n".join(f"attempt(hub.resolve, 'a/x{n}')" for n in range(len(NONSENSE)))
+    outcomes, stderr = run(code, HF_HOME="h")
+    for page, outcome in zip(NONSENSE, outcomes, strict=True):
+        assert one_line(outcome), page[:50]
+        assert len(outcome[1]) < 500 and "\x1b" not in outcome[1], page[:50]
+    assert not stderr
+
+
+ODD = [  # headers of a file, what the error says
+    ({"X_Linked_Size": "-5"}, "a size of '-5'"),
+    ({"X_Linked_Size": "1" + "0" * 30}, "a size of '1000"),
+    ({"X_Linked_Size": "9" * 15}, "expected at most 500,000,000,000"),
+    ({"X_Linked_Size": "999"}, "more of model.safetensors than the 999 bytes"),
+    ({"X_Linked_Size": "1001"}, "has 1,000 bytes, but 1,001 were announced"),
+    ({"Location": "http://[x"}, "redirects to 'http://[x', which is no address"),
+    ({"Location": "file:///etc/passwd"}, "UnsupportedProtocol"),
+    ({"Location": "x" * 3000}, "HTTP status 404"),
+]
+
+
+def test_sizes_and_redirects_that_cannot_be_are_one_line(server, run):
+    server.repos = {f"a/x{number}": SINGLE for number in range(len(ODD))}
+    server.said = {f"a/x{number}": {"model.safetensors": said} for number, (said, _) in enumerate(ODD)}
+    outcomes, _ = run("\n".join(f"attempt(hub.resolve, {repo!r})" for repo in server.repos))
+    for outcome, (_, says) in zip(outcomes, ODD, strict=True):
+        assert one_line(outcome, says) and len(outcome[1]) < 500
+
+
+def test_a_server_that_trickles_is_given_up_and_what_came_is_kept(server, run):
+    server.trickles = {SHARDS[0]}
+    (outcome,), _ = run(f"hub.PATIENCE = 1.5\nattempt(hub.resolve, {REPO!r})")
+    assert one_line(outcome, "too slow", "1,024 bytes a second", "run the command again to go on")
+    server.trickles = {"headers"}
+    (outcome,), _ = run(f"hub.PATIENCE = 1.5\nattempt(hub.resolve, {REPO!r})")
+    assert one_line(outcome, "too slow: it sent 0 bytes")
+
+
+def test_ctrl_c_says_how_to_go_on(server, run):
+    server.trickles = {SHARDS[0]}
+    code = f"""
+import os, signal, threading
+threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    hub.resolve({REPO!r})
+except KeyboardInterrupt as stop:
+    print(json.dumps(str(stop)))
+"""
+    assert run(code)[0] == [f"{REPO} is not downloaded yet; the same command goes on from what has arrived"]
+
+
+def test_config_and_tokenizer_come_without_the_weights_where_only_they_are_needed(server, run):
+    code = f"attempt(hub.resolve, {REPO!r}, None, False)\nattempt(hub.resolve, {REPO!r})"
+    (small, whole), _ = run(code)
+    assert small == whole and is_whole(whole, SHARDED)
+    assert [name for name in server.fetched() if name in SHARDED][:3] == ["config.json", "tokenizer.model", hub.INDEX]
+    (offline,), _ = run(f"attempt(hub.resolve, {REPO!r}, None, False)", HF_HUB_OFFLINE="1")
+    assert offline == small
+
+
+def test_a_pinned_commit_is_that_commit_or_nothing(server, run):
+    (outcome,), _ = run(f"attempt(hub.resolve, {REPO!r}, {COMMIT!r})")
+    assert is_whole(outcome, SHARDED)
+    other = "f" * 40
+    server.pages[f"/api/models/{REPO}/revision/{other}"] = json.dumps({"sha": COMMIT, "siblings": []}).encode()
+    (outcome, odd), _ = run(f"attempt(hub.resolve, {REPO!r}, {other!r})\nattempt(hub.resolve, {REPO!r}, '../x')")
+    assert one_line(outcome, f"answered with another commit, {COMMIT}")
+    assert one_line(odd, "revision is '../x'", ways_out="expected")
+
+
 # The Alpaca rows
 
 
@@ -425,8 +630,8 @@ def test_alpaca_rows_that_are_not_the_original_are_refused_and_not_kept(server, 
     server.cut_at = {"/cut": len(whole) // 2}
     for page, says in {
         "/few": "3 rows instead of 52,002",
-        "/html": "not JSON",
-        "/keys": "not a list of rows with instruction, input and output",
+        "/html": "not valid JSON",
+        "/keys": "[0].instruction is missing",
         "/cut": "failed or was cut",
         "/none/of/it": "HTTP status",
     }.items():
