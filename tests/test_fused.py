@@ -72,8 +72,13 @@ def tables(B, T, half, dtype):
 # RMSNorm
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 3, 100), (300, 7), (5, 2), (0, 16), (1, 8192), (1, 33)])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        *((shape, dtype) for shape in ((2, 3, 100), (5, 2), (0, 16), (1, 8192), (1, 33)) for dtype in DTYPES),
+        ((300, 7), torch.bfloat16),  # more rows than programs; a second in the interpreter
+    ],
+)
 def test_rms_norm_and_its_gradients_are_those_of_the_reference_and_of_the_model(random, shape, dtype):
     x, weight, grad = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype), random(*shape, dtype=dtype)
     ours, reference, model = (
@@ -223,11 +228,13 @@ def test_cross_entropy_and_its_gradient_are_those_of_the_reference_and_of_fp64(r
     (exact,) = torch.autograd.grad(exact_loss, logits)
     ours, reference = logits.detach().clone(), logits.detach().clone()
     check_close([fused.cross_entropy_(ours, targets)], [exact_loss.detach().float()], 8)
-    check_close([fused.cross_entropy_reference_(reference, targets)], [exact_loss.detach().float()], 8)
+    of_sum = V**0.5 * torch.finfo(torch.float32).eps
+    loss = fused.cross_entropy_reference_(reference, targets)
+    assert (loss - exact_loss).abs() <= 1e-6 * exact_loss.abs() + N * of_sum
     # Every gradient at its own size: the difference inside exp, up to 40, is rounded by 2e-6, and a GPU's exp rounds its product
-    # with log2(e) again. The reference adds torch's sum of V values one after another in fp32: 1.4e-5 at V = 128256.
-    # 16 bits: one rounding, which may fall to the other side.
-    for gradient, rtol in ((ours, 8e-6), (reference, 2e-5)):
+    # with log2(e) again. The reference has torch's sum of V values in fp32, which adds as many at once as the CPU's vectors hold:
+    # its V roundings add up to about the root of V. 16 bits: one rounding, which may fall to the other side.
+    for gradient, rtol in ((ours, 8e-6), (reference, 8e-6 + of_sum)):
         rtol = max(rtol, torch.finfo(dtype).eps)
         atol = 6e-8 if dtype == torch.float16 else 0  # its step below 6e-5
         assert torch.allclose(gradient.float(), exact.float(), rtol=rtol, atol=atol)
@@ -388,7 +395,11 @@ def test_where_triton_does_not_run_the_door_says_why_and_takes_the_reference(ran
 # Builds
 
 
-def launches(kernels):
+# By compute capability. A dtype changes loads and stores alone, and the chips have as many registers: one has all three.
+BUILDS = {80: DTYPES, 89: DTYPES[1:2], 90: DTYPES[1:2]}
+
+
+def launches(kernels, dtypes):
     """[(kernel, arguments by name, options)] of every kernel at the shapes of real layers. Tensors are on the meta device."""
     from triton.runtime.jit import JITFunction
 
@@ -401,7 +412,7 @@ def launches(kernels):
 
     JITFunction.run = record  # this process builds and never launches
 
-    for dtype in DTYPES:
+    for dtype in dtypes:
 
         def meta(*shape, dtype=dtype, asks=True):
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=asks)
@@ -450,8 +461,8 @@ def report_builds(folder):
     from triton import knobs
 
     report, path = {}, Path(folder, "kernel.cubin")
-    for kernel, arguments, options in launches(fused_triton):
-        for capability in (80, 89, 90):
+    for capability, dtypes in BUILDS.items():
+        for kernel, arguments, options in launches(fused_triton, dtypes):
             path.write_bytes(build(kernel, arguments, options, capability))
             command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -468,7 +479,7 @@ def test_every_kernel_builds_for_cuda_without_spills(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
-    assert len(report) == 6 * len(DTYPES) * 3
+    assert len(report) == 6 * sum(map(len, BUILDS.values()))
     assert {name: usage for name, usage in report.items() if not set(usage) == {"STACK:0", "LOCAL:0"}} == {}
 
 

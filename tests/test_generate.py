@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import itertools
 import json
 import sys
 import weakref
@@ -526,34 +525,42 @@ def test_what_was_read_before_an_answer_was_stopped_is_remembered():
 
 
 def test_an_answer_that_is_interrupted_at_any_line_leaves_a_memory_that_is_right(monkeypatch):
+    """At the first, the second and the last time that each line of the cache runs."""
     monkeypatch.setattr("minitune.models.cache.FIRST_CAPACITY", 2)
     model, whole, prompt = tiny_with_adapter("llama", "fp32", "none"), Memory(), [4, 9, 3, 30, 2]
     options = GenerateConfig(max_new_tokens=4, eos_ids=(), lookup=0)
-    decode(model, [prompt], options, memory=whole)
-    for line in itertools.count(1):
-        memory, left = Memory(), line
+
+    def lines_of(memory, stop_before=None):
+        """Decode, and the lines that ran; with stop_before, Ctrl-C comes before the line of this index."""
+        lines = []
 
         def trace(frame, event, argument):
-            nonlocal left
             if not frame.f_code.co_filename.endswith("models/cache.py") or "keep" in frame.f_code.co_name:
                 return None
-            left -= event == "line"
-            if event == "line" and left == 0:
-                raise KeyboardInterrupt
+            if event == "line":
+                if len(lines) == stop_before:
+                    raise KeyboardInterrupt
+                lines.append(frame.f_lineno)
             return trace
 
         sys.settrace(trace)
         try:
             decode(model, [prompt], options, memory=memory)
-            break
-        except KeyboardInterrupt:
-            pass
         finally:
             sys.settrace(None)
+        return lines
+
+    places = {}
+    for index, line in enumerate(lines_of(whole)):
+        places.setdefault(line, []).append(index)
+    assert len(places) > 60
+    for index in sorted({index for found in places.values() for index in (*found[:2], found[-1])}):
+        memory = Memory()
+        with pytest.raises(KeyboardInterrupt):
+            lines_of(memory, index)
         assert memory.ids == whole.ids[: len(memory.ids)]
         for found, expected in zip(memory.layers, whole.layers, strict=True) if memory.ids else ():
-            assert all(torch.equal(a, b[:, : len(memory.ids)]) for a, b in zip(found, expected, strict=True)), line
-    assert line > 100
+            assert all(torch.equal(a, b[:, : len(memory.ids)]) for a, b in zip(found, expected, strict=True)), index
 
 
 @pytest.mark.parametrize(
@@ -590,11 +597,12 @@ def test_rows_of_a_dynamic_rope_beyond_its_context_stretch_by_themselves():
         assert answer.ids == alone.ids and answer.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
 
 
-def test_an_answer_may_be_longer_than_the_room_that_is_made_at_first():
+def test_an_answer_may_be_longer_than_the_room_that_is_made_at_first(monkeypatch):
+    monkeypatch.setattr("minitune.models.cache.FIRST_CAPACITY", 16)
     model = build({"model_type": "llama", **SIZES, "max_position_embeddings": 4096}).eval()
     for options in ({}, {"num_beams": 3}, {"lookup": 0}):
-        long = decode(model, [[4, 9, 3]], GenerateConfig(max_new_tokens=600, eos_ids=(), **options))[0][0]
-        assert len(long.ids) == 600
+        long = decode(model, [[4, 9, 3]], GenerateConfig(max_new_tokens=100, eos_ids=(), **options))[0][0]
+        assert len(long.ids) == 100
     whole = torch.tensor([[4, 9, 3, *long.ids[:-1]]])
     with torch.no_grad():
         logprobs = model(whole)[0, 2:].log_softmax(-1).gather(1, torch.tensor(long.ids)[:, None])[:, 0]
