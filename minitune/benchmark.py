@@ -348,7 +348,7 @@ def bench_memory(config, say=print):
             "date": datetime.date.today().isoformat(),
             "settings": {"shape": "mistral-7b", "options": options},
             "machine": environment(torch.device("cpu")),
-            "load": next(line for line in output.splitlines() if line.startswith("loaded")).replace(
+            "load": next(line for line in output.splitlines() if line.startswith("Loaded")).replace(
                 folder.name, "mistral-7b"
             ),
             "steps": [

@@ -3,8 +3,8 @@
 Nothing here trains; the state of a run is written by minitune/run_folder.py. Only safetensors and JSON are read."""
 
 import json
-import math
-import sys
+import re
+import stat
 import time
 from pathlib import Path
 
@@ -15,12 +15,27 @@ from safetensors.torch import save
 from torch import nn
 
 from minitune import hub, lora, quant
-from minitune.device import peak_bytes, reset_peak, resident_bytes
-from minitune.files import read_json, write_json, write_whole
-from minitune.models import architecture, build, build_encoder
+from minitune.files import kind_of, paths_explained, read_json, write_json, write_whole
+from minitune.models import ARCHITECTURES, architecture, build, build_encoder
+from minitune.schema import Number, check
+from minitune.screen import short, some, tell, warn
 
-GB = 1e9
-FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # dtypes that weights are read in, by safetensors' names: bytes of a value
+FLOATS = ("F32", "F16", "BF16", "F64")  # dtypes that weights are read in, by safetensors' names
+INDEX = {"weight_map": {str: str}}  # the shape of model.safetensors.index.json
+ADAPTER_CONFIG = "adapter_config.json"
+STALE = re.compile(  # tables that old files hold as tensors, and that are computed from config.json
+    r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids|token_type_ids)$"
+)
+FOREIGN = (  # names of another format in a checkpoint's tensors: what they mean
+    (r"\.mixer\.|\.wte\.", "an outdated Phi file: use the newer revision of the checkpoint"),
+    (
+        r"tok_embeddings|attention\.w[qkvo]\.",
+        "Meta's or Mistral's own format: use the checkpoint in transformers' format",
+    ),
+    (r"^(module|_orig_mod|_fsdp_wrapped_module)\.", "a wrapped model: save it again without the wrapper"),
+    (r"^base_model\.model\.|\.base_layer\.", "a model wrapped by PEFT: merge it (merge_and_unload) and save that"),
+    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ: use the original checkpoint"),
+)
 
 
 def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapter=None, revision=None, say=None):
@@ -28,26 +43,31 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
 
     model: folder, short name or hub id. quantize: "none", "nf4" or "nf4-dq" turns the linear layers of the blocks
     into 4 bit as their tensors stream in; a checkpoint that bitsandbytes quantised stays as it is. adapter: folder in
-    PEFT's format. say: called with the line that describes the load. Memory above the loaded model stays below twice
-    the largest tensor. Raises ValueError on a file that is missing, cut short or of another shape before any weight
-    is read, and on a weight with NaN or infinity when it is."""
+    PEFT's format; None: that of the model's own folder, if one lies there. say: called with the line that describes the
+    load. Memory above the loaded model stays below twice the largest tensor. Raises ValueError on a file that is
+    missing, cut short or of another shape before any weight is read, and on a weight with NaN or infinity when it is."""
     if quantize not in ("none", "nf4", "nf4-dq"):
-        raise ValueError(f"quantize is {quantize!r}, expected none, nf4 or nf4-dq")
+        raise ValueError(f"quantize is {short(quantize)}, expected none, nf4 or nf4-dq")
     if adapter is not None:
         read_adapter_config(adapter)  # a bad one shows before gigabytes are read
     folder = hub.resolve(str(model), revision)
+    own = own_adapter(folder)
+    if own is not None and adapter is None:
+        read_adapter_config(own)
+        tell(f"{folder} holds an adapter beside the model; it is applied, as transformers does.")
+        adapter = own
+    elif own is not None and Path(adapter).resolve() != own.resolve():
+        tell(f"{folder} holds an adapter of its own, which is left out: {adapter} is asked for.")
     device = torch.device(device)
     net, stored_4bit = build_empty(folder)
-    if quantize != "none" and not architecture(read_json(folder / "config.json"))[2]:
+    if quantize != "none" and not architecture(read_config(folder))[2]:
         raise ValueError(f"{folder} holds a judge, whose layers are not quantised; use quantize=none")
     if stored_4bit and quantize != "none":
         raise ValueError(f"{folder} holds 4-bit weights already; use quantize=none, which keeps them in 4 bit")
     start = time.perf_counter()
-    tensors = Tensors(folder, getattr(net, "parameter_of", None))
+    tensors = Tensors(folder)
     tied = tied_embedding(net)
-    groups = group_by_parameter(tensors, net, tied, stored_4bit)
-    reset_peak(torch.device("cpu"))
-    before = resident_bytes()
+    groups = match_tensors(tensors, net, tied, stored_4bit)
     for name, parts in groups.items():
         owner, _, leaf = name.rpartition(".")
         module = net.get_submodule(owner)
@@ -56,26 +76,25 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
             shape = (module.out_features, module.in_features)
             replace(net, owner, quant.NF4Linear.from_bnb(stored, module.bias, dtype, shape, f"{folder}: {name}"))
         elif quantize != "none" and leaf == "weight" and isinstance(module, nn.Linear) and owner != "lm_head":
-            weight = tensors.read(name).to(device)
+            weight = tensors.read(parts["weight"]).to(device)
+            if weight.dtype == torch.float64:
+                weight = weight.float()
             try:
                 layer = quant.NF4Linear.from_weight(weight, module.bias, dtype, quantize == "nf4-dq")
             except ValueError as error:
                 raise ValueError(f"{folder}: {name}: {error}") from None
             replace(net, owner, layer)
         else:
-            module._parameters[leaf] = read_parameter(tensors, name, dtype, device)
-    if tied:
+            module._parameters[leaf] = read_parameter(tensors, name, parts["weight"], dtype, device)
+    if tied and "lm_head.weight" not in groups:
         net.lm_head.weight = net.get_parameter(tied)
-    net.eos_ids = end_ids(folder)
+    net.eos_ids = end_ids(folder, net.config.vocab_size)
     check_filled(net)
     if say:
-        # On a GPU resident_bytes() holds what CUDA loaded meanwhile; on a CPU it would hide what malloc keeps.
-        loaded = before + model_bytes(net) if device.type == "cpu" else resident_bytes()
-        above = max(0, peak_bytes(torch.device("cpu")) - loaded)
+        seconds = time.perf_counter() - start
         say(
-            f"loaded {folder.name}: {sum(p.numel() for p in count_parameters(net)) / 1e6:.1f} M stored values, "
-            f"{model_bytes(net) / GB:.2f} GB in {time.perf_counter() - start:.1f} s; host memory above the model "
-            f"{above / GB:.2f} GB at most (largest tensor {tensors.largest_bytes / GB:.2f} GB)"
+            f"Loaded {folder.name}: {parameter_count(net) / 1e6:,.1f} M parameters, {size_of(model_bytes(net))}"
+            + (f", in {seconds:.0f} s." if seconds >= 2 else ".")
         )
         if quantize != "none" or stored_4bit:
             say(f"4-bit kernels: {nf4.describe(device)}")
@@ -94,18 +113,24 @@ def load_encoder(model, dtype=torch.float32, device="cpu", revision=None):
     net, stored_4bit = build_empty(folder, build_encoder)
     if stored_4bit:
         raise ValueError(f"{folder} holds 4-bit weights, expected an encoder in {', '.join(FLOATS)}")
-    tensors = Tensors(folder, net.parameter_of)
-    for name in group_by_parameter(tensors, net, None, False):
+    tensors = Tensors(folder)
+    for name, parts in match_tensors(tensors, net, None, False).items():
         owner, _, leaf = name.rpartition(".")
-        net.get_submodule(owner)._parameters[leaf] = read_parameter(tensors, name, dtype, device)
+        net.get_submodule(owner)._parameters[leaf] = read_parameter(tensors, name, parts["weight"], dtype, device)
     check_filled(net)
     net.name = str(model)
     return net.eval()
 
 
-def read_parameter(tensors, name, dtype, device):
-    """One tensor as a frozen parameter. Raises ValueError where it is not finite."""
-    weight = tensors.read(name).to(device=device, dtype=dtype, copy=True)
+def own_adapter(folder):
+    """The folder of the adapter that lies beside a model in the model's own folder, None where there is none."""
+    return folder if (folder / ADAPTER_CONFIG).is_file() else None
+
+
+def read_parameter(tensors, name, stored, dtype, device):
+    """One tensor as a frozen parameter. name, stored: what the model and the file call it. Raises ValueError where it is
+    not finite."""
+    weight = tensors.read(stored).to(device=device, dtype=dtype, copy=True)
     if not all(bound.isfinite() for bound in weight.aminmax()):  # one pass, 10 GB/s on one core
         raise ValueError(
             f"{tensors.folder}: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}; the checkpoint is "
@@ -125,47 +150,61 @@ def tied_embedding(net):
     return next((name for name, p in net.named_parameters() if p is head and name != "lm_head.weight"), None)
 
 
+def read_config(folder):
+    """config.json of a checkpoint folder as a dict."""
+    return read_json(Path(folder) / "config.json", {})
+
+
 def build_empty(folder, build=build):
     """(the model of a checkpoint folder on meta, without weights; whether its weights are stored in 4 bit).
 
     build: of minitune.models, for a language model or for an encoder. Raises ValueError on a config.json that is not
     supported."""
-    raw = read_json(folder / "config.json")
-    if not isinstance(raw, dict):
-        raise ValueError(f"{folder / 'config.json'} holds a {type(raw).__name__}, expected an object")
+    raw = read_config(folder)
     try:
         with torch.device("meta"):
             return build(raw), quant.is_bnb_4bit(raw)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    except RuntimeError as error:  # meta tensors fail for one reason only: their size
-        raise ValueError(f"{folder}: the sizes in config.json are absurd: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, TypeError) as error:  # meta tensors fail for one reason only: their size
+        reason = short(str(error).splitlines()[0])
+        raise ValueError(f"{folder}: the sizes in config.json are too large for any machine: {reason}") from None
 
 
-def end_ids(folder):
-    """The token ids that end an answer, as transformers takes them: of generation_config.json, else of config.json."""
-    path = folder / "generation_config.json"
-    stored = read_json(path) if path.is_file() else {}
-    for name, config in (("generation_config.json", stored), ("config.json", read_json(folder / "config.json"))):
-        ids = config.get("eos_token_id") if isinstance(config, dict) else None
+END_IDS = {"eos_token_id?": (None, Number(-(2**31), 2**31 - 1, is_whole=True), [Number(-(2**31), 2**31 - 1, True)])}
+
+
+def end_ids(folder, vocab_size):
+    """The token ids that end an answer, as transformers takes them: of generation_config.json, else of config.json.
+
+    Ids that no token has, such as -1 for none, are left out."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        ids = read_json(path, END_IDS).get("eos_token_id") if path.is_file() else None
         if ids is not None:
-            ids = ids if isinstance(ids, list) else [ids]
-            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-                raise ValueError(f"{folder / name}: eos_token_id is {ids!r}, expected token ids, 0 or more")
-            return tuple(ids)
+            return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if 0 <= i < vocab_size)
     return ()
 
 
-def count_parameters(net):
-    seen = {}
-    for tensor in (*net.parameters(), *net.buffers()):
-        seen[id(tensor)] = tensor
-    return seen.values()
+def stored_tensors(net):
+    """Parameters and buffers, a tied one once."""
+    return {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}.values()
 
 
 def model_bytes(net):
     """Bytes of all parameters and buffers, a tied one once."""
-    return sum(t.numel() * t.element_size() for t in count_parameters(net))
+    return sum(t.numel() * t.element_size() for t in stored_tensors(net))
+
+
+def parameter_count(net):
+    """Weights of a model, a tied one once, and those of a 4-bit layer as many as it stands for."""
+    packed = sum(m.in_features * m.out_features for m in net.modules() if isinstance(m, quant.NF4Linear))
+    return packed + sum(p.numel() for p in net.parameters())
+
+
+def size_of(count):
+    """Bytes in words: 4 MB, 14.5 GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.{0 if count >= 1e6 else 1}f} MB"
 
 
 def replace(net, name, layer):
@@ -174,170 +213,245 @@ def replace(net, name, layer):
 
 
 class Tensors:
-    """The tensors of a checkpoint folder, one file or sharded: shapes known at once, contents read one at a time.
+    """The tensors of a checkpoint folder, one file or sharded: shapes known at once, contents read one at a time."""
 
-    parameter_of: the name that the model has for a stored tensor, None for one to leave out; not given: the same name."""
-
-    def __init__(self, folder, parameter_of=None):
+    def __init__(self, folder):
         self.folder = folder
-        self.stored = {}  # the model's name -> the file's name
         self.files = {}  # tensor name -> file
         self.shapes = {}
         self.dtypes = {}  # safetensors' names: BF16, F8_E4M3 ...
-        self.largest_bytes = 0
         shards = self.shards()
-        placed = {name: file for file, names in shards.items() for name in names or ()}
-        for file, expected in shards.items():
+        for file, promised in shards.items():
             with open_safetensors(file) as f:
-                names = list(f.keys())
-                if expected is not None and (absent := sorted(set(expected) - set(names))):
-                    raise ValueError(
-                        f"{file} lacks {len(absent)} tensors that the index puts there: {first_five(absent)}"
-                    )
-                for name in names:
-                    if placed.get(name, file) != file:  # a second copy: the index says which one counts
+                check_header(file)
+                for name in f.keys():
+                    if name in self.files and name not in promised:  # a second copy: the index says which one counts
                         continue
                     view = f.get_slice(name)
-                    if parameter_of is not None:
-                        stored, name = name, parameter_of(name)
-                        if name is None:
-                            continue
-                        if name in self.stored:
-                            raise ValueError(f"{folder} holds {name} twice: as {self.stored[name]} and as {stored}")
-                        self.stored[name] = stored
                     self.files[name], self.shapes[name] = file, tuple(view.get_shape())
                     self.dtypes[name] = view.get_dtype()
-                    size = FLOATS.get(self.dtypes[name], 1) * math.prod(self.shapes[name])
-                    self.largest_bytes = max(self.largest_bytes, size)
 
     def shards(self):
-        """{file: names that the index puts there, or None: all of it}."""
+        """{file: the names that the index puts there}."""
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
         if single.exists():  # it goes before an index, as in transformers
-            return {single: None}
+            return {single: set()}
         if not index.exists():
+            if own_adapter(self.folder):
+                base = read_adapter_config(self.folder).get("base_model_name_or_path")
+                raise ValueError(
+                    f"{self.folder} holds an adapter, not the weights of a model; name its base"
+                    + (f" ({short(base)})" if base else "")
+                    + " with --model, and this folder with --adapter"
+                )
             other = [
                 p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in sorted(self.folder.glob(pattern))
-            ][:3]
-            hint = f"; it has {', '.join(other)}: convert to safetensors first" if other else ""
+            ]
+            hint = f"; it has {some(other, 3)}: convert to safetensors first" if other else ""
             raise ValueError(f"{self.folder} has neither model.safetensors nor model.safetensors.index.json{hint}")
-        stored = read_json(index)
-        weight_map = stored.get("weight_map") if isinstance(stored, dict) else None
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(v, str) for v in weight_map.values())
-        ):
-            raise ValueError(f"{index} has no weight_map from tensor names to file names; download it again")
+        weight_map = read_json(index, INDEX)["weight_map"]
+        if not weight_map:
+            raise ValueError(f"{index}: weight_map is empty; download it again")
         shards = {}
         for name, file in weight_map.items():
             if Path(file).name != file or file in ("", ".", ".."):
-                raise ValueError(f"{index} puts {name} into {file!r}, which is not a file of its own folder; refused")
-            shards.setdefault(self.folder / file, []).append(name)
+                raise ValueError(
+                    f"{index} puts {some([name])} into {short(file)}, which is not a file of its own folder; refused"
+                )
+            shards.setdefault(self.folder / file, set()).add(name)
         if missing := [file.name for file in shards if not file.exists()]:
             raise ValueError(
                 f"{self.folder} lacks {len(missing)} of {len(shards)} files that its index names: "
-                f"{first_five(missing)}; download them"
+                f"{some(missing, 3)}; download them"
             )
         return shards
 
     def read(self, name):
         """One tensor. The file is opened anew, so that the pages of earlier tensors do not stay in memory."""
         with open_safetensors(self.files[name]) as f:
-            return f.get_tensor(self.stored.get(name, name))
+            return f.get_tensor(name)
 
 
 def open_safetensors(file):
+    with paths_explained(file):
+        mode = file.stat().st_mode
+    if not stat.S_ISREG(mode):  # a pipe may never end
+        kind = "a folder" if stat.S_ISDIR(mode) else kind_of(mode)
+        raise ValueError(f"{file} cannot be read: it is {kind}, expected a safetensors file")
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is not a whole safetensors file ({error}); it is corrupt or cut short: download or copy it again"
+            f"{file} is not a whole safetensors file ({short(str(error))}); it is corrupt or cut short: download or "
+            "copy it again"
         ) from None
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error}); expected a safetensors file") from None
+        raise ValueError(f"{file} cannot be read ({short(str(error))}); expected a safetensors file") from None
 
 
-def group_by_parameter(tensors, net, tied, stored_4bit):
+def check_header(file):
+    """Raises ValueError where the header of a file that safe_open() took names a tensor twice: which one counts is not
+    defined."""
+
+    def unique(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{file} names {some([twice])} twice in its header, which the format forbids; refused")
+        return dict(pairs)
+
+    with open(file, "rb") as f:
+        json.loads(f.read(int.from_bytes(f.read(8), "little")), object_pairs_hook=unique)
+
+
+def own_name(name, net, parameters, prefix):
+    """The parameter of a stored tensor, by transformers' rules: with the name of the body (`model.`) before it or without.
+    None where there is no such parameter. For a part of a 4-bit weight, that of the weight."""
+    base, mark, _ = name.partition(".weight.")
+    name = f"{base}.weight" if mark else name
+    if hasattr(net, "parameter_of"):
+        name = net.parameter_of(name)
+    candidates = (name, f"{prefix}{name}", (name or "").removeprefix(prefix))
+    return next((candidate for candidate in candidates if candidate in parameters), None)
+
+
+def match_tensors(tensors, net, tied, stored_4bit):
     """{parameter name: {"weight": tensor name}}, for a weight in 4 bit with "absmax" and the other parts beside it.
 
-    Names, shapes and dtypes are checked in both directions. Raises ValueError with the missing, the unexpected and the
-    wrong, the first five of each."""
-    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    Every parameter has its tensor, of its shape and of a dtype that is read, or a ValueError names what does not fit. A
+    tensor that the model has no place for is left out, as in transformers, and named in a line."""
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters(remove_duplicate=False)}
     linear = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Linear)}
-    groups, unexpected = {}, []
+    prefix = next(iter(shapes)).partition(".")[0] + "."
+    groups, left, unexpected = {}, [], []
     for name in tensors.shapes:
-        base, mark, part = name.partition(".weight.")
-        if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight":
-            continue  # recomputed from config.json; a copy of the embedding
-        if name in shapes:
-            groups.setdefault(name, {})["weight"] = name
-        elif stored_4bit and mark and f"{base}.weight" in shapes.keys() & linear:
-            groups.setdefault(f"{base}.weight", {})[part] = name
-        else:
-            unexpected.append(name)
-    plain = [name for name, parts in groups.items() if parts.keys() == {"weight"}]  # from_bnb checks the others
+        part = name.partition(".weight.")[2]
+        own = own_name(name, net, shapes, prefix)
+        if own is None or part and not (stored_4bit and own in linear):
+            if own and stored_4bit:  # a 4-bit part of what is no linear layer
+                unexpected.append(name)
+            elif not STALE.search(name) and not (hasattr(net, "parameter_of") and net.parameter_of(name) is None):
+                left.append(name)
+            continue
+        parts = groups.setdefault(own, {})
+        if (part or "weight") in parts:
+            raise ValueError(f"{tensors.folder} holds {own} twice: as {some([parts[part or 'weight'], name])}")
+        parts[part or "weight"] = name
+    said = tie(tensors, groups, tied) if tied else None
+    if tied and "lm_head.weight" not in groups:
+        del shapes["lm_head.weight"]
+    plain = {name: parts["weight"] for name, parts in groups.items() if parts.keys() == {"weight"}}
     if stored_4bit and len(plain) == len(groups):
         raise ValueError(
             f"{tensors.folder}: config.json has a quantization_config for 4-bit weights, but no weight is in 4 bit; "
             "remove quantization_config from it if the checkpoint is not quantised"
         )
+    missing = [name for name in shapes if "weight" not in groups.get(name, ())]
     problems = {
-        "missing": [name for name in shapes if "weight" not in groups.get(name, ())],
+        "missing": missing,
         "unexpected": unexpected,
         "of another shape": [
-            f"{name} {list(tensors.shapes[name])}, expected {list(shapes[name])}"
-            for name in plain
-            if tensors.shapes[name] != shapes[name]
+            f"{name} {list(tensors.shapes[stored])}, expected {list(shapes[name])}"
+            for name, stored in plain.items()
+            if tensors.shapes[stored] != shapes[name]
         ],
         f"of a dtype other than {', '.join(FLOATS)}": [
-            f"{name} {tensors.dtypes[name]}" for name in plain if tensors.dtypes[name] not in FLOATS
+            f"{stored} {tensors.dtypes[stored]}" for stored in plain.values() if tensors.dtypes[stored] not in FLOATS
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(names)} {what}: {first_five(names)}" for what, names in problems.items() if names)
-        hint = ""
-        outdated = any(name.startswith(("layers.", "transformer.")) for name in unexpected)
-        if outdated and not hasattr(net, "parameter_of"):
-            hint = (
-                ". The names are those of an outdated Phi file: convert it, or use the newer revision of the checkpoint"
-            )
-        raise ValueError(f"{tensors.folder}: the tensors are not those of its config.json; {found}{hint}")
-    if tied and "lm_head.weight" in tensors.shapes:
-        check_tied(tensors, tied)
+        found = "; ".join(f"{len(names)} {what}: {some(names, 2)}" for what, names in problems.items() if names)
+        raise ValueError(
+            f"{tensors.folder}: the tensors are not those of its config.json; {found}{hint(missing, left)}"
+        )
+    if said:
+        tell(f"{tensors.folder.name}: {said}")
+    say_left_out(tensors, net, prefix, left)
     return groups
 
 
-def check_tied(tensors, embedding):
-    """Raises ValueError where a stored head is not the copy of the embedding that config.json promises."""
-    head = "lm_head.weight"
-    is_equal = tensors.shapes[head] == tensors.shapes[embedding]
-    for start in range(0, tensors.shapes[head][0] if is_equal else 0, 4096):  # in parts, so that no copy is large
-        rows = [tensors.read(name)[start : start + 4096].float() for name in (head, embedding)]
-        is_equal = is_equal and torch.equal(*rows)
-    if not is_equal:
-        raise ValueError(
-            f"{tensors.folder}: config.json says tie_word_embeddings, but {head} is not equal to {embedding}; set "
-            "tie_word_embeddings to false if the head was trained by itself, or remove the head"
+def hint(missing, left):
+    """What tensors that do not fit probably are. missing: parameters without one; left: tensors without a place."""
+    if missing == ["lm_head.weight"]:
+        return (
+            ". It is the body of a model, saved without its head (transformers would draw one at random); use the "
+            "checkpoint of the whole model"
         )
+    for pattern, words in FOREIGN:
+        if any(re.search(pattern, name) for name in left):
+            return f". The names are those of {words}"
+    return f"; {len(left)} with other names: {some(left, 2)}" if left else ""
 
 
-def first_five(names):
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def tie(tensors, groups, tied):
+    """Settles, in `groups`, what is read for the embedding `tied` and for the head where config.json ties them. Returns what
+    there is to say about it, or None."""
+    head = "lm_head.weight"
+    if head not in groups:
+        return None
+    if tied not in groups:
+        groups[tied] = groups.pop(head)
+        return f"{head} is read as the embedding too, since config.json ties them."
+    if is_equal(tensors, groups[tied]["weight"], groups[head]["weight"]):
+        del groups[head]  # a copy of the embedding
+        return None
+    return (
+        f"warning: config.json has tie_word_embeddings true, but {head} differs from {tied}; both are used as they are "
+        "stored, as in transformers."
+    )
+
+
+def is_equal(tensors, first, second):
+    """Whether two stored tensors hold the same values."""
+    if tensors.shapes[first] != tensors.shapes[second] or not tensors.shapes[first]:
+        return False
+    starts = range(0, tensors.shapes[first][0], 4096)  # in parts, so that no copy is large
+    return all(torch.equal(*(tensors.read(name)[i : i + 4096].float() for name in (first, second))) for i in starts)
+
+
+def say_left_out(tensors, net, prefix, left):
+    """One line on what of a checkpoint has no effect here, and one on tensors of the blocks that config.json has no place
+    for: these may mean that config.json is wrong."""
+    is_body = re.compile(rf"({re.escape(prefix)}|layers\.|h\.|encoder\.|lm_head\.)")
+    loud, quiet = [], []
+    for name in left:
+        is_table = name.endswith(("cos_cached", "sin_cached", "inv_freq"))
+        is_zero = name.endswith(".bias") and tensors.dtypes[name] in FLOATS and not tensors.read(name).any()
+        (loud if is_body.match(name) and not is_table and not is_zero else quiet).append(name)
+    keys = [*net.config.unread, *quant.unknown_keys(read_config(tensors.folder))]
+    notes = [f"{some(keys, 3)} of config.json"] if keys else []
+    notes += [f"the tensors {some(quiet, 3)}"] if quiet else []
+    if notes:
+        tell(f"{tensors.folder.name}: passed over, since this model does not use it: {'; '.join(notes)}.")
+    if loud:
+        warn(
+            f"{tensors.folder.name}: config.json has no place for {len(loud)} tensors ({some(loud, 3)}). They are left out, "
+            "as in transformers; if the model was trained with them, its answers will be wrong."
+        )
 
 
 # --- adapters in PEFT's format ------------------------------------------------------------------
 
-ADAPTER_DEFAULTS = {  # keys of adapter_config.json that may hold null or these values only, which change nothing
-    "alpha_pattern": ({},),
+ADAPTER = {  # what the keys of adapter_config.json that are read must hold; null means PEFT's default
+    "peft_type?": str,
+    "r?": Number(1, 2**31 - 1, is_whole=True),
+    "lora_alpha?": Number(),
+    "lora_dropout?": Number(0, 1),
+    "use_rslora?": bool,
+    "fan_in_fan_out?": bool,
+    "target_modules?": (str, [str]),
+    "rank_pattern?": {str: Number(1, 2**31 - 1, is_whole=True)},
+    "alpha_pattern?": {str: Number()},
+}
+PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "fan_in_fan_out": False}
+PEFT_DEFAULTS |= {"rank_pattern": {}, "alpha_pattern": {}}
+ADAPTER_DEFAULTS = {  # keys that PEFT reads and that may hold null or these values only, which change nothing
     "arrow_config": (),
     "alora_invocation_tokens": (),
     "bias": ("none",),
     "corda_config": (),
     "ensure_weight_tying": (False,),
-    "eva_config": (),
     "exclude_modules": ([],),
-    "fan_in_fan_out": (False,),
     # Not here: pissa, olora, corda, loftq, lora_ga. They change the frozen weights, and PEFT does so again on loading.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "kasa_config": (),
@@ -350,8 +464,6 @@ ADAPTER_DEFAULTS = {  # keys of adapter_config.json that may hold null or these 
     "megatron_config": (),
     "modules_to_save": ([],),
     "monteclora_config": (),
-    "peft_type": ("LORA",),
-    "rank_pattern": ({},),
     "target_parameters": ([],),
     "task_type": ("CAUSAL_LM",),
     "trainable_token_indices": (),
@@ -363,6 +475,7 @@ ADAPTER_DEFAULTS = {  # keys of adapter_config.json that may hold null or these 
 ADAPTER_IGNORED = {  # without effect on the logits
     "auto_mapping",
     "base_model_name_or_path",
+    "eva_config",
     "inference_mode",
     "megatron_core",
     "peft_version",
@@ -370,7 +483,7 @@ ADAPTER_IGNORED = {  # without effect on the logits
     "revision",
     "runtime_config",
 }
-ADAPTER_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+ADAPTER_READ = {key.removesuffix("?") for key in ADAPTER}
 PEFT_PREFIX = "base_model.model."  # before the model's own names in an adapter file
 
 
@@ -389,7 +502,7 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
     leaves = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
     untouched = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
     config = {
-        "alpha_pattern": {},
+        "alpha_pattern": {name: number(layer.alpha) for name, layer in layers.items() if layer.alpha != first.alpha},
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -398,12 +511,12 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": int(first.alpha) if first.alpha == int(first.alpha) else first.alpha,
+        "lora_alpha": number(first.alpha),
         "lora_dropout": first.lora_dropout.p,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": first.r,
-        "rank_pattern": {},
+        "rank_pattern": {name: layer.r for name, layer in layers.items() if layer.r != first.r},
         "revision": revision,
         "target_modules": list(layers if untouched & set(leaves) else leaves),
         "task_type": "CAUSAL_LM",
@@ -412,9 +525,9 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
     }
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in lora.adapter_tensors(model).items()}
     if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
-        raise ValueError(f"{len(broken)} adapter tensors hold NaN or infinity, not saved: {first_five(broken)}")
+        raise ValueError(f"{len(broken)} adapter tensors hold NaN or infinity, not saved: {some(broken, 3)}")
     write_whole(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    write_json(folder / "adapter_config.json", config)
+    write_json(folder / ADAPTER_CONFIG, config)
     if extra is not None:
         write_json(folder / "minitune.json", extra)
     else:
@@ -428,6 +541,11 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
         raise ValueError(f"{folder}: every lora_B is zero, so the adapter does nothing; was the learning rate 0?")
 
 
+def number(value):
+    """16.0 as 16, the way PEFT writes it."""
+    return int(value) if value == int(value) else value
+
+
 def read_adapter_tensors(folder):
     """{PEFT's key: tensor}, copied from the file. Raises ValueError where the file is missing or not whole."""
     path = Path(folder) / "adapter_model.safetensors"
@@ -436,119 +554,145 @@ def read_adapter_tensors(folder):
         hint = "; adapter_model.bin is a pickle, which is not read: save it again by a new PEFT" if pickled else ""
         raise ValueError(f"{folder} has no adapter_model.safetensors; expected a folder in PEFT's format{hint}")
     with open_safetensors(path) as f:
+        check_header(path)
         dtypes = {name: f.get_slice(name).get_dtype() for name in f.keys()}
         if odd := [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]:
-            raise ValueError(f"{path}: expected {', '.join(FLOATS)}, found {first_five(odd)}")
+            raise ValueError(f"{path}: expected {', '.join(FLOATS)}, found {some(odd, 3)}")
         tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path} holds NaN or infinity, expected finite weights: {first_five(broken)}")
+        raise ValueError(f"{path} holds NaN or infinity, expected finite weights: {some(broken, 3)}")
     return tensors
 
 
 def read_adapter_config(folder):
-    """adapter_config.json as a dict. Raises ValueError on a setting that minitune does not implement."""
-    path = Path(folder) / "adapter_config.json"
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, expected an object")
-
-    def is_number(value):
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-    def is_names(value):
-        names = value if isinstance(value, list) else [value]
-        return bool(names) and all(isinstance(name, str) and name for name in names)
-
-    config = {"lora_dropout": 0.0, "use_rslora": False} | {k: v for k, v in config.items() if v is not None}
-    for key, fits, expected in (
-        ("r", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a whole number above 0"),
-        ("lora_alpha", is_number, "a number"),
-        ("lora_dropout", lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
-        ("use_rslora", lambda v: isinstance(v, bool), "true or false"),
-        ("target_modules", is_names, "a list of names, a pattern or all-linear"),
-    ):
-        if not fits(config.get(key)):
-            raise ValueError(f"{path}: {key} is {config.get(key)!r}, expected {expected}")
-    for key, value in config.items():
-        if key in ADAPTER_DEFAULTS:
-            if value not in ADAPTER_DEFAULTS[key]:
-                allowed = " or ".join(json.dumps(v) for v in (None, *ADAPTER_DEFAULTS[key]))
-                raise ValueError(f"{path}: {key} is {value!r}, which minitune does not implement; it takes {allowed}")
-        elif key not in ADAPTER_IGNORED | ADAPTER_READ and value not in (False, {}, []):
+    """adapter_config.json as a dict, with PEFT's defaults for what it lacks. Raises ValueError on an adapter that is not LoRA,
+    and on a setting that minitune does not implement. A key that PEFT does not know is kept: load_adapter names it."""
+    path = Path(folder) / ADAPTER_CONFIG
+    config = PEFT_DEFAULTS | {key: value for key, value in read_json(path, {}).items() if value is not None}
+    method = config.get("peft_type", "LORA")
+    if method != "LORA":
+        raise ValueError(
+            f"{folder} holds an adapter of another method, peft_type {short(method)}; minitune reads LORA only. Merge it "
+            "into its base with PEFT (merge_and_unload) where the method can, and use the merged model"
+        )
+    check(config, ADAPTER, path)
+    targets = config.get("target_modules")
+    if targets is not None and (not targets or not all(targets)):
+        raise ValueError(f"{path}: target_modules is {short(targets)}, expected names, a pattern or all-linear")
+    for key, allowed in ADAPTER_DEFAULTS.items():
+        if key in config and config[key] not in allowed:
+            shown = " or ".join(json.dumps(v) for v in (None, *allowed))
             raise ValueError(
-                f"{path}: {key} is {value!r}, a setting that minitune does not know; remove it if it changes nothing"
+                f"{path}: {key} is {short(config[key])}, which minitune does not implement; it takes {shown}"
             )
     return config
+
+
+def unknown_keys(config):
+    """The keys of an adapter_config.json that PEFT does not know, unless they ask for nothing."""
+    known = ADAPTER_IGNORED | ADAPTER_READ | ADAPTER_DEFAULTS.keys()
+    return [key for key, value in config.items() if key not in known and value not in (False, {}, [])]
 
 
 def load_adapter(model, folder, trainable=False):
     """Wrap `model` with the LoRA layers of an adapter in PEFT's format, in place. Returns its adapter_config.json as
     a dict.
 
-    Strict both ways: a tensor without a layer, or a layer without a tensor, is a ValueError, and the model stays as it
-    was. PEFT stores a frozen head or embedding too where it wraps or resizes one; they replace the model's own."""
+    Strict both ways: a LoRA tensor without a layer, or a layer without a tensor, is a ValueError, and the model stays as it
+    was. PEFT stores a frozen head or embedding too where it wraps or resizes one; they replace the model's own. What PEFT
+    passes over is passed over and named in a line."""
     config, stored = read_adapter_config(folder), read_adapter_tensors(folder)
-    r, targets = config["r"], config["target_modules"]
+    notes = [f"the keys {some(unknown)}"] if (unknown := unknown_keys(config)) else []
+    if config["fan_in_fan_out"]:
+        notes.append("fan_in_fan_out, which linear layers do not have")
+    targets = config.get("target_modules") or peft_targets(model)
     if not isinstance(targets, str):
-        targets = present_targets(model, targets, folder)
-    shapes = {}
+        targets, absent = present_targets(model, targets, folder)
+        notes += [f"target_modules {some(absent)}, which this model does not have"] if absent else []
     try:
         names = lora.match_targets(model, targets)
+        ranks = by_pattern(config["rank_pattern"], names, config["r"])
+        alphas = by_pattern(config["alpha_pattern"], names, config["lora_alpha"])
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    shapes = {}
     for name in names:
         layer = model.get_submodule(name)
-        shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (r, layer.in_features)
-        shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (layer.out_features, r)
+        shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (ranks[name], layer.in_features)
+        shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (layer.out_features, ranks[name])
     frozen, parameters = {}, dict(model.named_parameters(remove_duplicate=False))
     for key in stored.keys() - shapes.keys():
         own = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
         if own in parameters:
             frozen[key], shapes[key] = own, tuple(parameters[own].shape)
     missing, unexpected = sorted(shapes.keys() - stored.keys()), sorted(stored.keys() - shapes.keys())
-    wrong = [
-        f"{key} {list(stored[key].shape)}, expected {list(shape)}"
-        for key, shape in shapes.items()
-        if key in stored and stored[key].shape != shape
-    ]
-    if missing or unexpected or wrong:
-        raise ValueError(
-            f"{folder} does not fit the model: missing {first_five(missing) or 'none'}; unexpected "
-            f"{first_five(unexpected) or 'none'}; of another shape {first_five(wrong) or 'none'}"
-        )
+    if others := [key for key in unexpected if ".lora_" not in key]:
+        notes.append(f"the tensors {some(others, 3)}")
+    problems = {
+        "missing": missing,
+        "unexpected": [key for key in unexpected if ".lora_" in key],
+        "of another shape": [
+            f"{key} {list(stored[key].shape)}, expected {list(shape)}"
+            for key, shape in shapes.items()
+            if key in stored and stored[key].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {what}: {some(keys, 2)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"{folder} does not fit the model: {found}")
     for key, own in frozen.items():
         weight = stored[key].to(parameters[own])
         if not torch.equal(weight, parameters[own]):
             warn(f"{folder} brings its own {own}, which replaces the model's, as in PEFT")
             parameters[own].data.copy_(weight)
-    lora.inject(model, r, config["lora_alpha"], config["lora_dropout"], targets, config["use_rslora"])
+    if notes:
+        warn(f"{folder}: passed over, as by PEFT: {'; '.join(notes)}")
+    model.requires_grad_(False)
+    for name in names:
+        lora.wrap(model, name, ranks[name], alphas[name], config["lora_dropout"], config["use_rslora"])
     for key, tensor in lora.adapter_tensors(model).items():
         tensor.data.copy_(stored[key])
         tensor.requires_grad_(trainable)
     return config
 
 
+def by_pattern(patterns, names, default):
+    """{name: the value of the first pattern that matches it, as PEFT matches them: at its end, after a dot}."""
+    values = dict.fromkeys(names, default)
+    for pattern, value in reversed(patterns.items()):
+        values |= dict.fromkeys(lora.matching(rf"(.*\.)?({pattern})$", names), value)
+    return values
+
+
+def peft_targets(model):
+    """PEFT's LoRA targets for the architecture of a model."""
+    return next(targets for _, Model, targets in ARCHITECTURES.values() if isinstance(model, Model))
+
+
 def present_targets(model, targets, folder):
-    """The targets that the model has. Adapters with names of another architecture circulate: PEFT wraps what it
-    finds; so do we, and say it."""
+    """(the targets that the model has, those that it lacks). Adapters with names of another architecture circulate: PEFT wraps
+    what it finds, and so do we."""
     modules = [name for name, _ in model.named_modules()]
     absent = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules)]
     if len(absent) == len(targets):
         raise ValueError(
-            f"{folder}: none of target_modules {first_five(targets)} is in this model; it is of another architecture"
+            f"{folder}: none of target_modules {some(targets)} is in this model; it is of another architecture"
         )
-    if absent:
-        warn(f"{folder}: target_modules names {first_five(absent)}, not in this model; passed over, as by PEFT")
-    return tuple(target for target in targets if target not in absent)
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
+    return tuple(target for target in targets if target not in absent), absent
 
 
 def default_targets(folder):
     """PEFT's LoRA targets for the architecture of a checkpoint folder. Raises ValueError on a judge, which has none."""
-    targets = architecture(read_json(Path(folder) / "config.json"))[2]
+    targets = architecture(read_config(folder))[2]
     if not targets:
         raise ValueError(f"{folder} holds a judge: minitune scores text with it and does not train it")
     return targets
+
+
+def check_trainable(folder):
+    """Raises ValueError where a model has an adapter of its own: a new one cannot be trained on top of it."""
+    if own_adapter(folder):
+        raise ValueError(
+            f"{folder} holds an adapter beside the model, and a new one cannot be trained on top of it. Merge it into the "
+            f"model first (PEFT's merge_and_unload), or move {ADAPTER_CONFIG} away to train the base alone"
+        )

@@ -146,7 +146,9 @@ def _local(folder, revision):
     if os.path.isfile(folder / "config.json"):
         return folder
     if os.path.isfile(folder / "adapter_config.json"):
-        raise ValueError(f"{folder} holds an adapter, not a model: name its base as the model and it as the adapter")
+        raise ValueError(
+            f"{folder} holds an adapter, not a model; name its base with --model, and this folder with --adapter"
+        )
     fault = "is a file, not a folder" if folder.is_file() else "has no config.json"
     raise ValueError(f"{folder} {fault}; expected a folder with config.json, tokenizer and safetensors files")
 

@@ -4,12 +4,20 @@ Files are not touched here: minitune/checkpoint.py reads and writes adapters."""
 
 import math
 import re
+import time
+import warnings
 from contextlib import contextmanager
 
+import regex
 import torch
 from minitune_kernels import decode
 from torch import nn
 from torch.nn import functional as F
+
+from minitune.screen import short, some
+
+PATTERN_SECONDS = 1  # for all names of a model; the patterns that people write take milliseconds
+PATTERN_LENGTH, PATTERN_COPIES = 40_000, 10_000
 
 
 class LoRALinear(nn.Module):
@@ -52,18 +60,14 @@ def match_targets(model, targets):
     where the model has LoRA layers already."""
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; load it again before it gets others")
-    linears = [
-        name for name, module in model.named_modules() if hasattr(module, "in_features")
-    ]  # nn.Linear and its 4-bit kin
+    # nn.Linear and its 4-bit kin
+    linears = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
     if isinstance(targets, str):
-        if targets != "all-linear":
-            try:
-                found = [name for name in linears if re.fullmatch(targets, name)]
-            except re.error as error:
-                raise ValueError(f"lora_targets: {targets!r} is not a regular expression: {error}") from None
+        if targets.lower() != "all-linear":
+            found = matching(targets, linears)
             if not found:
                 raise ValueError(
-                    f"lora_targets: no linear layer matches the pattern {targets!r}; {known_leaves(linears)}"
+                    f"lora_targets: no linear layer matches the pattern {short(targets)}; {known_leaves(linears)}"
                 )
             return found
         targets = ("all-linear",)
@@ -77,12 +81,37 @@ def match_targets(model, targets):
         if not matches:
             unmatched.append(target)
     if unmatched:
-        raise ValueError(f"lora_targets: no linear layer is named {', '.join(unmatched)}; {known_leaves(linears)}")
+        raise ValueError(f"lora_targets: no linear layer is named {some(unmatched)}; {known_leaves(linears)}")
     return [name for name in linears if name in found]
 
 
+def matching(pattern, names):
+    """Those of `names` that a regular expression matches whole, as PEFT finds them by re.fullmatch.
+
+    Raises ValueError where it is none, or where it takes more than PATTERN_SECONDS: (.*)*x would take years."""
+    too_long = ValueError(
+        f"lora_targets: the pattern {short(pattern)} needs too much time or memory; use a simpler one, or a list of names"
+    )
+    # regex writes a repeat out as often as it says: ((x{1000}){1000}){1000} would fill the memory.
+    copies = math.prod(int((most or least or "1")[:6]) or 1 for least, most in re.findall(r"\{(\d*),?(\d*)\}", pattern))
+    if len(pattern) > PATTERN_LENGTH or copies > PATTERN_COPIES:
+        raise too_long
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of syntax that may change one day
+            re.compile(pattern)  # what re refuses, PEFT refuses
+            compiled = regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"lora_targets: {short(pattern)} is not a regular expression: {short(str(error))}") from None
+    end = time.monotonic() + PATTERN_SECONDS
+    try:
+        return [name for name in names if compiled.fullmatch(name, timeout=max(end - time.monotonic(), 1e-3))]
+    except TimeoutError:
+        raise too_long from None
+
+
 def known_leaves(linears):
-    return "this model has " + ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears))
+    return "this model has " + some(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears), 10)
 
 
 def inject(model, r, alpha, dropout=0.0, targets=("all-linear",), use_rslora=False, seed=0):
@@ -91,19 +120,25 @@ def inject(model, r, alpha, dropout=0.0, targets=("all-linear",), use_rslora=Fal
     The start of A is drawn from `seed` alone, on the CPU: the same on every device. Returns the names of the wrapped
     layers."""
     if not (isinstance(r, int) and r > 0):
-        raise ValueError(f"the rank r is {r!r}, expected a whole number above 0")
+        raise ValueError(f"the rank r is {short(r)}, expected a whole number above 0")
     names = match_targets(model, targets)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        base = model.get_submodule(name)
-        device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
-        layer = LoRALinear(base, r, alpha, dropout, use_rslora, device)
-        start = torch.empty(r, base.in_features)
+        layer = wrap(model, name, r, alpha, dropout, use_rslora)
+        start = torch.empty(r, layer.base_layer.in_features)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         layer.lora_A.weight.data.copy_(start)
-        put(model, name, layer.train(model.training))
     return names
+
+
+def wrap(model, name, r, alpha, dropout, use_rslora):
+    """Put a LoRALinear around the linear layer `name`, on its device. Returns it."""
+    base = model.get_submodule(name)
+    device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
+    layer = LoRALinear(base, r, alpha, dropout, use_rslora, device)
+    put(model, name, layer.train(model.training))
+    return layer
 
 
 def lora_layers(model):

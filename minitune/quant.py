@@ -7,23 +7,28 @@ import torch
 from minitune_kernels import nf4
 from torch import nn
 
+from minitune.files import parse_json
+from minitune.schema import Number, check
+from minitune.screen import short, some
+
 # What a bitsandbytes checkpoint stores beside `P.weight`, as `P.weight.SUFFIX`; the last two with double quantisation.
 BNB_STATE = "quant_state.bitsandbytes__nf4"
 BNB_SUFFIXES = ("absmax", "quant_map", BNB_STATE, "nested_absmax", "nested_quant_map")
 BNB_KEYS = {  # of quantization_config: read here, or without effect on 4-bit weights that are already quantised
-    "quant_method",
-    "load_in_4bit",
-    "load_in_8bit",
-    "_load_in_4bit",
-    "_load_in_8bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_compute_dtype",
-    "bnb_4bit_use_double_quant",
-    "bnb_4bit_quant_storage",
-    "llm_int8_enable_fp32_cpu_offload",
-    "llm_int8_has_fp16_weight",
-    "llm_int8_skip_modules",
-    "llm_int8_threshold",
+    *("quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_type"),
+    *("bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "llm_int8_threshold"),
+    *("llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight", "llm_int8_skip_modules"),
+}
+STATE = {  # the shape of the JSON beside a 4-bit weight
+    "quant_type": {"nf4"},
+    "blocksize": {nf4.BLOCK},
+    "dtype": {"float32", "float16", "bfloat16"},
+    "shape": [Number(1, 2**31 - 1, is_whole=True)],
+}
+NESTED_STATE = {
+    "nested_blocksize": {nf4.NESTED_BLOCK},
+    "nested_dtype": {"float32"},
+    "nested_offset": Number(-1e30, 1e30),
 }
 STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 
@@ -90,7 +95,7 @@ class NF4Linear(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):
-        # Asked of empty tensors first: what cannot be done must not be half done.
+        # Try the conversion on empty tensors first, so that a refused dtype leaves the layer unchanged.
         dtype = check_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype)
         if fn(torch.empty(0, dtype=torch.uint8, device=self.packed.device)).dtype != torch.uint8:
             raise ValueError("a 4-bit layer cannot be cast by .type(); use .to(dtype), which changes its compute dtype")
@@ -117,11 +122,11 @@ class NF4Linear(nn.Module):
         expected = {"weight", *BNB_SUFFIXES[: 5 if nested else 3]}
         if expected != set(tensors):
             raise ValueError(
-                f"{name}: missing {sorted(expected - set(tensors))}, unexpected "
-                f"{sorted(set(tensors) - expected)}; a 4-bit weight needs {sorted(expected)}"
+                f"{name}: missing {some(sorted(expected - set(tensors))) or 'none'}, unexpected "
+                f"{some(sorted(set(tensors) - expected), 2) or 'none'}; a 4-bit weight needs {some(sorted(expected))}"
             )
         state = read_state(tensors[BNB_STATE], nested, name)
-        if tensors["quant_map"].tolist() != list(nf4.CODE):
+        if tensors["quant_map"].shape != (len(nf4.CODE),) or tensors["quant_map"].tolist() != list(nf4.CODE):
             raise ValueError(f"{name}: quant_map is not the NF4 table; the file is damaged or of another format")
         if shape is not None and list(shape) != state["shape"]:
             raise ValueError(f"{name}: the stored 4-bit weight has shape {state['shape']}, expected {list(shape)}")
@@ -173,29 +178,16 @@ def as_bytes(tensor):
 
 def read_state(tensor, nested, name):
     """The JSON beside a 4-bit weight, checked. Raises ValueError with the value that is not supported."""
+    where = f"{name}: {BNB_STATE}"
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > 10_000:
+        raise ValueError(f"{where} is not JSON in uint8; the file is damaged")
     try:
-        state = dict(json.loads(bytes(tensor.tolist())))
-    except (ValueError, TypeError):
-        raise ValueError(f"{name}: {BNB_STATE} is not JSON in uint8; the file is damaged") from None
-    fixed = {"quant_type": "nf4", "blocksize": nf4.BLOCK}
-    if nested:
-        fixed |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32"}
-    for key, value in fixed.items():
-        if state.get(key) != value:
-            raise ValueError(
-                f"{name}: {key} is {state.get(key)!r} in {BNB_STATE}, minitune reads {value!r} only; "
-                "quantise the original checkpoint with --quantize nf4"
-            )
-    shape = state.get("shape")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
-        raise ValueError(f"{name}: shape is {shape!r} in {BNB_STATE}, expected [out, in]")
-    if state.get("dtype") not in ("float32", "float16", "bfloat16"):
-        raise ValueError(
-            f"{name}: dtype is {state.get('dtype')!r} in {BNB_STATE}, expected float32, float16 or "
-            "bfloat16; the file is damaged"
-        )
-    if nested and not isinstance(state.get("nested_offset"), (int, float)):
-        raise ValueError(f"{name}: nested_offset is {state.get('nested_offset')!r} in {BNB_STATE}, expected a number")
+        text = bytes(tensor.tolist()).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{where} is not JSON in uint8; the file is damaged") from None
+    state = check(parse_json(text, where), STATE | NESTED_STATE if nested else STATE, where)
+    if len(state["shape"]) != 2:
+        raise ValueError(f"{where}: shape is {short(state['shape'])}, expected [out, in]")
     return state
 
 
@@ -210,27 +202,28 @@ def is_bnb_4bit(config, source="config.json"):
         "use the original checkpoint, with --quantize nf4 for 4 bits"
     )
     if not isinstance(quantization, dict):
-        raise ValueError(f"quantization_config in {source} is {quantization!r}, expected an object")
+        raise ValueError(f"quantization_config in {source} is {short(quantization)}, expected an object")
     load_8bit = quantization.get("load_in_8bit") or quantization.get("_load_in_8bit") or False
     load_4bit = quantization.get("load_in_4bit") or quantization.get("_load_in_4bit") or False
     # Files of 2023 have no quant_method; load_in_4bit says it, as in transformers.
     method = quantization.get("quant_method", "bitsandbytes" if load_4bit or load_8bit else None)
     if method != "bitsandbytes":
-        raise ValueError(f"quant_method={method!r} in {source} is not supported: {advice}")
+        raise ValueError(f"quant_method={short(method)} in {source} is not supported: {advice}")
     if load_8bit or not load_4bit:
         raise ValueError(
-            f"load_in_8bit={load_8bit!r} with load_in_4bit={load_4bit!r} in {source} is not supported: {advice}"
+            f"load_in_8bit={short(load_8bit)} with load_in_4bit={short(load_4bit)} in {source} is not supported: {advice}"
         )
     kind = quantization.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
     if kind != "nf4":
-        raise ValueError(f"bnb_4bit_quant_type={kind!r} in {source} is not supported: {advice}")
+        raise ValueError(f"bnb_4bit_quant_type={short(kind)} in {source} is not supported: {advice}")
     storage = str(quantization.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
     if storage not in STORAGES:
         raise ValueError(
-            f"bnb_4bit_quant_storage={storage!r} in {source} is not supported, expected one of {', '.join(STORAGES)}"
-        )
-    if unknown := sorted(set(quantization) - BNB_KEYS):
-        raise ValueError(
-            f"quantization_config in {source} has keys that minitune does not know: {', '.join(unknown)}; {advice}"
+            f"bnb_4bit_quant_storage={short(storage)} in {source} is not supported, expected one of {some(STORAGES, 6)}"
         )
     return True
+
+
+def unknown_keys(config):
+    """The keys of a bitsandbytes quantization_config that neither it nor minitune knows."""
+    return [f"quantization_config.{key}" for key in config.get("quantization_config") or {} if key not in BNB_KEYS]

@@ -58,6 +58,7 @@ def fine_tune(config, run, say):
     device = choose_device(config.device)
     dtype, reason = choose_dtype(config.dtype, device)
     folder = hub.resolve(config.model, config.revision).absolute()  # a folder ./mistral is not the short name mistral
+    checkpoint.check_trainable(folder)
     state_file = run / "last" / "state.safetensors"
     tokenizer = load_tokenizer(folder)
     train_set, test_set = data.load_for(config, tokenizer)

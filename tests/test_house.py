@@ -74,6 +74,7 @@ GROUND = [  # what other modules of floor 1 may use; among themselves, those tha
     "minitune.config",
     "minitune.metrics.pairs",
     "minitune.metrics.ngrams",
+    "minitune.models.layers",
 ]
 PEERS = {"transformers", "peft", "bitsandbytes", "sacrebleu", "rouge_score", "bert_score", "hypothesis", "datasets"}
 RUNTIME = {"torch", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "numpy", "nltk", "regex", "scipy",

@@ -118,7 +118,7 @@ def test_gpt2_loads_openais_spelling_without_prefix_and_with_the_old_masks(tmp_p
 def test_gpt2_refuses_a_missing_an_unknown_and_a_doubled_tensor(tmp_path):
     gpt2(tmp_path)
     rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if "ln_f.bias" not in k} | {"h.0.extra": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"1 missing: transformer.ln_f.bias; 1 unexpected: transformer.h.0.extra$"):
+    with pytest.raises(ValueError, match=r"1 missing: transformer.ln_f.bias; 1 with other names: h.0.extra$"):
         load_model(tmp_path)
     gpt2(tmp_path)
     rewrite(tmp_path, lambda t: t | {"wpe.weight": t["transformer.wpe.weight"]})
@@ -131,11 +131,10 @@ def test_gpt2_refuses_a_missing_an_unknown_and_a_doubled_tensor(tmp_path):
     [
         ("scale_attn_weights", False),
         ("scale_attn_by_inverse_layer_idx", True),
-        ("reorder_and_upcast_attn", True),
         ("activation_function", "relu"),
-        ("n_ctx", 20),
+        ("hidden_size", 32),
+        ("is_causal", False),
         ("n_head", 5),
-        ("rope_theta", 1e4),
     ],
 )
 def test_gpt2_config_that_changes_the_model_is_refused_by_name(tmp_path, key, value):
@@ -144,6 +143,15 @@ def test_gpt2_config_that_changes_the_model_is_refused_by_name(tmp_path, key, va
     (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
     with pytest.raises(ValueError, match=key):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("reorder_and_upcast_attn", True), ("n_ctx", 20), ("rope_theta", 1e4), ("hidden_size", 64)]
+)
+def test_gpt2_config_that_changes_nothing_in_transformers_changes_nothing_here(tmp_path, key, value):
+    theirs, ids, raw = gpt2(tmp_path), tokens(2, 40), json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
+    close(load_model(tmp_path)(ids), theirs(ids).logits)
 
 
 def test_gpt2_says_that_a_text_is_longer_than_its_positions(tmp_path):
@@ -266,13 +274,18 @@ def test_encoder_refuses_a_missing_and_an_unknown_tensor(tmp_path):
     encoder(tmp_path)
     gone = "encoder.layer.1.output.dense.bias"
     rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if k != gone} | {"adapter.weight": torch.ones(1)})
-    with pytest.raises(ValueError, match=f"1 missing: {gone}; 1 unexpected: adapter.weight$"):
+    with pytest.raises(ValueError, match=f"1 missing: {gone}; 1 with other names: adapter.weight$"):
         load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(
     "key, value",
-    [("position_embedding_type", "relative_key"), ("is_decoder", True), ("hidden_act", "relu"), ("moe_layers", 2)],
+    [
+        ("is_decoder", True),
+        ("hidden_act", "relu"),
+        ("is_causal", True),
+        ("per_layer_config", {"0": {"hidden_act": "relu"}}),
+    ],
 )
 def test_encoder_config_that_changes_the_model_is_refused_by_name(tmp_path, key, value):
     encoder(tmp_path)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 
 import pytest
 import torch
@@ -239,8 +240,8 @@ def test_an_adapter_on_a_4_bit_base_gives_the_same_logits_in_peft(bases, peft, t
     torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_adapter_stored_in_16_bit_is_read_into_fp32(dtype, bases, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_an_adapter_stored_in_another_dtype_is_read_into_fp32(dtype, bases, tmp_path):
     save_adapter(adapted(bases["llama"]), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     stored = {name: t.to(dtype) for name, t in load_file(path).items()}
@@ -502,15 +503,12 @@ def edit(folder, **changes):
 
 CHANGES = {  # key: values that change what an adapter does, and that are refused
     "use_dora": (True,),
-    "rank_pattern": ({"q_proj": 8},),
-    "alpha_pattern": ({"q_proj": 8},),
     "modules_to_save": (["lm_head"],),
     "bias": ("all", "lora_only"),
     "layers_to_transform": ([0], 1),
     "layers_pattern": ("layers",),
     "layer_replication": ([[0, 1]],),
     "exclude_modules": (["fc1"],),
-    "fan_in_fan_out": (True,),
     "lora_bias": (True,),
     "init_lora_weights": ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica"),
     "loftq_config": ({"loftq_bits": 4},),
@@ -520,13 +518,13 @@ CHANGES = {  # key: values that change what an adapter does, and that are refuse
     "alora_invocation_tokens": ([1],),
     "megatron_config": ({"a": 1},),
     "task_type": ("SEQ_CLS",),
-    "peft_type": ("IA3", "LOHA"),
-    "a_key_of_the_future": (True, "on", 3, {"a": 1}, [0]),
-    "r": (0, "8", 4.0, True, None),
-    "lora_alpha": ("8", None, float("nan"), True),
-    "lora_dropout": (1.0, -0.1, "0.1"),
+    "r": (0, "8", 4.0, True, 2**63),
+    "lora_alpha": ("8", float("nan"), True),
+    "lora_dropout": (1.1, -0.1, "0.1"),
+    "rank_pattern": ([1],),
+    "fan_in_fan_out": ("yes",),
     "use_rslora": ("false", 1),
-    "target_modules": ([], "", None, [1], {"a": 1}),
+    "target_modules": ([], "", {"a": 1}),
 }
 
 
@@ -538,6 +536,18 @@ def test_a_setting_that_is_not_implemented_is_refused_by_name(key, saved, bases)
         with pytest.raises(ValueError, match=rf"adapter_config.json: {key} is ") as raised:
             load_adapter(model, saved)
         assert "\n" not in str(raised.value) and not lora.lora_layers(model)
+        assert len(str(raised.value)) < 450
+
+
+@pytest.mark.parametrize(
+    "method", ["IA3", "LOHA", "LOKR", "PROMPT_TUNING", "PREFIX_TUNING", "ADALORA", "A_NEW_ONE", ["x"]]
+)
+def test_an_adapter_of_another_method_is_refused_as_what_it_is(method, saved, bases):
+    (saved / "adapter_config.json").write_text(json.dumps({"peft_type": method, "r": "no number"}))
+    (saved / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="another method, peft_type .*; minitune reads LORA only") as raised:
+        load_model(bases["phi"].parent / "nowhere", adapter=saved)  # before the model is looked for
+    assert str(method) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_every_setting_of_the_installed_peft_is_read_or_refused_when_it_is_not_its_default(saved, peft):
@@ -560,10 +570,108 @@ def test_every_setting_of_the_installed_peft_is_read_or_refused_when_it_is_not_i
     checkpoint.read_adapter_config(saved)  # with every key at PEFT's default
 
 
-@pytest.mark.parametrize("value", [None, False, {}, []])
-def test_a_key_of_the_future_that_asks_for_nothing_passes(value, saved, bases):
+@pytest.mark.parametrize("value", [None, False, {}, [], True, "on", 3, {"a": 1}])
+def test_a_key_of_the_future_is_named_where_it_asks_for_something(value, saved, bases, capsys):
     edit(saved, a_key_of_the_future=value)
     load_model(bases["phi"], adapter=saved)
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(value) and (
+        "passed over, as by PEFT: the keys a_key_of_the_future" in said
+    ) == bool(value)
+
+
+NULL = object()
+AS_IN_PEFT = {  # name: (options of the adapter that PEFT writes, changes of its adapter_config.json, what the line says)
+    "rank-pattern-of-r": ({}, {"rank_pattern": {"q_proj": 4}}, None),
+    "rank-pattern": (
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.fc1": 6}, "alpha_pattern": {"fc1": 3.5}},
+        {},
+        None,
+    ),
+    "rank-pattern-rslora": ({"rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}, "use_rslora": True}, {}, None),
+    "overlapping-patterns": (
+        {"alpha_pattern": {"0.mlp.fc1": 1, "fc1": 2}, "rank_pattern": {"fc1|q_proj": 3}},
+        {},
+        None,
+    ),
+    "no-targets": ({"target_modules": None}, {"target_modules": None}, None),
+    "targets-left-out": ({"target_modules": None}, {"target_modules": NULL}, None),
+    "r-and-alpha-left-out": ({"r": 8, "lora_alpha": 8}, {"r": NULL, "lora_alpha": NULL}, None),
+    "fan-in-fan-out": ({}, {"fan_in_fan_out": True}, "fan_in_fan_out, which linear layers do not have"),
+    "dropout-1": ({"lora_dropout": 1.0}, {}, None),
+    "unknown-keys": ({}, {"from_the_future": [1], "enable_lora": [True]}, "the keys from_the_future, enable_lora"),
+    "all-linear-in-capitals": ({"target_modules": "all-linear"}, {"target_modules": "ALL-LINEAR"}, None),
+    "eva": ({}, {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", AS_IN_PEFT)
+def test_what_peft_loads_gives_the_same_logits_here(name, bases, peft, tmp_path, capsys):
+    options, changes, line = AS_IN_PEFT[name]
+    targets = {"target_modules": ["q_proj", "v_proj", "fc1"]}
+    write_theirs(peft, their_base(bases["phi"]), tmp_path, **targets | options)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not NULL}))
+    expected = logits(peft.PeftModel.from_pretrained(their_base(bases["phi"]), tmp_path).eval())
+    assert (expected - logits(load_model(bases["phi"]))).abs().max() > 0.01
+    capsys.readouterr()
+    model = load_model(bases["phi"], adapter=tmp_path)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    said = capsys.readouterr().err
+    assert said.count("\n") == (line is not None) and (line or "") in said
+    save_adapter(model, tmp_path / "again")
+    assert torch.equal(logits(load_model(bases["phi"], adapter=tmp_path / "again")), logits(model))
+    theirs = peft.PeftModel.from_pretrained(their_base(bases["phi"]), tmp_path / "again").eval()
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(.*)*x", "((x{1000}){1000}){1000}", "(.*a){20}", "x" * 10**6, "(" * 3000, "[[a]", "x{" + "9" * 5000 + "}"],
+)
+def test_a_pattern_costs_a_bounded_time(pattern, saved, bases):
+    edit(saved, target_modules=pattern)
+    model, start = load_model(bases["phi"]), time.perf_counter()
+    with pytest.raises(ValueError) as raised:
+        load_adapter(model, saved)
+    assert time.perf_counter() - start < 3.5 and len(str(raised.value).replace(str(saved), "")) < 400
+
+
+def test_a_pattern_that_never_ends_is_stopped():
+    with pytest.raises(ValueError, match="needs too much time or memory; use a simpler one, or a list of names"):
+        lora.matching(r"(?:(a|aa)+)+\1b|(x+x+)+y", ["a" * 60, "x" * 60])
+
+
+def test_a_model_folder_with_an_adapter_is_the_adapted_model(bases, peft, tmp_path, capsys):
+    folder = tmp_path / "both"
+    shutil.copytree(bases["phi"], folder)
+    write_theirs(peft, their_base(folder), folder, target_modules=["q_proj"])
+    from transformers import AutoModelForCausalLM
+
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    capsys.readouterr()
+    torch.testing.assert_close(logits(load_model(folder)), expected, rtol=0, atol=1e-5)
+    assert "holds an adapter beside the model; it is applied, as transformers does." in capsys.readouterr().err
+    save_adapter(adapted(bases["phi"]), tmp_path / "other")
+    other = load_model(folder, adapter=tmp_path / "other")
+    assert torch.equal(logits(other), logits(load_model(bases["phi"], adapter=tmp_path / "other")))
+    assert "holds an adapter of its own, which is left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a new one cannot be trained on top of it"):
+        checkpoint.check_trainable(folder)
+    edit(folder, peft_type="IA3")
+    with pytest.raises(ValueError, match="peft_type 'IA3'"):
+        load_model(folder)
+    edit(folder, peft_type="LORA", base_model_name_or_path="my/base")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"holds an adapter, not the weights of a model; name its base \('my/base'\) with"
+    ):
+        load_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds an adapter, not a model; name its base with --model"):
+        load_model(folder)
 
 
 def test_null_is_the_default_of_every_key_that_has_one(saved, bases):
@@ -602,7 +710,7 @@ def test_an_adapter_on_the_embedding_is_refused_by_name(bases, peft, tmp_path):
     with pytest.raises(ValueError, match="no linear layer is named embed_tokens"):
         load_model(bases["phi"], adapter=tmp_path)
     edit(tmp_path, target_modules=r".*(q_proj|embed_tokens)")
-    with pytest.raises(ValueError, match=r"unexpected base_model\.model\.model\.embed_tokens\.lora_embedding_A"):
+    with pytest.raises(ValueError, match=r"2 unexpected: base_model\.model\.model\.embed_tokens\.lora_embedding_A"):
         load_model(bases["phi"], adapter=tmp_path)
 
 
@@ -625,22 +733,31 @@ WEIGHTS = "adapter_model.safetensors"
 BROKEN = {
     "wrong-shape": (
         replace_tensor("mlp.fc1.lora_A", lambda t: t[:, :-1].contiguous()),
-        r"of another shape \S+layers\.1\.mlp\.fc1\.lora_A\.weight \[4, 63\], expected \[4, 64\]",
+        r"1 of another shape: \S+layers\.1\.mlp\.fc1\.lora_A\.weight \[4, 63\], expected \[4, 64\]",
     ),
-    "another-rank": (lambda f: edit(f, r=8), r"of another shape (\S+ \[\d+, \d+\], expected \[\d+, \d+\], ){5}\.\.\."),
-    "missing": (replace_tensor("mlp.fc1.lora_B", lambda t: None), r"missing \S+layers\.1\.mlp\.fc1\.lora_B\.weight; "),
-    "fewer-targets": (lambda f: edit(f, target_modules=["fc1"]), r"unexpected (\S+lora_[AB]\.weight, ){5}\.\.\."),
+    "another-rank": (
+        lambda f: edit(f, r=8),
+        r"of another shape: (\S+ \[\d+, \d+\], expected \[\d+, \d+\],? ){2}and \d+ more",
+    ),
+    "missing": (
+        replace_tensor("mlp.fc1.lora_B", lambda t: None),
+        r"1 missing: \S+layers\.1\.mlp\.fc1\.lora_B\.weight$",
+    ),
+    "fewer-targets": (
+        lambda f: edit(f, target_modules=["fc1"]),
+        r"unexpected: (\S+lora_[AB]\.weight,? ){2}and \d+ more",
+    ),
     "more-targets": (
         lambda f: edit(f, target_modules=["all-linear", "lm_head"]),
-        r"not in this model|missing \S+lm_head\.lora_A\.weight",
+        r"2 missing: \S+lm_head\.lora_A\.weight",
     ),
     "dora-vector": (
         replace_tensor("mlp.fc1.lora_magnitude_vector", lambda t: torch.ones(128)),
-        "unexpected .*lora_magnitude_vector",
+        "1 unexpected: .*lora_magnitude_vector",
     ),
     "float8": (
         replace_tensor("mlp.fc1.lora_A", lambda t: t.to(torch.float8_e5m2)),
-        r"expected F32, F16, BF16, found .*E5M2",
+        r"expected F32, F16, BF16, F64, found .*E5M2",
     ),
     "not-a-number": (
         replace_tensor("mlp.fc1.lora_A", lambda t: t.fill_(torch.nan)),
@@ -658,7 +775,7 @@ BROKEN = {
     "no-config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
     "config-list": (
         rewrite("adapter_config.json", lambda b: b"[]"),
-        "adapter_config.json holds a list, expected an obj",
+        r"adapter_config.json: it is \[\], expected an obj",
     ),
     "config-not-json": (
         rewrite("adapter_config.json", lambda b: b[:-5]),

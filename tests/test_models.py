@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minitune.models import build
+from minitune.checkpoint import load_model
+from minitune.models import build, build_encoder, config_json
 from minitune.models.cache import Cache
 from minitune.models.layers import chunked_cross_entropy
 
@@ -222,15 +223,23 @@ CONFIG = {"model_type": "llama", **SIZES, "num_key_value_heads": 2}
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types is "),
+        ({"text_config": {"vocab_size": 3}}, "text_config is "),
         ({"model_type": "gpt_neox"}, "expected one of llama, mistral, phi"),
-        ({"sliding_window": 64}, "sliding_window=64"),
+        ({"sliding_window": 32}, "sliding_window is 32"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size is 8"),
         ({"hidden_size": "64"}, "expected a whole number"),
-        ({"num_hidden_layers": 0}, "expected a whole number above 0"),
-        ({"router_aux_loss_coef": 0.02}, "does not know"),
+        ({"num_hidden_layers": 0}, "expected a whole number from 1 to 1000"),
+        ({"num_hidden_layers": 10**6}, "expected a whole number from 1 to 1000"),
+        ({"vocab_size": 2**63}, "vocab_size is 9223372036854775808, expected a whole number from 1 to"),
+        ({"hidden_size": 10**400}, "hidden_size is 1000.*, expected a whole number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*, expected a number"),
+        ({"rope_theta": 10**299}, "rope_theta is 1000.*, expected a number above 0"),
+        ({"hidden_act": "x" * 10_000}, r"hidden_act is 'x{30,60}\.\.\.x"),
         ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads, 3"),
         ({"head_dim": 15}, "expected an even number"),
-        ({"partial_rotary_factor": 0.5}, "turns whole heads"),
+        ({"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}}, "turns whole heads"),
         ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
         ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor is '4'"),
         ({"rope_parameters": [1]}, "expected an object or null"),
@@ -238,8 +247,9 @@ CONFIG = {"model_type": "llama", **SIZES, "num_key_value_heads": 2}
     ],
 )
 def test_a_key_that_is_not_supported_is_named(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         build(CONFIG | change)
+    assert len(str(raised.value)) < 500
 
 
 @torch.no_grad()
@@ -258,3 +268,140 @@ def test_both_spellings_of_the_rope_keys_mean_the_same(old, new):
     first, second = build(CONFIG | old | {"torch_dtype": "bfloat16"}), build(CONFIG | new | {"dtype": "bfloat16"})
     assert first.config == second.config
     assert first.config.rope.theta == 5e5
+
+
+BOTH = {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+HARMLESS = [  # what transformers loads with the same logits as without, beside keys that nobody reads
+    {"attention_dropout": 0.1},
+    {"sliding_window": 64},
+    {"attention_chunk_size": 64},
+    {"layer_types": ["full_attention"] * 3},
+    {"is_causal": True, "decoder": None, "kv_sharing_modes": None, "per_layer_config": {}},
+    {"partial_rotary_factor": 0.5},
+    {"original_max_position_embeddings": 16},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 3.0, "beta_fast": 32}},
+    {
+        "rope_interleaved": True,
+        "mup": True,
+        "logit_scale": 3.0,
+        "embedding_multiplier": 2,
+        "n_embd": 7,
+        "num_experts": 4,
+    },
+    {
+        "use_sliding_window": True,
+        "max_window_layers": 2,
+        "no_rope_layers": [0],
+        "use_qk_norm": True,
+        "x" * 300: "\x1b[31m",
+    },
+]
+ROPE = [  # settings in more than one spelling, and what transformers takes of them
+    BOTH,
+    {"rope_theta": 1e3, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"rope_theta": 1e4}},
+    {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_theta": 5e5, "rope_scaling": LINEAR | {"rope_theta": 1e3, "type": "linear"}},
+    {"rope_scaling": LINEAR | {"type": "dynamic", "beta_slow": 1}},
+    {"rope_scaling": {}, "rope_parameters": LINEAR},
+    {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8}, "original_max_position_embeddings": 32},
+]
+
+
+@pytest.mark.parametrize("change", [*HARMLESS, *ROPE], ids=lambda change: next(iter(change))[:30])
+@torch.no_grad()
+def test_a_config_that_transformers_takes_gives_the_same_logits(change, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="parity is proven against transformers")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, initializer_range=0.2))
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    if any(key.startswith("rope") for key in change):
+        del raw["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    ids = tokens(1, 40)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits
+    capsys.readouterr()
+    ours = load_model(tmp_path)
+    torch.testing.assert_close(ours(ids), expected, rtol=0, atol=1e-5)
+    line = capsys.readouterr().err
+    assert line.count("\n") <= 1 and "\x1b" not in line and len(line) < 500
+    if change in HARMLESS:
+        assert torch.equal(expected, model.eval()(ids).logits)
+        known = {"sliding_window", "layer_types", "is_causal", "attention_chunk_size"}
+        assert known & change.keys() or "passed over, since this model does not use it" in line
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds, window", [("full_attention", 8), ("sliding_attention", 8)])
+def test_mistral_layers_of_one_kind_equal_transformers(kinds, window, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="parity is proven against transformers")
+    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=window, initializer_range=0.2)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"layer_types": [kinds] * 3}))
+    ids = tokens(1, 40)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(load_model(tmp_path)(ids), expected, rtol=0, atol=1e-5)
+
+
+def keys_read(transformers, folder, auto):
+    """The keys of config.json that transformers asks for while it loads a model and decodes with it, the methods of the
+    class apart."""
+    base, asked = transformers.PretrainedConfig, set()
+    ask = base.__getattribute__
+
+    def note(self, key):
+        asked.add(key)
+        return ask(self, key)
+
+    base.__getattribute__ = note
+    try:
+        model = auto.from_pretrained(folder).eval()
+        model(tokens(1, 5))
+        if auto is transformers.AutoModelForCausalLM:
+            model.generate(tokens(1, 5), max_new_tokens=2, do_sample=False)
+    finally:
+        base.__getattribute__ = ask
+    return {key for key in asked if not callable(getattr(model.config, key, None)) and not key.startswith("__")}
+
+
+NO_LOGITS = set(  # asked for, and without effect on the logits: seen by trying them, and named where they are in a file
+    """
+    _attn_implementation_internal _experts_implementation _experts_implementation_internal _heterogeneity_spec
+    _output_attentions _post_init_done _rope_type_labels default_rope_type default_theta distributed_config fusion_config
+    ignore_keys_at_rope_validation is_heterogeneous mtp_layer_types num_heads sub_configs sub_configs_defaults extra_files
+    base_model_tp_plan base_model_fsdp_plan base_model_pp_plan base_model_ep_plan output_cross_attentions vision_aspect_ratio
+    vision_feature_layer vision_feature_select_strategy assistant_confidence_threshold assistant_lookbehind
+    encoder_repetition_penalty epsilon_cutoff eta_cutoff num_assistant_tokens num_assistant_tokens_schedule
+    target_lookbehind head_dim rope_parameters _auto_class summary_type base_config_key extra_config_files
+    """.split()
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Phi", "GPT2", "Roberta", "Bert"])
+def test_every_key_that_transformers_asks_for_is_read_or_refused_here(family, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="reads the keys that it asks for")
+    sizes = (
+        dict(n_embd=64, n_head=4, n_layer=2, vocab_size=97)
+        if family == "GPT2"
+        else {**SIZES, **({"num_key_value_heads": 2} if family == "Mistral" else {})}
+    )
+    Auto = transformers.AutoModel if family in ("Roberta", "Bert") else transformers.AutoModelForCausalLM
+    Model = getattr(
+        transformers, family + {"GPT2": "LMHeadModel", "Roberta": "Model", "Bert": "Model"}.get(family, "ForCausalLM")
+    )
+    Model(getattr(transformers, f"{family}Config")(**sizes)).save_pretrained(tmp_path)
+    readers = []
+    start = config_json.Reader.__init__
+    monkeypatch.setattr(
+        config_json.Reader, "__init__", lambda self, *args: (start(self, *args), readers.append(self))[0]
+    )
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (build_encoder if Auto is transformers.AutoModel else build)(raw)
+    asked = keys_read(transformers, tmp_path, Auto)
+    assert len(asked) > 60, "the probe sees what transformers asks for"
+    harmless = NO_LOGITS | ({"decoder", "generator", "text_config"} if Auto is transformers.AutoModel else set())
+    assert asked - readers[-1].seen - harmless == set()

@@ -14,7 +14,7 @@ from minitune_kernels import nf4, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from minitune.quant import BNB_STATE, NF4Linear, is_bnb_4bit
+from minitune.quant import BNB_STATE, NF4Linear, is_bnb_4bit, unknown_keys
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
@@ -655,28 +655,39 @@ def test_a_broken_stored_layer_is_refused_with_its_name():
         with pytest.raises(ValueError) as error:
             NF4Linear.from_bnb(tensors, shape=(48, 64), name="layer 7")
         assert str(error.value).startswith(f"layer 7: {message}"), error.value
+        assert len(str(error.value)) < 300
+
+    def with_text(text):
+        return {BNB_STATE: torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
     def with_state(**changes):
-        changed = json.dumps(state | changes).encode()
-        return {BNB_STATE: torch.tensor(list(changed), dtype=torch.uint8)}
+        return with_text(json.dumps(state | changes))
 
-    refused("missing ['quant_map'], unexpected []", quant_map=None)
-    refused("missing [], unexpected ['SCB']", SCB=torch.ones(1))
-    refused("missing ['nested_quant_map']", nested_quant_map=None)
+    refused("missing quant_map, unexpected none", quant_map=None)
+    refused("missing none, unexpected SCB", SCB=torch.ones(1))
+    refused("missing nested_quant_map", nested_quant_map=None)
     refused("quant_map is not the NF4 table", quant_map=torch.linspace(-1, 1, 16))
+    refused("quant_map is not the NF4 table", quant_map=torch.ones(()))
     refused("packed has 1535 elements, expected 1536", weight=good["weight"][:-1])
     refused("q has dtype torch.float32", absmax=torch.ones(48))
     refused("q has 47 elements, expected 48", absmax=good["absmax"][:-1])
     refused("absmax2 has 2 elements, expected 1", nested_absmax=torch.ones(2))
-    refused(f"{BNB_STATE} is not JSON", **{BNB_STATE: good[BNB_STATE][:-1]})
-    refused(f"{BNB_STATE} is not JSON", **{BNB_STATE: torch.tensor([91, 55, 93], dtype=torch.uint8)})
-    refused("quant_type is 'fp4'", **with_state(quant_type="fp4"))
-    refused("blocksize is 128", **with_state(blocksize=128))
-    refused("nested_blocksize is 64", **with_state(nested_blocksize=64))
-    refused("nested_offset is None", **with_state(nested_offset=None))
-    refused("shape is [48, -64]", **with_state(shape=[48, -64]))
+    refused(f"{BNB_STATE} is not valid JSON", **{BNB_STATE: good[BNB_STATE][:-1]})
+    refused(f"{BNB_STATE} is not valid JSON for us: it is nested too deeply", **with_text("[" * 9000))
+    refused(f"{BNB_STATE} is not JSON in uint8", **with_text("[" * 90_000))
+    refused(f"{BNB_STATE} is not JSON in uint8", **{BNB_STATE: torch.tensor([255, 254], dtype=torch.uint8)})
+    refused(f"{BNB_STATE} is not JSON in uint8", **{BNB_STATE: torch.tensor(1.0)})
+    refused(f"{BNB_STATE}: it is [], expected an object", **with_text("[7]".replace("7", "")))
+    refused(f"{BNB_STATE}: quant_type is 'fp4', expected one of nf4", **with_state(quant_type="fp4"))
+    refused(f"{BNB_STATE}: blocksize is 128", **with_state(blocksize=128))
+    refused(f"{BNB_STATE}: nested_blocksize is 64", **with_state(nested_blocksize=64))
+    for offset in (None, float("nan"), float("inf"), "1", 10**299):
+        refused(f"{BNB_STATE}: nested_offset is ", **with_state(nested_offset=offset))
+    refused(f"{BNB_STATE} is not valid JSON for us: it has a whole number of", **with_state(nested_offset=10**400))
+    refused(f"{BNB_STATE}: shape[1] is -64", **with_state(shape=[48, -64]))
+    refused(f"{BNB_STATE}: shape is [48], expected [out, in]", **with_state(shape=[48]))
     refused("the stored 4-bit weight has shape [64, 48], expected [48, 64]", **with_state(shape=[64, 48]))
-    refused("dtype is 'int8'", **with_state(dtype="int8"))
+    refused(f"{BNB_STATE}: dtype is 'int8'", **with_state(dtype="int8"))
 
 
 BNB_CONFIG = {
@@ -693,6 +704,8 @@ def test_nf4_in_a_config_is_recognised():
     old = {key: value for key, value in BNB_CONFIG.items() if key != "quant_method" and not key.startswith("_")}
     assert is_bnb_4bit({"quantization_config": old}) is True
     assert is_bnb_4bit({"quantization_config": BNB_CONFIG | {"bnb_4bit_quant_storage": "bfloat16"}}) is True
+    leftover = {"quantization_config": BNB_CONFIG | {"bnb_4bit_blocksize": 128}}  # the layers themselves say 64
+    assert is_bnb_4bit(leftover) is True and unknown_keys(leftover) == ["quantization_config.bnb_4bit_blocksize"]
 
 
 @pytest.mark.parametrize(
@@ -706,7 +719,6 @@ def test_nf4_in_a_config_is_recognised():
         ({"quant_method": "awq", "bits": 4}, "quant_method='awq'"),
         ({"bits": 4}, "quant_method=None"),
         (BNB_CONFIG | {"bnb_4bit_quant_storage": "int4"}, "bnb_4bit_quant_storage='int4'"),
-        (BNB_CONFIG | {"bnb_4bit_blocksize": 128}, "keys that minitune does not know: bnb_4bit_blocksize"),
         ("nf4", "is 'nf4', expected an object"),
     ],
 )

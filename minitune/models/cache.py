@@ -95,10 +95,10 @@ class Cache:
         self.tapes = {}
 
     def masks(self, positions):
-        """What a step of torch's depends on beside its numbers, as tensors, so that a CUDA graph of it stays right: the slots
-        (T,) int64 of the tokens at `positions` (R, T); a bool mask of the new tokens (1, 1, 1, T, capacity), True where a
-        query may look; and where it may not look at all of the prompts, one of them, (B, 1, n, 1, T, P) or with ones
-        in place of n and T."""
+        """The tensors that a step in torch needs beside keys and values, so that a CUDA graph of it stays right: the slots (T,)
+        int64 of the tokens at `positions` (R, T); a bool mask over the new tokens (1, 1, 1, T, capacity), True where a query
+        may look; and, only if some prompt token is hidden from a query, a mask over the prompt tokens, shape
+        (B, 1, n or 1, 1, T or 1, P)."""
         B, n, T = len(self.lengths), self.sequences, positions.shape[1]
         device, window = positions.device, self.window
         index = self.new + torch.arange(T, device=device)  # of the queries among the new tokens
@@ -220,9 +220,8 @@ class LayerCache:
     """Keys and values of one layer: of the prompts (B, H_kv, P, D), and of the new tokens (R, H_kv, capacity, D)."""
 
     def __init__(self, cache):
-        self.cache = weakref.proxy(
-            cache
-        )  # which has this one: its memory goes with it, and waits for no garbage collector
+        # Weak: cache -> layer -> cache would be a cycle, freed only by the garbage collector.
+        self.cache = weakref.proxy(cache)
         self.parts = {}  # while prompts are read: prompt -> (k, v), each (H_kv, S, D)
         self.stored = []
         self.prompt_k = self.prompt_v = self.k = self.v = None
@@ -292,7 +291,8 @@ class LayerCache:
         cache, (R, H, T, D) = self.cache, q.shape
         B, n, H_kv = R // cache.sequences, cache.sequences, k.shape[1]
         slots, new_mask, *prompt_mask = layout.masks(cache)
-        self.k.index_copy_(2, slots, k.to(self.k.dtype)), self.v.index_copy_(2, slots, v.to(self.v.dtype))
+        self.k.index_copy_(2, slots, k.to(self.k.dtype))
+        self.v.index_copy_(2, slots, v.to(self.v.dtype))
         new_k, new_v, S = self.k.float(), self.v.float(), cache.capacity
         q = q.float().mul_(D**-0.5) if q.dtype != torch.float32 else q * D**-0.5
         G = H // H_kv

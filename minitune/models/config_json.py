@@ -1,9 +1,18 @@
-"""Reads a model's config.json key by key: every key is used, known and without effect here, or an error."""
+"""Reads a model's config.json key by key: each is used, known to change no logits, passed over by name, or an error.
 
-import math
+A key is an error where transformers' class of the model reads it and this one does not. Keys that neither reads, such as
+another family's, change nothing there and nothing here."""
 
-# Keys without effect on the logits of a forward pass: bookkeeping, generation defaults, what Hugging Face's code
-# chooses.
+from dataclasses import replace
+
+from minitune.models.layers import MAX_NUMBER
+from minitune.screen import short
+
+MAX = 2**31 - 1  # of every size
+MAX_LAYERS = 1000  # building the modules of a million would take minutes
+
+# Keys without effect on the logits that are in so many files that they are not worth a word: bookkeeping, generation
+# defaults, what Hugging Face's code chooses.
 IGNORED = frozenset(
     """
     architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path auto_map use_cache
@@ -17,16 +26,17 @@ IGNORED = frozenset(
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens finetuning_task
     id2label label2id num_labels task_specific_params problem_type prefix unsloth_fixed unsloth_version
-    max_sequence_length is_llama_config _flash_attn_2_enabled transformers.js_config
+    max_sequence_length is_llama_config _flash_attn_2_enabled transformers.js_config _pre_quantization_dtype
+    trust_remote_code gradient_checkpointing
 """.split()
 )
 
 
 class Reader:
-    """One config.json, given as a dict. `done` refuses the keys that nobody asked for."""
+    """One config.json, given as a dict. `unread` lists what has no effect here, for the line that names it."""
 
     def __init__(self, raw, family):
-        self.raw, self.family, self.seen = raw, family, set(IGNORED)
+        self.raw, self.family, self.seen, self.unread = raw, family, set(IGNORED), []
 
     def value(self, key, default, kinds, expected):
         """The value of a key, or `default` where it is missing. null passes where the default is None."""
@@ -35,17 +45,22 @@ class Reader:
         if value is None and default is None:
             return None
         if not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool):
-            raise ValueError(f"config.json: {key} is {value!r}, expected {expected}")
+            raise ValueError(f"config.json: {key} is {short(value)}, expected {expected}")
         return value
 
-    def integer(self, key, default, null=False):
-        """A whole number above 0. null: whether null is allowed although there is a default."""
+    def integer(self, key, default, null=False, most=MAX):
+        """A whole number from 1 to `most`. null: whether null is allowed although there is a default."""
         if null and self.raw.get(key, default) is None:
             default = None
-        value = self.value(key, default, int, "a whole number above 0")
-        if value is not None and value < 1:
-            raise ValueError(f"config.json: {key} is {value!r}, expected a whole number above 0")
+        expected = f"a whole number from 1 to {most}"
+        value = self.value(key, default, int, expected)
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"config.json: {key} is {short(value)}, expected {expected}")
         return value
+
+    def layers(self, key, default):
+        """The number of blocks."""
+        return self.integer(key, default, most=MAX_LAYERS)
 
     def groups(self, key, default, heads):
         """The number of key-value heads, null for as many as `heads`, which must be a multiple of it."""
@@ -56,8 +71,8 @@ class Reader:
 
     def number(self, key, default):
         value = self.value(key, default, (int, float), "a number")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"config.json: {key} is {value!r}, expected a number, 0 or more")
+        if not 0 <= value <= MAX_NUMBER:
+            raise ValueError(f"config.json: {key} is {short(value)}, expected a number from 0 to {MAX_NUMBER:g}")
         return value
 
     def boolean(self, key, default):
@@ -71,7 +86,7 @@ class Reader:
         if value not in allowed:
             shown = " or ".join("null" if a is None else repr(a) for a in allowed)
             raise ValueError(
-                f"config.json: {key} is {value!r}; minitune's {self.family} takes {shown}. "
+                f"config.json: {key} is {short(value)}; minitune's {self.family} takes {shown}. "
                 f"Use another checkpoint, or add it to minitune/models/{self.family}.py"
             )
         return value
@@ -80,20 +95,51 @@ class Reader:
         """Keys that this architecture has, and that change nothing here."""
         self.seen |= set(keys)
 
+    def training(self, key):
+        """A dropout that transformers applies in training and that minitune does not have."""
+        if self.raw.get(key) is not None and self.number(key, 0.0):
+            self.unread.append(f"{key} (it acts in training alone, and minitune has none)")
+        self.seen.add(key)
+
+    def every_model(self, layers, kinds=("full_attention",)):
+        """Keys that transformers reads for every architecture: what they may hold. Returns the kinds of the layers, a set, empty
+        where the file names none; kinds: those that this architecture has."""
+        self.only("attribute_map", None, {})
+        self.only("per_layer_config", None, {})
+        self.only("transformers_weights", None, "model.safetensors")
+        named = self.raw.get("layer_types")
+        self.seen.add("layer_types")
+        if named is None:
+            return set()
+        if not isinstance(named, list) or len(named) != layers or any(kind not in kinds for kind in named):
+            raise ValueError(
+                f"config.json: layer_types is {short(named)}; minitune's {self.family} takes a list of {layers}, one a "
+                f"layer, each {' or '.join(kinds)}"
+            )
+        return set(named)
+
+    def decoder(self, layers, context, kinds=("full_attention",)):
+        """The same for every language model. A window as long as the context hides nothing."""
+        self.only("is_causal", True)
+        self.only("kv_sharing_modes", None, [])
+        for key in ("decoder", "generator", "text_config"):  # a model of several parts
+            self.only(key, None)
+        for key in sorted({"sliding_window", "attention_chunk_size"} - self.seen):
+            if (window := self.integer(key, None)) is not None and window < context:
+                self.only(key, None)
+        return self.every_model(layers, kinds)
+
     def rope(self, read):
         """What `read` makes of the rope keys, old spelling or new."""
         self.seen |= {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+        self.seen.add("original_max_position_embeddings")
         try:
-            return read(self.raw)
-        except (ValueError, TypeError) as error:
+            rope, unread = read(self.raw)
+        except ValueError as error:
             raise ValueError(f"config.json: {error}") from None
+        self.unread += unread
+        return rope
 
     def done(self, config):
-        """Returns `config`, or raises ValueError with the keys that were not read."""
-        if unknown := sorted(set(self.raw) - self.seen):
-            shown = ", ".join(f"{key}={self.raw[key]!r}" for key in unknown[:5])
-            raise ValueError(
-                f"config.json has keys that minitune's {self.family} does not know: {shown}. They may change "
-                f"the model: support them in minitune/models/{self.family}.py, or remove them if they do not"
-            )
-        return config
+        """`config` with the keys that neither transformers nor minitune reads as .unread."""
+        return replace(config, unread=(*self.unread, *sorted(set(self.raw) - self.seen)))

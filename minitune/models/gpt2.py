@@ -4,7 +4,6 @@ minitune scores text with it and does not train it.
 Names are Hugging Face's, so that its weights load as they are: its Conv1D keeps a weight as (in, out). B, T, C, H, D as in
 layers.py."""
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ from minitune.models import config_json
 from minitune.models.layers import ACTIVATIONS, Layout, attention
 
 LORA_TARGETS = ()
-OLD_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old files hold as tensors
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class GPT2Config:
     layer_norm_eps: float
     hidden_act: str
     tie_word_embeddings: bool
+    unread: tuple[str, ...] = ()  # what config.json says without effect here
 
     @classmethod
     def from_json(cls, raw):
@@ -39,11 +38,19 @@ class GPT2Config:
         if hidden_size % heads:
             raise ValueError(f"config.json: n_embd is {hidden_size}, expected a multiple of n_head, {heads}")
         context = read.integer("n_positions", 1024)
-        read.only("n_ctx", context, None)  # the size of the mask in old files
+        layers = read.layers("n_layer", 12)
+        for key, value in (
+            ("hidden_size", hidden_size),
+            ("num_attention_heads", heads),
+            ("num_hidden_layers", layers),
+            ("max_position_embeddings", context),
+        ):
+            read.only(key, value)  # other names for n_embd and so on, which go before them in transformers
+        read.decoder(layers, context)
         read.only("scale_attn_weights", True)
         read.only("scale_attn_by_inverse_layer_idx", False)
-        read.only("reorder_and_upcast_attn", False)
-        read.only("add_cross_attention", False)
+        read.ignore("n_ctx")  # the size of the mask in old files
+        read.ignore("reorder_and_upcast_attn")  # the order of two factors
         read.ignore("embd_pdrop", "attn_pdrop", "resid_pdrop")  # training only
         read.ignore("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels")  # other heads
         read.ignore("summary_first_dropout", "n_special", "predict_special_tokens", "_num_labels")
@@ -53,7 +60,7 @@ class GPT2Config:
                 vocab_size=read.integer("vocab_size", 50257),
                 hidden_size=hidden_size,
                 intermediate_size=read.integer("n_inner", None) or 4 * hidden_size,
-                num_hidden_layers=read.integer("n_layer", 12),
+                num_hidden_layers=layers,
                 num_attention_heads=heads,
                 max_position_embeddings=context,
                 layer_norm_eps=read.number("layer_norm_epsilon", 1e-5),
@@ -161,11 +168,3 @@ class GPT2LMHeadModel(nn.Module):
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
         return self.lm_head(self.transformer(input_ids, attention_mask, documents, cache))
-
-    @staticmethod
-    def parameter_of(name):
-        """The parameter of a stored tensor, None for one that is no weight. OpenAI's own file has no "transformer."."""
-        inner = name.removeprefix("transformer.")
-        if OLD_BUFFERS.fullmatch(inner):
-            return None
-        return name if name.startswith("lm_head.") else f"transformer.{inner}"

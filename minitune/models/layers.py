@@ -12,6 +12,10 @@ from minitune_kernels import decode
 from torch import nn
 from torch.nn import functional as F
 
+from minitune.screen import short
+
+MAX_NUMBER = 1e30  # of a setting of config.json: its square is still finite in float64
+
 
 def gelu_tanh(x):
     """GELU with tanh for the error function (arXiv 1606.08415)."""
@@ -165,55 +169,76 @@ class Rope:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+ROPE_KINDS = {  # kind: the settings that it needs
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
-    """Rope from a config.json as a dict, in the old spelling (rope_theta, rope_scaling) or the new one
-    (rope_parameters).
+    """(Rope, the settings without effect) from a config.json as a dict, in the old spelling (rope_theta, rope_scaling), the
+    new one (rope_parameters), or both: where they disagree, what transformers takes is taken.
 
     default_partial: the share of a head that turns where the file is silent; is_partial: whether the file may change
     it. Raises ValueError on a scaling that is not written here."""
-    settings = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(key), dict | None):
-            raise ValueError(f"{key} is {config[key]!r}, expected an object or null")
-        settings |= config.get(key) or {}
-    theta = first_given(settings.pop("rope_theta", None), config.get("rope_theta"), 10000.0)
-    partial = first_given(
-        settings.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), default_partial
-    )
-    kinds = {str(settings.pop(key)) for key in ("rope_type", "type") if key in settings}
-    kind = kinds.pop() if len(kinds) == 1 else "default" if not kinds else f"both of {sorted(kinds)}"
-    takes = {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in takes:
+    old, new = (config.get(key) for key in ("rope_scaling", "rope_parameters"))
+    for key, value in (("rope_scaling", old), ("rope_parameters", new)):
+        if not isinstance(value, dict | None):
+            raise ValueError(f"{key} is {short(value)}, expected an object or null")
+    name = "rope_scaling" if old else "rope_parameters"
+    settings, unread = dict(old or new or {}), []
+    if old and new and any(value != settings.get(key, config.get(key)) for key, value in new.items()):
+        unread.append("rope_parameters (rope_scaling goes before it)")
+
+    def given(key, default):
+        """A setting, which goes before the same key of config.json itself."""
+        inner, outer = settings.pop(key, None), config.get(key)
+        if inner is not None and outer is not None and inner != outer:
+            unread.append(f"{key} ({name}.{key} goes before it)")
+        return first_given(inner, outer, default)
+
+    theta, partial = given("rope_theta", 10000.0), given("partial_rotary_factor", default_partial)
+    kinds = [settings.pop(key) for key in ("rope_type", "type") if settings.get(key) is not None]
+    kind = kinds[0] if kinds else "default"
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise ValueError(
-            f"rope scaling of type {kind!r} is not supported; minitune takes {', '.join(takes)}. "
+            f"rope scaling of type {short(kind)} is not supported; minitune takes {', '.join(ROPE_KINDS)}. "
             "Use a checkpoint without it, or add it to Rope in minitune/models/layers.py"
         )
-    if missing := [key for key in takes[kind] if settings.get(key) is None]:
+    if len(kinds) > 1 and kinds[1] != kind:
+        unread.append(f"{name}.type (rope_type goes before it)")
+    outer, context = config.get("original_max_position_embeddings"), config.get("max_position_embeddings")
+    if kind == "llama3":
+        settings["original_max_position_embeddings"] = first_given(
+            outer, settings.get("original_max_position_embeddings"), context
+        )
+    elif outer is not None:
+        unread.append("original_max_position_embeddings")
+    if missing := [key for key in ROPE_KINDS[kind] if settings.get(key) is None]:
         raise ValueError(f"rope scaling of type {kind!r} needs {', '.join(missing)}")
-    original, context = settings.pop("original_max_position_embeddings", None), config.get("max_position_embeddings")
-    if kind == "dynamic" or original is None:  # dynamic measures itself against max_position_embeddings alone
-        original = context
-    settings = {key: value for key, value in settings.items() if value is not None}
-    if kind == "default":  # files carry a factor of 1 or none; another one would be ignored by every reader
-        settings.pop("factor", None)
-    if unknown := sorted(set(settings) - set(takes[kind])):
-        raise ValueError(f"rope scaling of type {kind!r} has settings that are not supported: {', '.join(unknown)}")
-    numbers = {"rope_theta": theta, "partial_rotary_factor": partial, **settings}
-    numbers |= {} if original is None else {"original_max_position_embeddings": original}
-    for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{key} is {value!r}, expected a number above 0")
+    extra = [key for key, value in settings.items() if key not in ROPE_KINDS[kind] and value is not None]
+    unread += [f"{name}.{key}" for key in extra if (key, settings[key]) != ("factor", 1.0)]
+    used = {key: settings[key] for key in ROPE_KINDS[kind]}
+    if not is_partial and partial != default_partial and kind == "default":
+        unread.append("partial_rotary_factor (this architecture turns whole heads)")
+        partial = default_partial
+    for key, value in {"rope_theta": theta, "partial_rotary_factor": partial, **used}.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_NUMBER:
+            raise ValueError(f"{key} is {short(value)}, expected a number above 0 and at most {MAX_NUMBER:g}")
     if partial != default_partial and not is_partial:
         raise ValueError(f"partial_rotary_factor is {partial}; this architecture turns whole heads")
+    if kind == "llama3" and used["low_freq_factor"] == used["high_freq_factor"]:
+        raise ValueError(
+            f"low_freq_factor and high_freq_factor are both {used['low_freq_factor']}, expected two numbers"
+        )
     rotary = int(head_dim * partial)
-    if rotary % 2 or not 0 < rotary <= head_dim:
-        raise ValueError(f"RoPE turns {rotary} of {head_dim} dims of a head, expected an even number")
-    return Rope(rotary, theta, kind, original_length=original or 0, **settings)
+    if rotary % 2 or not 0 < rotary <= head_dim or kind == "dynamic" and rotary == 2:
+        raise ValueError(f"RoPE of type {kind!r} turns {rotary} of {head_dim} dims of a head, expected an even number")
+    # dynamic measures itself against max_position_embeddings alone
+    original = used.pop("original_max_position_embeddings", context or 0)
+    return Rope(rotary, theta, kind, original_length=original, **used), unread
 
 
 def first_given(*values):

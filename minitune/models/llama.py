@@ -32,27 +32,30 @@ class LlamaConfig:
     attention_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
+    unread: tuple[str, ...] = ()  # what config.json says without effect here
 
     @classmethod
     def from_json(cls, raw):
         """raw: config.json as a dict, in the old or the new spelling. Raises ValueError on what is not supported."""
         read = config_json.Reader(raw, "llama")
         heads = read.integer("num_attention_heads", 32)
+        layers = read.layers("num_hidden_layers", 32)
+        context = read.integer("max_position_embeddings", 2048)
         hidden_size = read.integer("hidden_size", 4096)
         head_dim = read.integer("head_dim", None) or hidden_size // heads
         read.only("hidden_act", "silu", "swish")
-        read.only("attention_dropout", 0.0, None)
-        read.only("rope_interleaved", False)
+        read.training("attention_dropout")
+        read.decoder(layers, context)
         return read.done(
             cls(
                 vocab_size=read.integer("vocab_size", 32000),
                 hidden_size=hidden_size,
                 intermediate_size=read.integer("intermediate_size", 11008),
-                num_hidden_layers=read.integer("num_hidden_layers", 32),
+                num_hidden_layers=layers,
                 num_attention_heads=heads,
                 num_key_value_heads=read.groups("num_key_value_heads", None, heads),
                 head_dim=head_dim,
-                max_position_embeddings=read.integer("max_position_embeddings", 2048),
+                max_position_embeddings=context,
                 rms_norm_eps=read.number("rms_norm_eps", 1e-6),
                 rope=read.rope(lambda raw: read_rope(raw, head_dim)),
                 attention_bias=read.boolean("attention_bias", False),

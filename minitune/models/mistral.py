@@ -31,29 +31,41 @@ class MistralConfig:
     rope: Rope
     sliding_window: int | None
     tie_word_embeddings: bool
+    unread: tuple[str, ...] = ()  # what config.json says without effect here
 
     @classmethod
     def from_json(cls, raw):
         """raw: config.json as a dict, in the old or the new spelling. Raises ValueError on what is not supported."""
         read = config_json.Reader(raw, "mistral")
         heads = read.integer("num_attention_heads", 32)
+        layers = read.layers("num_hidden_layers", 32)
+        context = read.integer("max_position_embeddings", 131072)
         hidden_size = read.integer("hidden_size", 4096)
         head_dim = read.integer("head_dim", None) or hidden_size // heads
         read.only("hidden_act", "silu", "swish")
-        read.only("attention_dropout", 0.0, None)
+        read.training("attention_dropout")
+        window = read.integer("sliding_window", 4096, null=True)
+        kinds = read.decoder(layers, context, ("full_attention", "sliding_attention"))
+        if len(kinds) > 1 or kinds == {"sliding_attention"} and window is None:
+            raise ValueError(
+                "config.json: layer_types mixes full_attention and sliding_attention, or has no sliding_window for it; "
+                "minitune's mistral takes one kind for all layers"
+            )
+        if kinds == {"full_attention"}:
+            window = None
         return read.done(
             cls(
                 vocab_size=read.integer("vocab_size", 32000),
                 hidden_size=hidden_size,
                 intermediate_size=read.integer("intermediate_size", 14336),
-                num_hidden_layers=read.integer("num_hidden_layers", 32),
+                num_hidden_layers=layers,
                 num_attention_heads=heads,
                 num_key_value_heads=read.groups("num_key_value_heads", 8, heads),
                 head_dim=head_dim,
-                max_position_embeddings=read.integer("max_position_embeddings", 131072),
+                max_position_embeddings=context,
                 rms_norm_eps=read.number("rms_norm_eps", 1e-6),
                 rope=read.rope(lambda raw: read_rope(raw, head_dim)),
-                sliding_window=read.integer("sliding_window", 4096, null=True),
+                sliding_window=window,
                 tie_word_embeddings=read.boolean("tie_word_embeddings", False),
             )
         )

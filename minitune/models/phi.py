@@ -44,26 +44,30 @@ class PhiConfig:
     embd_pdrop: float
     resid_pdrop: float
     tie_word_embeddings: bool
+    unread: tuple[str, ...] = ()  # what config.json says without effect here
 
     @classmethod
     def from_json(cls, raw):
         """raw: config.json as a dict, in the old or the new spelling. Raises ValueError on what is not supported."""
         read = config_json.Reader(raw, "phi")
         heads = read.integer("num_attention_heads", 32)
+        layers = read.layers("num_hidden_layers", 24)
+        context = read.integer("max_position_embeddings", 2048)
         hidden_size = read.integer("hidden_size", 2048)
         head_dim = read.integer("head_dim", None) or hidden_size // heads
-        read.only("attention_dropout", 0.0, None)
+        read.training("attention_dropout")
         read.only("qk_layernorm", False)
+        read.decoder(layers, context)
         return read.done(
             cls(
                 vocab_size=read.integer("vocab_size", 51200),
                 hidden_size=hidden_size,
                 intermediate_size=read.integer("intermediate_size", 8192),
-                num_hidden_layers=read.integer("num_hidden_layers", 24),
+                num_hidden_layers=layers,
                 num_attention_heads=heads,
                 num_key_value_heads=read.groups("num_key_value_heads", None, heads),
                 head_dim=head_dim,
-                max_position_embeddings=read.integer("max_position_embeddings", 2048),
+                max_position_embeddings=context,
                 layer_norm_eps=read.number("layer_norm_eps", 1e-5),
                 hidden_act=read.only("hidden_act", "gelu_new", "gelu_pytorch_tanh", "gelu"),
                 rope=read.rope(lambda raw: read_rope(raw, head_dim, default_partial=0.5, is_partial=True)),

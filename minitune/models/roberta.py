@@ -37,6 +37,7 @@ class EncoderConfig:
     hidden_act: str
     pad_token_id: int
     first_position: int
+    unread: tuple[str, ...] = ()  # what config.json says without effect here
 
     @classmethod
     def from_json(cls, raw):
@@ -49,9 +50,13 @@ class EncoderConfig:
                 f"config.json: hidden_size is {hidden_size}, expected a multiple of num_attention_heads, {heads}"
             )
         pad_token_id = int(read.number("pad_token_id", 1 if is_roberta else 0))
-        read.only("position_embedding_type", "absolute", None)
+        layers = read.layers("num_hidden_layers", 12)
+        read.every_model(layers)
+        read.only("is_causal", False, None)
         read.only("is_decoder", False)
         read.only("add_cross_attention", False)
+        if read.raw.get("position_embedding_type") in ("absolute", None):
+            read.ignore("position_embedding_type")  # other kinds are gone from transformers 5: named as without effect
         read.ignore("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # training only
         read.ignore("gradient_checkpointing", "tie_word_embeddings", "_num_labels", "output_past")
         read.ignore("directionality", "pooler_type", "pooler_fc_size", "pooler_num_attention_heads")  # of heads
@@ -61,7 +66,7 @@ class EncoderConfig:
                 vocab_size=read.integer("vocab_size", 50265 if is_roberta else 30522),
                 hidden_size=hidden_size,
                 intermediate_size=read.integer("intermediate_size", 3072),
-                num_hidden_layers=read.integer("num_hidden_layers", 12),
+                num_hidden_layers=layers,
                 num_attention_heads=heads,
                 max_position_embeddings=read.integer("max_position_embeddings", 512),
                 type_vocab_size=read.integer("type_vocab_size", 2),
