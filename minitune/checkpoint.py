@@ -365,14 +365,15 @@ def match_tensors(tensors, net, tied, stored_4bit):
             f"{tensors.folder}: the tensors are not those of its config.json; {found}{hint(missing, left)}"
         )
     if said:
-        tell(f"{tensors.folder.name}: {said}")
+        speak, text = said
+        speak(f"{tensors.folder.name}: {text}")
     say_left_out(tensors, net, prefix, left)
     return groups
 
 
 def hint(missing, left):
     """What tensors that do not fit probably are. missing: parameters without one; left: tensors without a place."""
-    if missing == ["lm_head.weight"]:
+    if missing and set(missing) <= {"lm_head.weight", "lm_head.bias"}:
         return (
             ". It is the body of a model, saved without its head (transformers would draw one at random); use the "
             "checkpoint of the whole model"
@@ -384,20 +385,20 @@ def hint(missing, left):
 
 
 def tie(tensors, groups, tied):
-    """Settles, in `groups`, what is read for the embedding `tied` and for the head where config.json ties them. Returns what
-    there is to say about it, or None."""
+    """Settles, in `groups`, what is read for the embedding `tied` and for the head where config.json ties them. Returns
+    (tell or warn, what there is to say about it), or None."""
     head = "lm_head.weight"
     if head not in groups:
         return None
     if tied not in groups:
         groups[tied] = groups.pop(head)
-        return f"{head} is read as the embedding too, since config.json ties them."
+        return tell, f"{head} is read as the embedding too, since config.json ties them."
     if is_equal(tensors, groups[tied]["weight"], groups[head]["weight"]):
         del groups[head]  # a copy of the embedding
         return None
-    return (
-        f"warning: config.json has tie_word_embeddings true, but {head} differs from {tied}; both are used as they are "
-        "stored, as in transformers."
+    return warn, (
+        f"config.json has tie_word_embeddings true, but {head} differs from {tied}; both are used as they are stored, as in "
+        "transformers."
     )
 
 
@@ -425,8 +426,8 @@ def say_left_out(tensors, net, prefix, left):
         tell(f"{tensors.folder.name}: passed over, since this model does not use it: {'; '.join(notes)}.")
     if loud:
         warn(
-            f"{tensors.folder.name}: config.json has no place for {len(loud)} tensors ({some(loud, 3)}). They are left out, "
-            "as in transformers; if the model was trained with them, its answers will be wrong."
+            f"{tensors.folder.name}: config.json has no place for some tensors of the files: {some(loud, 3)}. They are left "
+            "out, as in transformers; if the model was trained with them, its answers will be wrong."
         )
 
 

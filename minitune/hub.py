@@ -37,10 +37,10 @@ EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 WAYS_OUT = f"Ways out: an embedded model ({', '.join(EMBEDDED)}) or a local folder with config.json and safetensors."
 OTHER_DISK = "Free some space, or set HF_HOME to a folder on another disk."
 
-INDEX = "model.safetensors.index.json"
+INDEX, ADAPTER = "model.safetensors.index.json", "adapter_model.safetensors"
 SMALL_FILES = (
     "generation_config.json tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json vocab.json merges.txt vocab.txt chat_template.jinja"
+    "added_tokens.json vocab.json merges.txt vocab.txt chat_template.jinja adapter_config.json"
 ).split()
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,199}")  # of a shard: no folder, no hidden file
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -272,17 +272,18 @@ def _download(repo, revision, commit, listed, weights):
 
 
 def _weights(names, folder):
-    """The files of one copy of the weights among `names`: consolidated.safetensors and variants often lie beside them.
-    An index says it; it is read in `folder`."""
+    """The files of one copy of the weights among `names`, and those of an adapter beside it: consolidated.safetensors and
+    variants often lie beside them. An index says it; it is read in `folder`."""
+    adapter = [ADAPTER] if {ADAPTER, "adapter_config.json"} <= set(names) else []
     if "model.safetensors" in names:
-        return ["model.safetensors"]
+        return ["model.safetensors", *adapter]
     if INDEX in names:
         shards = sorted(set(read_json(folder / INDEX, {"weight_map": {str: str}})["weight_map"].values()))
         if odd := [name for name in shards if not PLAIN_NAME.fullmatch(name)]:
             raise ValueError(
                 f"{folder / INDEX} names the file {short(odd[0])}, expected plain names such as model-00001.safetensors"
             )
-        return shards
+        return shards + adapter
     return []  # names of other schemes (consolidated.safetensors) hold other tensor names
 
 

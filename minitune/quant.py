@@ -141,6 +141,8 @@ class NF4Linear(nn.Module):
             else:
                 scales = (absmax,)
             nf4.check_quantized(packed, scales, shape)
+            if not all(scale.isfinite().all() for scale in scales):
+                raise ValueError("its scales hold NaN or infinity")
         except ValueError as error:
             raise ValueError(f"{name}: {error}; the file is damaged") from None
         return cls(shape, packed, scales, bias, check_dtype(dtype or getattr(torch, state["dtype"])))

@@ -29,6 +29,7 @@ INDEX = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode()
 WEIGHTS = {name: bytes([number]) * 100_000 for number, name in enumerate(SHARDS, 1)}
 SHARDED = {"config.json": b'{"model_type": "mistral"}', "tokenizer.model": b"pieces", hub.INDEX: INDEX, **WEIGHTS}
 SINGLE = {"config.json": b"{}", "model.safetensors": b"w" * 1000}
+ADAPTED = {**SINGLE, "adapter_config.json": b"{}", "adapter_model.safetensors": b"a" * 1000}
 
 PRELUDE = """
 import json, shutil, sys, time
@@ -305,9 +306,10 @@ def test_weights_without_an_index(server, run):
     server.repos = {
         "a/single": {**SINGLE, hub.INDEX: INDEX, **WEIGHTS, "model.fp16.safetensors": b"half"},
         "a/variant": {"config.json": b"{}", "model-a.safetensors": b"a", "consolidated.safetensors": b"no"},
+        "a/adapted": {**ADAPTED, "adapter_model.bin": b"no"},  # a model with an adapter, which transformers applies
     }
     outcomes, _ = run("\n".join(f"attempt(hub.resolve, {repo!r})" for repo in server.repos))
-    assert is_whole(outcomes[0], SINGLE)
+    assert is_whole(outcomes[0], SINGLE) and is_whole(outcomes[2], ADAPTED)
     assert one_line(outcomes[1], "no model.safetensors and no index of shards, only consolidated.safetensors")
     assert not [path for _, path, _ in server.log if "a/variant/resolve" in path and path.endswith(".safetensors")]
 

@@ -672,6 +672,7 @@ def test_a_broken_stored_layer_is_refused_with_its_name():
     refused("q has dtype torch.float32", absmax=torch.ones(48))
     refused("q has 47 elements, expected 48", absmax=good["absmax"][:-1])
     refused("absmax2 has 2 elements, expected 1", nested_absmax=torch.ones(2))
+    refused("its scales hold NaN or infinity", nested_absmax=good["nested_absmax"] * torch.nan)
     refused(f"{BNB_STATE} is not valid JSON", **{BNB_STATE: good[BNB_STATE][:-1]})
     refused(f"{BNB_STATE} is not valid JSON for us: it is nested too deeply", **with_text("[" * 9000))
     refused(f"{BNB_STATE} is not JSON in uint8", **with_text("[" * 90_000))

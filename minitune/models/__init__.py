@@ -1,6 +1,7 @@
 """The table of architectures: one row and one file each."""
 
 from minitune.models import gpt2, llama, mistral, phi, roberta
+from minitune.screen import short
 
 ARCHITECTURES = {  # model_type of config.json -> (config, model, PEFT's default LoRA targets)
     "llama": (llama.LlamaConfig, llama.LlamaForCausalLM, llama.LORA_TARGETS),
@@ -19,12 +20,12 @@ def architecture(raw):
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind in ENCODERS:
         raise ValueError(
-            f"config.json: model_type is {kind!r}, an encoder, which predicts no next token; it is a judge for BERTScore "
+            f"config.json: model_type is {short(kind)}, an encoder, which predicts no next token; it is a judge for BERTScore "
             "(checkpoint.load_encoder)"
         )
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(
-            f"config.json: model_type is {kind!r}, expected one of {', '.join(ARCHITECTURES)}; "
+            f"config.json: model_type is {short(kind)}, expected one of {', '.join(ARCHITECTURES)}; "
             "a new architecture is one file in minitune/models and one row in its __init__.py"
         )
     return ARCHITECTURES[kind]
@@ -40,6 +41,6 @@ def build_encoder(raw):
     """The encoder that a config.json describes, with torch's random weights. raw: config.json as a dict."""
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ENCODERS:
-        raise ValueError(f"config.json: model_type is {kind!r}, expected an encoder: {', '.join(ENCODERS)}")
+        raise ValueError(f"config.json: model_type is {short(kind)}, expected an encoder: {', '.join(ENCODERS)}")
     Config, Model = ENCODERS[kind]
     return Model(Config.from_json(raw))
