@@ -433,6 +433,7 @@ def say_left_out(tensors, net, prefix, left):
 
 # --- adapters in PEFT's format ------------------------------------------------------------------
 
+INDEX_OF_LAYER = Number(0, 2**31 - 1, is_whole=True)
 ADAPTER = {  # what the keys of adapter_config.json that are read must hold; null means PEFT's default
     "peft_type?": str,
     "r?": Number(1, 2**31 - 1, is_whole=True),
@@ -443,27 +444,27 @@ ADAPTER = {  # what the keys of adapter_config.json that are read must hold; nul
     "target_modules?": (str, [str]),
     "rank_pattern?": {str: Number(1, 2**31 - 1, is_whole=True)},
     "alpha_pattern?": {str: Number()},
+    "bias?": {"none", "all", "lora_only"},
+    "modules_to_save?": [str],
+    "exclude_modules?": (str, [str]),
+    "layers_to_transform?": (INDEX_OF_LAYER, [INDEX_OF_LAYER]),
+    "layers_pattern?": (str, [str]),
 }
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "fan_in_fan_out": False}
 PEFT_DEFAULTS |= {"rank_pattern": {}, "alpha_pattern": {}}
 ADAPTER_DEFAULTS = {  # keys that PEFT reads and that may hold null or these values only, which change nothing
     "arrow_config": (),
     "alora_invocation_tokens": (),
-    "bias": ("none",),
     "corda_config": (),
     "ensure_weight_tying": (False,),
-    "exclude_modules": ([],),
     # Not here: pissa, olora, corda, loftq, lora_ga. They change the frozen weights, and PEFT does so again on loading.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "kasa_config": (),
     "layer_replication": (),
-    "layers_pattern": ([],),
-    "layers_to_transform": ([],),
     "loftq_config": ({},),
     "lora_bias": (False,),
     "lora_ga_config": (),
     "megatron_config": (),
-    "modules_to_save": ([],),
     "monteclora_config": (),
     "target_parameters": ([],),
     "task_type": ("CAUSAL_LM",),
@@ -499,6 +500,10 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
     layers = lora.lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layers to save; call lora.inject first")
+    if brought := getattr(model, "brought", None):  # of load_adapter
+        raise ValueError(
+            f"the model has {some(brought)} of another adapter (modules_to_save), which would not be saved"
+        )
     first = next(iter(layers.values()))
     leaves = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
     untouched = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
@@ -612,6 +617,8 @@ def load_adapter(model, folder, trainable=False):
         notes += [f"target_modules {some(absent)}, which this model does not have"] if absent else []
     try:
         names = lora.match_targets(model, targets)
+        without = left_out(config, names, targets)
+        names = [name for name in names if name not in without]
         ranks = by_pattern(config["rank_pattern"], names, config["r"])
         alphas = by_pattern(config["alpha_pattern"], names, config["lora_alpha"])
     except ValueError as error:
@@ -622,6 +629,8 @@ def load_adapter(model, folder, trainable=False):
         shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (ranks[name], layer.in_features)
         shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (layer.out_features, ranks[name])
     frozen, parameters = {}, dict(model.named_parameters(remove_duplicate=False))
+    saved = saved_parameters(config, parameters, folder)
+    shapes |= {f"{PEFT_PREFIX}{own}": tuple(parameters[own].shape) for own in saved}
     for key in stored.keys() - shapes.keys():
         own = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
         if own in parameters:
@@ -641,11 +650,22 @@ def load_adapter(model, folder, trainable=False):
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {what}: {some(keys, 2)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{folder} does not fit the model: {found}")
+    replaced = []
     for key, own in frozen.items():
         weight = stored[key].to(parameters[own])
         if not torch.equal(weight, parameters[own]):
-            warn(f"{folder} brings its own {own}, which replaces the model's, as in PEFT")
+            replaced.append(own)
             parameters[own].data.copy_(weight)
+    if replaced:
+        warn(f"{folder} brings its own {some(sorted(replaced), 3)}, to replace the model's, as in PEFT")
+    for own in saved:  # a parameter of its own: a tied head leaves the embedding as it is
+        owner, _, leaf = own.rpartition(".")
+        weight = stored[f"{PEFT_PREFIX}{own}"].to(parameters[own])
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+    if saved:
+        tell(
+            f"{folder} brings modules_to_save of its own, which replace the model's: {some(config['modules_to_save'])}."
+        )
     if notes:
         warn(f"{folder}: passed over, as by PEFT: {'; '.join(notes)}")
     model.requires_grad_(False)
@@ -655,6 +675,43 @@ def load_adapter(model, folder, trainable=False):
         tensor.data.copy_(stored[key])
         tensor.requires_grad_(trainable)
     return config
+
+
+def left_out(config, names, targets):
+    """Those of the layers `names`, which `targets` mean, that PEFT does not wrap since another key leaves them out."""
+    excluded = config.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        out = set(lora.matching(excluded, names))
+    else:
+        out = {name for name in names if any(name == e or name.endswith(f".{e}") for e in excluded)}
+    for module in config.get("modules_to_save") or []:
+        out |= set(lora.matching(rf"(^|.*\.){module}($|\..*)", names))
+    layers, patterns = config.get("layers_to_transform", []), config.get("layers_pattern") or [r"[^.]*"]
+    if layers != []:
+        if isinstance(targets, str):
+            raise ValueError("layers_to_transform needs target_modules that are a list, as in PEFT")
+        wanted = "|".join(map(str, layers if isinstance(layers, list) else [layers]))
+        kept = set(targets)
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            kept |= set(lora.matching(rf"(?:.*?\.)?(?:{pattern})\.(?:{wanted})\..*", names))
+        out |= set(names) - kept
+    if out >= set(names):
+        raise ValueError("exclude_modules, modules_to_save or layers_to_transform leave no layer to its LoRA")
+    return out
+
+
+def saved_parameters(config, parameters, folder):
+    """The names among `parameters` that an adapter brings whole, in modules_to_save. Raises ValueError where the model has no
+    such module, or has it in 4 bit."""
+    saved = []
+    for module in config.get("modules_to_save") or []:
+        found = [n for n in parameters if (owner := n.rpartition(".")[0]) == module or owner.endswith(f".{module}")]
+        if not any(name.endswith(".weight") for name in found):
+            raise ValueError(
+                f"{folder}: modules_to_save names {short(module)}, which this model does not have as plain weights"
+            )
+        saved += found
+    return list(dict.fromkeys(saved))
 
 
 def by_pattern(patterns, names, default):

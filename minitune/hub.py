@@ -146,8 +146,10 @@ def _local(folder, revision):
     if os.path.isfile(folder / "config.json"):
         return folder
     if os.path.isfile(folder / "adapter_config.json"):
+        base = read_json(folder / "adapter_config.json", {}).get("base_model_name_or_path")
+        named = f" ({short(base)})" if base else ""
         raise ValueError(
-            f"{folder} holds an adapter, not a model; name its base with --model, and this folder with --adapter"
+            f"{folder} holds an adapter, not a model; name its base{named} with --model, and this folder with --adapter"
         )
     fault = "is a file, not a folder" if folder.is_file() else "has no config.json"
     raise ValueError(f"{folder} {fault}; expected a folder with config.json, tokenizer and safetensors files")

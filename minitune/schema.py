@@ -100,10 +100,14 @@ def words(shape):
         return "an object"
     if isinstance(shape, Number):
         noun = "a whole number" if shape.is_whole else "a finite number"
-        low, high = (None if math.isinf(bound) else f"{bound:g}" for bound in (shape.low, shape.high))
+        low, high = (bound_words(bound) for bound in (shape.low, shape.high))
         if low and high:
             return f"{noun} from {low} to {high}"
         return f"{noun}, {low} or more" if low else f"{noun}, at most {high}" if high else noun
     if isinstance(shape, (set, frozenset)):
         return f"one of {', '.join(sorted(map(str, shape)))}"
     return "null" if shape is None else WORDS[shape]
+
+
+def bound_words(bound):
+    return None if math.isinf(bound) else f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
