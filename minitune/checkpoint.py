@@ -3,6 +3,7 @@
 Nothing here trains; the state of a run is written by minitune/run_folder.py. Only safetensors and JSON are read."""
 
 import json
+import os
 import re
 import stat
 import time
@@ -61,9 +62,9 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     device = torch.device(device)
     net, stored_4bit = build_empty(folder)
     if quantize != "none" and not architecture(read_config(folder))[2]:
-        raise ValueError(f"{folder} holds a judge, whose layers are not quantised; use quantize=none")
+        raise ValueError(f"{folder} holds a GPT-2, which minitune does not quantise; use --quantize none")
     if stored_4bit and quantize != "none":
-        raise ValueError(f"{folder} holds 4-bit weights already; use quantize=none, which keeps them in 4 bit")
+        raise ValueError(f"{folder} holds 4-bit weights already; use --quantize none, which keeps them in 4 bit")
     start = time.perf_counter()
     tensors = Tensors(folder)
     tied = tied_embedding(net)
@@ -234,9 +235,9 @@ class Tensors:
     def shards(self):
         """{file: the names that the index puts there}."""
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        if single.exists():  # it goes before an index, as in transformers
+        if os.path.exists(single):  # it goes before an index, as in transformers
             return {single: set()}
-        if not index.exists():
+        if not os.path.exists(index):
             if own_adapter(self.folder):
                 base = read_adapter_config(self.folder).get("base_model_name_or_path")
                 raise ValueError(
@@ -259,7 +260,7 @@ class Tensors:
                     f"{index} puts {some([name])} into {short(file)}, which is not a file of its own folder; refused"
                 )
             shards.setdefault(self.folder / file, set()).add(name)
-        if missing := [file.name for file in shards if not file.exists()]:
+        if missing := [file.name for file in shards if not os.path.exists(file)]:
             raise ValueError(
                 f"{self.folder} lacks {len(missing)} of {len(shards)} files that its index names: "
                 f"{some(missing, 3)}; download them"
@@ -361,9 +362,7 @@ def match_tensors(tensors, net, tied, stored_4bit):
     }
     if any(problems.values()):
         found = "; ".join(f"{len(names)} {what}: {some(names, 2)}" for what, names in problems.items() if names)
-        raise ValueError(
-            f"{tensors.folder}: the tensors are not those of its config.json; {found}{hint(missing, left)}"
-        )
+        raise ValueError(f"{tensors.folder}: its weights do not fit its config.json: {found}{hint(missing, left)}")
     if said:
         speak, text = said
         speak(f"{tensors.folder.name}: {text}")
@@ -743,7 +742,9 @@ def default_targets(folder):
     """PEFT's LoRA targets for the architecture of a checkpoint folder. Raises ValueError on a judge, which has none."""
     targets = architecture(read_config(folder))[2]
     if not targets:
-        raise ValueError(f"{folder} holds a judge: minitune scores text with it and does not train it")
+        raise ValueError(
+            f"{folder} holds a GPT-2: minitune scores text with it and does not train it; name a Llama, Mistral or Phi"
+        )
     return targets
 
 

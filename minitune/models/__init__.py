@@ -20,8 +20,8 @@ def architecture(raw):
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind in ENCODERS:
         raise ValueError(
-            f"config.json: model_type is {short(kind)}, an encoder, which predicts no next token; it is a judge for BERTScore "
-            "(checkpoint.load_encoder)"
+            f"config.json: model_type is {short(kind)}, an encoder, which predicts no next token; use it for BERTScore "
+            "(evaluate.py --encoder)"
         )
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(
