@@ -164,7 +164,7 @@ def test_a_judge_is_neither_trained_nor_quantised(tmp_path):
     gpt2(tmp_path)
     with pytest.raises(ValueError, match="does not train it"):
         default_targets(tmp_path)
-    with pytest.raises(ValueError, match="layers are not quantised"):
+    with pytest.raises(ValueError, match="which minitune does not quantise"):
         load_model(tmp_path, quantize="nf4")
 
 
