@@ -94,7 +94,7 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     if say:
         seconds = time.perf_counter() - start
         say(
-            f"Loaded {folder.name}: {parameter_count(net) / 1e6:,.1f} M parameters, {size_of(model_bytes(net))}"
+            f"Loaded {folder.name}: {parameters_in_words(parameter_count(net))}, {bytes_in_words(model_bytes(net))}"
             + (f", in {seconds:.0f} s." if seconds >= 2 else ".")
         )
         if quantize != "none" or stored_4bit:
@@ -203,9 +203,19 @@ def parameter_count(net):
     return packed + sum(p.numel() for p in net.parameters())
 
 
-def size_of(count):
-    """Bytes in words: 4 MB, 14.5 GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.{0 if count >= 1e6 else 1}f} MB"
+def parameters_in_words(count):
+    size, unit = next((pair for pair in ((1e9, "B"), (1e6, "M")) if count >= pair[0]), (1e3, "K"))
+    return f"{count / size:.1f} {unit} parameters"
+
+
+def bytes_in_words(count):
+    return (
+        f"{count / 1e9:.1f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.0f} MB"
+        if count >= 1e6
+        else f"{count / 1e3:.0f} KB"
+    )
 
 
 def replace(net, name, layer):

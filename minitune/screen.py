@@ -89,4 +89,5 @@ def some(names, count=5):
     """The first names of a list as text, and how many more there are."""
     names = list(names)
     shown = ", ".join(printable(name if len(name) <= 100 else f"{name[:97]}...") for name in map(str, names[:count]))
+    shown = shown.replace("\n", "\\n")
     return shown + (f" and {len(names) - count} more" if len(names) > count else "")

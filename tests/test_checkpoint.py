@@ -204,12 +204,12 @@ def test_nf4_takes_the_linear_layers_of_the_blocks_and_nothing_else(family, doub
         torch.testing.assert_close(model(IDS), reference(IDS), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("quantize, size", [("none", "0.2 MB"), ("nf4", "0.1 MB")])
+@pytest.mark.parametrize("quantize, size", [("none", "215 KB"), ("nf4", "109 KB")])
 def test_the_load_line_tells_the_parameters_and_the_size(quantize, size, tmp_path):
     write_model(tmp_path, dtype=torch.bfloat16)
     lines = []
     load_model(tmp_path, dtype=torch.bfloat16, quantize=quantize, say=lines.append)
-    assert lines[0] == f"Loaded {tmp_path.name}: 0.1 M parameters, {size}."
+    assert lines[0] == f"Loaded {tmp_path.name}: 107.3 K parameters, {size}."
 
 
 # --- what transformers loads, loads -------------------------------------------------------------
