@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from minitune import hub, lora, quant
-from minitune.files import kind_of, paths_explained, read_json, write_json, write_whole
+from minitune.files import expand, kind_of, paths_explained, read_json, write_json, write_whole
 from minitune.models import ARCHITECTURES, architecture, build, build_encoder
 from minitune.schema import Number, check
 from minitune.screen import short, some, tell, warn
@@ -57,7 +57,7 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
         read_adapter_config(own)
         tell(f"{folder} holds an adapter beside the model; it is applied, as transformers does.")
         adapter = own
-    elif own is not None and Path(adapter).resolve() != own.resolve():
+    elif own is not None and expand(adapter).resolve() != own.resolve():
         tell(f"{folder} holds an adapter of its own, which is left out: {adapter} is asked for.")
     device = torch.device(device)
     net, stored_4bit = build_empty(folder)
@@ -563,9 +563,9 @@ def number(value):
 
 def read_adapter_tensors(folder):
     """{PEFT's key: tensor}, copied from the file. Raises ValueError where the file is missing or not whole."""
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.exists():
-        pickled = (Path(folder) / "adapter_model.bin").exists()
+    path = expand(folder) / "adapter_model.safetensors"
+    if not os.path.exists(path):
+        pickled = os.path.exists(path.with_suffix(".bin"))
         hint = "; adapter_model.bin is a pickle, which is not read: save it again by a new PEFT" if pickled else ""
         raise ValueError(f"{folder} has no adapter_model.safetensors; expected a folder in PEFT's format{hint}")
     with open_safetensors(path) as f:
@@ -582,7 +582,7 @@ def read_adapter_tensors(folder):
 def read_adapter_config(folder):
     """adapter_config.json as a dict, with PEFT's defaults for what it lacks. Raises ValueError on an adapter that is not LoRA,
     and on a setting that minitune does not implement. A key that PEFT does not know is kept: load_adapter names it."""
-    path = Path(folder) / ADAPTER_CONFIG
+    path = expand(folder) / ADAPTER_CONFIG
     config = PEFT_DEFAULTS | {key: value for key, value in read_json(path, {}).items() if value is not None}
     method = config.get("peft_type", "LORA")
     if method != "LORA":

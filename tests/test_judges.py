@@ -224,6 +224,15 @@ def test_bert_token_types_equal_transformers(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["roberta", "bert"])
+def test_an_encoder_without_a_padding_token_equals_transformers(tmp_path, name):
+    encoder(tmp_path, name)
+    ids, raw = tokens(1, 20), json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"pad_token_id": -1}))
+    theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    close(load_encoder(tmp_path)(ids), theirs(ids).last_hidden_state)
+
+
 def test_roberta_does_not_count_a_padding_token_inside_a_text(tmp_path):
     theirs, ids = encoder(tmp_path), tokens(1, 20)
     ids[0, 7] = theirs.config.pad_token_id

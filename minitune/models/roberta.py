@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from minitune.models import config_json
 from minitune.models.layers import ACTIVATIONS
+from minitune.screen import short
 
 HEADS = ("pooler.", "lm_head.", "cls.", "classifier.", "qa_outputs.")  # stored beside an encoder, not used here
 LAYER_NORM = {"gamma": "weight", "beta": "bias"}
@@ -49,7 +50,9 @@ class EncoderConfig:
             raise ValueError(
                 f"config.json: hidden_size is {hidden_size}, expected a multiple of num_attention_heads, {heads}"
             )
-        pad_token_id = int(read.number("pad_token_id", 1 if is_roberta else 0))
+        pad_token_id = read.value("pad_token_id", 1 if is_roberta else 0, int, "a token id, or -1 for none")
+        if not -1 <= pad_token_id <= config_json.MAX:
+            raise ValueError(f"config.json: pad_token_id is {short(pad_token_id)}, expected a token id, or -1 for none")
         layers = read.layers("num_hidden_layers", 12)
         read.every_model(layers)
         read.only("is_causal", False, None)
