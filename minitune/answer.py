@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,17 +14,18 @@ from tqdm import tqdm
 
 from minitune import checkpoint, data, hub
 from minitune.answer_file import open_answers, settings_path
-from minitune.config import arg, positive
+from minitune.config import arg
 from minitune.device import choose_device, choose_dtype
 from minitune.files import prove_writable, read_json, write_json, write_whole
-from minitune.generate import GenerateConfig, decode, earlier_copies
+from minitune.generate import decode, earlier_copies
+from minitune.generation_config import DecodingOptions, settle
 from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, EOS, alpaca_prompt, conversation
 from minitune.run_folder import adapter_fingerprint, model_fingerprint
 from minitune.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
-class ModelConfig(GenerateConfig):
+class ModelConfig(DecodingOptions):
     """Which model answers, and how: the options that generate and chat share."""
 
     model: str | None = arg(
@@ -52,7 +53,7 @@ class AnswerConfig(ModelConfig):
     prompts: str | None = arg(
         None, "file of questions: .txt, one a line; .json or .jsonl of texts, of Alpaca rows or of rows with prompt"
     )
-    batch_size: int = arg(8, "questions that are decoded together")
+    batch_size: int = arg(8, "questions that are decoded together", low=1, high=2**16)
     json: bool = arg(False, "print JSON: a list with prompt, answer, tokens, how it ended")
     logprobs: bool = arg(False, "with --json or --out: the log-probability of each token too")
     out: str | None = arg(
@@ -68,7 +69,6 @@ class AnswerConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive(self, "batch_size")
         if (self.prompt is None) == (self.prompts is None):
             raise ValueError("give one of --prompt TEXT and --prompts FILE")
         if self.logprobs and not (self.json or self.out):
@@ -78,9 +78,11 @@ class AnswerConfig(ModelConfig):
 
 
 class Answerer:
-    """A model, which loads when it is first asked for, with its tokenizer and template."""
+    """A model, which loads when it is first asked for, with its tokenizer, template and decoding.
 
-    def __init__(self, config, say):
+    config: a ModelConfig. weaker: defaults of decoding in place of GenerateConfig's, see generation_config.settle()."""
+
+    def __init__(self, config, say, **weaker):
         self.config, self.say = config, say
         trained = read_facts(config.adapter)  # a bad one is said before anything else
         self.name = config.model if config.model is not None else trained["base"] or "tiny-mistral"
@@ -96,8 +98,8 @@ class Answerer:
         self.template = choose_template(config, trained, say)
         self.device = choose_device(config.device)
         self.dtype, self.reason = choose_dtype(config.dtype, self.device)
-        self.decoding = decoding_of(config, self.tokenizer)
-        say_idle(config, say)
+        self.decoding = settle(config, self.folder, self.tokenizer, say, **weaker)
+        say_idle(config.given(), self.decoding, say)
 
     @functools.cached_property
     def model(self):
@@ -126,16 +128,10 @@ class Answerer:
         return text[: min(cuts)] if cuts else text
 
 
-def decoding_of(config, tokenizer):
-    """The GenerateConfig in the options of a job, with the tokenizer's end tokens where it names none."""
-    values = {f.name: getattr(config, f.name) for f in fields(GenerateConfig)}
-    return GenerateConfig(**values | ({"eos_ids": tuple(tokenizer.eos_ids)} if config.eos_ids is None else {}))
-
-
-def say_idle(config, say):
-    """Says which options were given that change nothing, such as a temperature where nothing is drawn."""
-    meaning, samples = config.meaning(), config.do_sample  # temperature 0 is known to make the others idle
-    idle = [f.name for f in fields(GenerateConfig) if getattr(config, f.name) != getattr(meaning, f.name)]
+def say_idle(given, decoding, say):
+    """Says which of the given options change nothing in a decoding, such as a temperature where nothing is drawn."""
+    meaning, samples = decoding.meaning(), decoding.do_sample  # temperature 0 is known to make the others idle
+    idle = [name for name in given if getattr(decoding, name) != getattr(meaning, name)]
     for option, named in (
         ("--num-beams", [name for name in idle if name in ("length_penalty", "early_stopping")]),
         ("--do-sample", [name for name in idle if name in ("temperature", "top_k", "top_p", "min_p") and not samples]),
@@ -216,7 +212,7 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
     prompts = [encode_question(answerer, question, place) for question, place in questions]
     places = [place for _, place in questions]
     questions = [{"prompt": text} | ({"input": given} if given else {}) for (text, given), _ in questions]
-    each = config.num_return_sequences
+    each = answerer.decoding.num_return_sequences
     if config.out and config.prompts:
         settings = answer_settings(answerer)
         with open_answers(Path(config.out), settings, questions, each, config.resume == "never") as file:
@@ -233,8 +229,9 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
             return file.records
     records = []
     with (nothing if config.out else print_json if config.json else print_text)(len(prompts) * each) as write:
-        streams = len(prompts) == 1 and config.num_beams == 1 and each == 1 and not (config.json or config.out)
-        writer = Writer(answerer.tokenizer, stop=config.stop) if streams else None
+        is_one = len(prompts) * each == answerer.decoding.num_beams == 1
+        streams = is_one and not (config.json or config.out)
+        writer = Writer(answerer.tokenizer, stop=answerer.decoding.stop) if streams else None
 
         def take(found):
             records.extend(found)
@@ -254,9 +251,9 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
 def decode_batches(answerer, questions, prompts, write, done, say, places, writer=None):
     """Decode the prompts, and call write(records) after each batch. done: answers that are there, of the first prompts; a batch
     is the same one whatever is there, and so are its answers. places: where the questions stand."""
-    if done == len(prompts) * answerer.config.num_return_sequences:
+    config, each = answerer.config, answerer.decoding.num_return_sequences
+    if done == len(prompts) * each:
         return
-    config, each = answerer.config, answerer.config.num_return_sequences
     size = 1 if config.lookup else config.batch_size
     check_lengths(answerer, prompts, places, say)
     tokens = guessed = accepted = 0
@@ -275,7 +272,7 @@ def decode_batches(answerer, questions, prompts, write, done, say, places, write
             batch = range(start, min(start + size, len(prompts)))
             if batch.stop * each <= done:
                 continue
-            with out_of_memory_explained(config, len(batch)):
+            with out_of_memory_explained(answerer.decoding, len(batch)):
                 answers, counts = decode(
                     answerer.model,
                     [prompts[i] for i in batch],
@@ -300,16 +297,16 @@ def decode_batches(answerer, questions, prompts, write, done, say, places, write
 
 
 @contextmanager
-def out_of_memory_explained(config, prompts):
+def out_of_memory_explained(decoding, prompts):
     """Turns torch's out-of-memory errors, of a GPU and of the CPU, into one that names the options."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        sequences = max(config.num_beams, config.num_return_sequences)
+        sequences = max(decoding.num_beams, decoding.num_return_sequences)
         raise ValueError(
-            f"out of memory with {prompts} questions of {sequences} sequences and {config.max_new_tokens} tokens each: lower "
+            f"out of memory with {prompts} questions of {sequences} sequences and {decoding.max_new_tokens} tokens each: lower "
             "--batch-size, --num-beams, --num-return-sequences or --max-new-tokens, or use --quantize nf4"
         ) from error
 
@@ -335,10 +332,12 @@ def check_lengths(answerer, prompts, places, say):
         raise ValueError(
             f"{places[i]} has {len(prompts[i])} tokens, but the model's context is {context}, answer included; shorten it"
         )
-    longest += answerer.config.max_new_tokens
-    if longest > context:
+    asked, both = answerer.decoding.max_new_tokens, answerer.decoding.max_length or 2**63
+    if asked > context:
+        say(f"an answer has at most {context} tokens, the model's context, and not {asked:,}")
+    if (total := min(longest + min(asked, context), both)) > context:
         say(
-            f"warning: prompt and answer may come to {longest} tokens; the model was trained on {context}, and gets worse beyond"
+            f"warning: prompt and answer may come to {total} tokens; the model was trained on {context}, and gets worse beyond"
         )
 
 

@@ -8,6 +8,7 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minitune import screen
 from minitune.answer import Answerer, ModelConfig, Writer, show_anything
 from minitune.config import arg
 from minitune.files import write_json
@@ -15,6 +16,7 @@ from minitune.generate import decode
 from minitune.models.cache import Memory
 from minitune.prompts import conversation
 
+LONGEST = 512  # tokens of an answer, where nothing else is asked for
 HELP = (
     "/reset forgets the conversation, /save FILE writes it as JSON, /help, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 )
@@ -24,12 +26,11 @@ HELP = (
 class ChatConfig(ModelConfig):
     """How a conversation is held."""
 
-    max_new_tokens: int = arg(512, "longest answer, in tokens")
     system: str | None = arg(None, "text before the conversation")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_beams > 1 or self.num_return_sequences > 1:
+        if (self.num_beams or 1) > 1 or (self.num_return_sequences or 1) > 1:
             raise ValueError("a chat streams one answer: beams and several answers are for scripts/generate.py")
 
 
@@ -40,7 +41,10 @@ class Stopped(Exception):
 def chat(config, ask=input, say=print):
     """Read questions and write answers until the input ends. Returns the turns [question, answer, ...]."""
     show_anything()
-    answerer = Answerer(config, lambda line: print(line, file=sys.stderr))
+    answerer = Answerer(config, screen.tell, max_new_tokens=LONGEST)
+    if answerer.decoding.num_beams > 1 or answerer.decoding.num_return_sequences > 1:
+        screen.tell("a chat streams one answer: num_beams and num_return_sequences of the model's files are not used")
+        answerer.decoding = replace(answerer.decoding, num_beams=1, num_return_sequences=1)
     answerer.model  # noqa: B018 - loads now, not while the first answer is awaited
     if ask is input and sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on every system

@@ -11,13 +11,16 @@ import typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
-from minitune import screen
+from minitune import schema, screen
 from minitune.files import read_json
+from minitune.schema import Number
+from minitune.screen import short
 
 
 def arg(default, help, **extra):
-    """A dataclass field with its help text. extra: choices=(...), the values allowed; positional=True, a list that
-    is typed without --name and shown as metavar."""
+    """A dataclass field with its help text. extra: choices=(...), the values allowed; low and high, the bounds of a number
+    (of a whole number 0 and 2^63 - 1, where nothing else is said); positional=True, a list that is typed without --name
+    and shown as metavar; is_option=False, a field that only Python code and files set."""
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -36,6 +39,8 @@ def parse(cls, argv=None, description=None):
     parser.add_argument("--config", metavar="FILE", help="JSON file with options, such as the config.json of a run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for f in fields(cls):
+        if not f.metadata.get("is_option", True):
+            continue
         flag, (kind, is_list, _) = "--" + f.name.replace("_", "-"), field_type(cls, f)
         shown = (" ".join(map(str, f.default)) or None) if is_list and f.default is not None else f.default
         help_text = f.metadata["help"] + ("" if shown is None else f" (default: {shown})")
@@ -120,25 +125,35 @@ def from_file(cls, path):
         raise ValueError(f"{path} has options that {cls.__name__} does not know: {', '.join(unknown)}; remove them")
     for name, value in stored.items():
         if expected := misfit(cls, known[name], value):
-            raise ValueError(f"{path}: {name} is {value!r}, expected {expected}")
+            raise ValueError(f"{path}: {name} is {short(value)}, expected {expected}")
     return stored
 
 
 def misfit(cls, f, value):
-    """What was expected, in words, where `value` is not of the type or the choices of a field; None where it fits."""
+    """What was expected, in words, where `value` is not of the type, the choices or the bounds of a field; None where it
+    fits."""
     kind, is_list, optional = field_type(cls, f)
-    choices = f.metadata.get("choices")
     if value is None and optional:
         return None
+    choices = f.metadata.get("choices")
+    one = frozenset(choices) if choices else bounds(f, kind) or kind
+    is_nested = typing.get_origin(kind) is tuple  # a list of lists
+    if is_nested:
+        one = [bounds(f, typing.get_args(kind)[0])]
     items = value if is_list and isinstance(value, (list, tuple)) else [value]
-    fits = is_list == isinstance(value, (list, tuple)) and all(
-        isinstance(v, (int, float) if kind is float else kind) and (kind is bool) == isinstance(v, bool) for v in items
-    )
-    if fits and kind is float and not all(-math.inf < v < math.inf for v in items):
-        return "a finite number"
-    if fits and not (choices and any(v not in choices for v in items)):
-        return None
-    return f"one of {', '.join(choices)}" if choices else f"{'a list of ' if is_list else ''}{kind.__name__}"
+    if is_list == isinstance(value, (list, tuple)):
+        if not any(schema.misfit(list(item) if is_nested else item, one, "") for item in items):
+            return None
+    if kind is int and not all(type(item) is int for item in items):
+        one = int  # the bounds are not what was wrong
+    return f"one of {', '.join(choices)}" if choices else schema.words([one] if is_list else one)
+
+
+def bounds(f, kind):
+    """The schema.Number of a field that holds numbers, None of another."""
+    if kind is int:
+        return Number(f.metadata.get("low", 0), f.metadata.get("high", 2**63 - 1), is_whole=True)
+    return Number(f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)) if kind is float else None
 
 
 def field_type(cls, f):
@@ -156,7 +171,7 @@ def check_types(config):
     """Raises ValueError where a field is not of its type or its choices: Python code builds configs too."""
     for f in fields(config):
         if expected := misfit(type(config), f, getattr(config, f.name)):
-            raise ValueError(f"{f.name} is {getattr(config, f.name)!r}, expected {expected}")
+            raise ValueError(f"{f.name} is {short(getattr(config, f.name))}, expected {expected}")
 
 
 def not_empty(config):

@@ -7,18 +7,19 @@ import functools
 import json
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
 
 from minitune import data, hub, lora, scoring
-from minitune.answer import Answerer, ModelConfig, decoding_of
+from minitune.answer import Answerer, ModelConfig
 from minitune.config import TrainConfig, arg, from_file, positive
 from minitune.device import choose_device, choose_dtype, environment
 from minitune.files import differences, prove_writable, read_json, write_json, write_whole
-from minitune.generate import GenerateConfig, Prefix, decode, earlier_copies
+from minitune.generate import Prefix, decode, earlier_copies
+from minitune.generation_config import DecodingOptions, settle
 from minitune.metrics.perplexity import sequence_nll
 from minitune.run_folder import adapter_fingerprint, append_line, hold, model_fingerprint, read_lines
 from minitune.scoring import ScoreConfig
@@ -45,7 +46,7 @@ class DecodeConfig(ScoreConfig):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(DecodeConfig, GenerateConfig):
+class EvaluateConfig(DecodeConfig, DecodingOptions):
     """What is evaluated: a run, or files."""
 
     base: bool = arg(True, "answer with the base model too, and compare")
@@ -57,7 +58,7 @@ class EvaluateConfig(DecodeConfig, GenerateConfig):
     out: str | None = arg(None, "JSON file for everything; not set: evaluation.json in the run folder")
 
     def __post_init__(self):
-        GenerateConfig.__post_init__(self)
+        DecodingOptions.__post_init__(self)
         ScoreConfig.__post_init__(self)
         positive(self, "batch_size")
         if (self.run is None) == (self.predictions is None):
@@ -66,11 +67,11 @@ class EvaluateConfig(DecodeConfig, GenerateConfig):
             raise ValueError("--predictions FILE and --references FILE belong together")
         if self.other is not None and self.predictions is None:
             raise ValueError("--other FILE is compared with --predictions FILE, which is not given")
-        if self.num_return_sequences != 1:
+        if self.num_return_sequences not in (None, 1):
             raise ValueError(
                 f"num_return_sequences is {self.num_return_sequences}, but one answer a question is scored"
             )
-        decoding = [f.name for f in fields(GenerateConfig) if f.name != "seed" and getattr(self, f.name) != f.default]
+        decoding = [f.name for f in fields(DecodingOptions) if f.name != "seed" and getattr(self, f.name) != f.default]
         if self.predictions is not None and decoding:
             raise ValueError(f"{decoding[0]} is about decoding, and files are scored as they are; leave it out")
 
@@ -174,6 +175,7 @@ class Run:
         self.losses = {}  # (is_tuned, row) -> [nats, tokens] of the reference
         self.prefixes, self.prefix_room = {}, 0  # (is_tuned, rows) -> Prefix, and the bytes that they may still take
         self.known = {}  # (is_tuned, meaning of a decoding) -> {row: its answer}: what another point need not decode again
+        self.said = set()  # lines about decodings
         self.working_on = None  # the file of the answers that were asked for last
 
     @functools.cached_property
@@ -188,9 +190,20 @@ class Run:
                 quantize=options.quantize,
                 dtype=self.config.dtype or options.dtype,
                 device=self.config.device,
+                generation_config="none",  # what it asks for is said by decoding()
             ),
             self.say,
         )
+
+    def decoding(self, config):
+        """The GenerateConfig of an EvaluateConfig, with one answer a question. What the checkpoint asks for is said once."""
+
+        def say_once(line):
+            if line not in self.said:
+                self.said.add(line)
+                self.say(line)
+
+        return replace(settle(config, self.model_folder, self.tokenizer, say_once), num_return_sequences=1)
 
     def name(self, is_tuned):
         base = Path(hub.MODELS.get(self.options.model, self.options.model)).name
@@ -200,8 +213,8 @@ class Run:
         """Answer by the decoding options of `config`, score, and write `folder` or `out`. Returns what evaluation.json holds.
 
         point: the end of the names of the files, as in the study; None: made from the options."""
-        decoding = decoding_of(config, self.tokenizer)
-        point = point or point_name(config)
+        decoding = self.decoding(config)
+        point = point or point_name(decoding)
         generations = folder / "generations"
         systems = {}
         with hold(generations):
@@ -224,7 +237,7 @@ class Run:
             "model": self.options.model,
             "adapter": str(self.adapter),
             "data": self.test.source,
-            "decoding": json.loads(json.dumps(asdict(decoding_of(config, self.tokenizer)))),
+            "decoding": json.loads(json.dumps(asdict(self.decoding(config)))),
             **score_settings(config),
             "facts": self.facts | {"adapter (sha256)": self.adapter_sha256},
         }
@@ -236,7 +249,7 @@ class Run:
 
     def check_answers(self, config, folder, with_base, point):
         """Raises ValueError where `folder` holds answers of other settings than evaluate() would give."""
-        decoding = decoding_of(config, self.tokenizer)
+        decoding = self.decoding(config)
         for is_tuned in (True, False)[: 1 + with_base]:
             file = folder / "generations" / f"{self.name(is_tuned)}_{point}.jsonl"
             read_answers(file, self.answer_settings(is_tuned, decoding), len(self.test.examples))

@@ -24,15 +24,16 @@ FREE_LOOKUP = 7  # tokens of a guess that nobody asked for: with the token befor
 PREFILL_TOKENS = 2048  # of prompts that go through the model at once
 NEVER = -1e9  # the score of a beam that is none, as in transformers
 EARLY = {False: "no", True: "yes"}
+IN_FILE = {"is_option": False}
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """How an answer is decoded."""
 
-    max_new_tokens: int = arg(64, "longest answer, in tokens")
+    max_new_tokens: int = arg(64, "longest answer, in tokens", low=1)
     min_new_tokens: int = arg(0, "an answer does not end before this many tokens")
-    num_beams: int = arg(1, "beams; 1: no beam search")
+    num_beams: int = arg(1, "beams; 1: no beam search", low=1, high=1024)
     do_sample: bool = arg(False, "draw tokens instead of taking the most likely")
     temperature: float = arg(1.0, "sampling: scores are divided by it; 0: not sampled")
     top_k: int = arg(50, "sampling: only the k most likely tokens; 0: all")
@@ -46,24 +47,34 @@ class GenerateConfig:
         "beams: yes ends when num_beams answers are done, no when a better one is unlikely, never when it is impossible",
         choices=("no", "yes", "never"),
     )
-    num_return_sequences: int = arg(1, "answers of each prompt: samples, or the best beams")
+    num_return_sequences: int = arg(1, "answers of each prompt: samples, or the best beams", low=1, high=4096)
     stop: tuple[str, ...] = arg((), "texts that end an answer")
-    seed: int = arg(0, "of the sampling")
+    seed: int = arg(0, "seed of the sampling")
     lookup: int | None = arg(
         None,
         "greedy, one prompt: guess up to this many tokens from a repeated n-gram and check them in one step; 0: off; "
         "not set: where it cannot change the answer",
+        high=1024,
     )
     eos_ids: tuple[int, ...] | None = arg(None, "token ids that end an answer; not set: the checkpoint's")
+    # What a checkpoint's generation_config.json may ask for beside these; no options of the command line.
+    max_length: int | None = arg(None, "prompt and answer, in tokens; with max_new_tokens the smaller holds", **IN_FILE)
+    min_length: int | None = arg(None, "prompt and answer, in tokens, before which no answer ends", **IN_FILE)
+    typical_p: float | None = arg(None, "sampling: only the most typical tokens of this probability", **IN_FILE)
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = arg(None, "lists of token ids that no answer has", **IN_FILE)
+    suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer has", **IN_FILE)
+    begin_suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer begins with", **IN_FILE)
+    forced_bos_token_id: int | None = arg(None, "the first token after a prompt of one token", **IN_FILE)
+    forced_eos_token_id: tuple[int, ...] | None = arg(None, "what the last token of the longest answer is", **IN_FILE)
+    renormalize_logits: bool | None = arg(None, "beams: scores are log-probabilities again after penalties", **IN_FILE)
 
     def __post_init__(self):
         if isinstance(self.early_stopping, bool):  # transformers' spelling
             object.__setattr__(self, "early_stopping", EARLY[self.early_stopping])
         check_types(self)
-        positive(self, "max_new_tokens", "num_beams", "num_return_sequences", "repetition_penalty")
-        for name in ("min_new_tokens", "temperature", "top_k", "no_repeat_ngram_size", "seed", "lookup"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        positive(self, "repetition_penalty")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected a number above 0 and up to 1")
         if not 0 <= self.min_p <= 1:
@@ -77,8 +88,6 @@ class GenerateConfig:
             )
         if 0 < self.temperature < 1e-5:
             raise ValueError(f"temperature is {self.temperature}, expected 0 (nothing is drawn) or 0.00001 and more")
-        if any(token < 0 for token in self.eos_ids or ()):
-            raise ValueError(f"eos_ids is {self.eos_ids}, expected token ids, 0 and more")
         if self.lookup and (self.num_beams > 1 or self.samples):
             raise ValueError("lookup is for greedy decoding; set it to 0 with beams or sampling")
         if "" in self.stop:
@@ -92,8 +101,8 @@ class GenerateConfig:
     def meaning(self):
         """The same decoding, with the defaults in place of options that change nothing in it: two configs with one meaning
         decode the same."""
-        idle = () if self.samples else ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
-        idle += () if self.num_beams > 1 else ("length_penalty", "early_stopping")
+        idle = () if self.samples else ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+        idle += () if self.num_beams > 1 else ("length_penalty", "early_stopping", "renormalize_logits")
         return replace(self, **{f.name: f.default for f in fields(GenerateConfig) if f.name in idle})
 
 
@@ -182,6 +191,11 @@ def check(model, prompts, config, tokenizer, on_token, memory):
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens, but the model's context is {context}, answer included; shorten it"
             )
+        if config.max_length is not None and len(prompt) >= config.max_length:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, but prompt and answer may have max_length {config.max_length}; "
+                "shorten it, or set max_new_tokens"
+            )
         if not 0 <= min(prompt) or max(prompt) >= vocabulary:
             wrong = next(t for t in prompt if not 0 <= t < vocabulary)
             raise ValueError(f"prompt {i} has the token {wrong}, but the model has {vocabulary} tokens")
@@ -203,17 +217,23 @@ class Decoder:
         self.eos = config.eos_ids if config.eos_ids is not None else getattr(model, "eos_ids", ())
         self.device = next(model.parameters()).device
         self.window = getattr(model.config, "sliding_window", None)
+        self.longest = min(
+            config.max_new_tokens, model.config.max_position_embeddings
+        )  # answer of any prompt, in tokens
         self.counts = Counts()
         self.steady = steady_rows(model)
+
+    def limit(self, prompt_length):
+        """The longest answer to a prompt of that many tokens."""
+        longest, both = self.longest, self.config.max_length
+        return longest if both is None else min(longest, both - prompt_length)
 
     # --- the model ---
 
     def read(self, prompts, sequences, draft=0, memory=None):
         """(cache, logits (B, V) after each prompt). Prompts are packed, and cut where they are long."""
         lengths = [len(prompt) for prompt in prompts]
-        cache = Cache(
-            self.model.config.num_hidden_layers, lengths, sequences, self.config.max_new_tokens, self.window, draft
-        )
+        cache = Cache(self.model.config.num_hidden_layers, lengths, sequences, self.longest, self.window, draft)
         if self.prefix is not None and self.prefix.parts is not None:
             for layer, parts in zip(cache.layers, self.prefix.parts, strict=True):
                 layer.parts = parts  # which are copied from, and not written to
@@ -269,23 +289,52 @@ class Decoder:
     def adjusts(self, new_length):
         """Whether adjust() does anything."""
         config = self.config
-        bans_end = new_length < config.min_new_tokens and self.eos
-        return config.repetition_penalty != 1.0 or config.no_repeat_ngram_size > 0 or bool(bans_end)
+        least = max(config.min_new_tokens - new_length, config.min_length or 0)
+        rare = config.bad_words_ids, config.suppress_tokens, config.begin_suppress_tokens, config.forced_eos_token_id
+        is_forced = config.forced_bos_token_id is not None
+        is_penalised = config.repetition_penalty != 1.0 or config.no_repeat_ngram_size > 0
+        return is_penalised or bool(least > 0 and self.eos) or is_forced or any(rare)
 
     def adjust(self, scores, histories, new_length):
-        """The penalties and bans that do not belong to sampling. histories: ids of each row, prompt included."""
+        """The penalties and bans that do not belong to sampling, in transformers' order. histories: ids of each row, prompt
+        included."""
         config = self.config
         if config.repetition_penalty != 1.0:
             scores = sampling.penalise_repetition(scores, self.seen(histories), config.repetition_penalty)
         if config.no_repeat_ngram_size:
             scores = sampling.ban_repeated_ngrams(scores, histories, config.no_repeat_ngram_size)
-        if new_length < config.min_new_tokens and self.eos:
+        if config.bad_words_ids:
+            words = [list(word) for word in config.bad_words_ids if len(word) > 1 or word[0] not in self.eos]
+            scores = sampling.ban_words(scores, histories, words)
+        if self.eos and config.min_length:
+            short = [row for row, ids in enumerate(histories) if len(ids) < config.min_length]
+            scores = sampling.ban(scores, self.eos, short)
+        if self.eos and new_length < config.min_new_tokens:
             scores = sampling.ban(scores, self.eos)
+        if config.forced_bos_token_id is not None:
+            first = [row for row, ids in enumerate(histories) if len(ids) == 1]
+            scores = sampling.force(scores, [config.forced_bos_token_id], first)
+        if config.forced_eos_token_id:
+            last = [row for row, ids in enumerate(histories) if new_length + 1 == self.limit(len(ids) - new_length)]
+            scores = sampling.force(scores, config.forced_eos_token_id, last)
+        if config.suppress_tokens:
+            scores = sampling.ban(scores, config.suppress_tokens)
+        if config.begin_suppress_tokens:
+            is_forced = config.forced_bos_token_id is not None
+            begins = [
+                row for row, ids in enumerate(histories) if new_length == (is_forced and len(ids) - new_length == 1)
+            ]
+            scores = sampling.ban(scores, config.begin_suppress_tokens, begins)
         return scores
 
     def warp(self, scores, keep=1):
         config = self.config
-        return sampling.warp(scores, config.temperature, config.top_k, config.top_p, config.min_p, keep)
+        return sampling.warp(
+            scores, config.temperature, config.top_k, config.top_p, config.min_p, keep, config.typical_p
+        )
+
+    def renormalise(self, scores):
+        return scores.log_softmax(-1) if self.config.renormalize_logits else scores
 
     def seen(self, histories):
         """(R, V) bool, which tokens a history has."""
@@ -323,6 +372,7 @@ class Decoder:
             memory = None  # its keys turn anew with every length
         config, n = self.config, self.config.num_return_sequences
         answers, length = [Answer() for _ in range(len(prompts) * n)], 0
+        limits = [self.limit(len(prompt)) for prompt in prompts for _ in range(n)]
         generators = self.generators(prompts) if config.samples else None
         lookup = self.lookup(len(prompts))
         cache, logits = self.read(prompts, n, lookup.at_most if lookup else 0, memory)
@@ -339,7 +389,7 @@ class Decoder:
                 for a, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
                     if not done[a]:
                         histories[a].append(token)
-                        done[a] = self.append(answers[a], token, logprob, on_token)
+                        done[a] = self.append(answers[a], token, logprob, limits[a], on_token)
                 still = [k for k, p in enumerate(running) if not all(done[p * n : p * n + n])]
                 if not still:
                     return answers, self.counts
@@ -348,7 +398,7 @@ class Decoder:
                     cache.keep(still)
                     running, tokens = [running[k] for k in still], tokens[kept]
                 if lookup:
-                    logits = self.guess(lookup, cache, histories[0], answers[0], on_token)
+                    logits = self.guess(lookup, cache, histories[0], answers[0], limits[0], on_token)
                     if logits is None:
                         return answers, self.counts
                     length = len(answers[0].ids)
@@ -372,8 +422,8 @@ class Decoder:
             tokens = sampling.draw(self.warp(scores), numbers)
         return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
-    def append(self, answer, token, logprob, on_token=None):
-        """Add a token to an answer. Returns whether it is done."""
+    def append(self, answer, token, logprob, limit, on_token=None):
+        """Add a token to an answer of at most `limit` tokens. Returns whether it is done."""
         answer.ids.append(token)
         answer.logprobs.append(logprob)
         ended = self.ends(answer.ids)
@@ -383,7 +433,7 @@ class Decoder:
             on_token(token)
         if ended:
             answer.ended_by = ended
-        return bool(ended) or len(answer.ids) == self.config.max_new_tokens
+        return bool(ended) or len(answer.ids) == limit
 
     def lookup(self, prompts):
         """A Lookup where the options ask for one, or where none is needed to ask: one greedy answer, and guesses are free."""
@@ -394,10 +444,10 @@ class Decoder:
             at_most = min(FREE_LOOKUP, self.steady - 1) if is_greedy else 0
         return Lookup(at_most) if at_most else None
 
-    def guess(self, lookup, cache, history, answer, on_token):
+    def guess(self, lookup, cache, history, answer, limit, on_token):
         """A step of prompt lookup: guess some tokens, and check all of them at once. Appends those that greedy decoding takes
         too. Returns the logits (1, V) after them, None where it is done."""
-        room = self.config.max_new_tokens - len(answer.ids)
+        room = limit - len(answer.ids)
         guess = lookup.guess(history, room - 1)
         tokens = torch.tensor([[history[-1], *guess]], device=self.device)
         logits = self.step(cache, tokens)[0]  # (1 + guessed, V)
@@ -410,7 +460,7 @@ class Decoder:
             accepted += 1
             self.counts.accepted += 1
             history.append(token)
-            if self.append(answer, token, logprob.item(), on_token):
+            if self.append(answer, token, logprob.item(), limit, on_token):
                 return None
         cache.drop(len(guess) - accepted)
         lookup.learn(len(guess), accepted)
@@ -423,7 +473,7 @@ class Decoder:
         config, n = self.config, self.config.num_beams
         count = max(2, 1 + len(self.eos)) * n  # of candidates: enough to go on where the best n all end
         count = min(count, n * self.model.config.vocab_size)
-        searches = [Search(list(prompt), n) for prompt in prompts]
+        searches = [Search(list(prompt), n, self.limit(len(prompt))) for prompt in prompts]
         generators = self.generators(prompts)[:: config.num_return_sequences] if config.samples else None
         cache, logits = self.read(prompts, n)
         logits = logits.repeat_interleave(n, dim=0)
@@ -454,10 +504,10 @@ class Decoder:
             raw = self.logprobs(logits)
             scores = self.adjust(raw, [ids for search in searches for ids in search.histories()], length)
             if config.samples:
-                scores = self.warp(scores, keep=len(self.eos) + 1 if self.eos else 2)
+                scores = self.renormalise(self.warp(scores, keep=len(self.eos) + 1 if self.eos else 2))
                 tokens = torch.arange(scores.shape[1], device=self.device).expand_as(scores)
             else:
-                scores, tokens = scores.topk(min(count, scores.shape[1]))
+                scores, tokens = self.renormalise(scores).topk(min(count, scores.shape[1]))
                 raw = raw.gather(1, tokens)
         else:  # what is among the best of all beams is among the best of its own
             raw, tokens = likeliest(logits, min(count, logits.shape[1]))
@@ -500,8 +550,9 @@ def by_length(score, length, penalty):
 class Search:
     """The beams of one prompt: those that go on, and the best that ended."""
 
-    def __init__(self, prompt, beams):
-        self.prompt, self.beams, self.length, self.done = prompt, beams, 0, False
+    def __init__(self, prompt, beams, limit):
+        """limit: of an answer, in tokens."""
+        self.prompt, self.beams, self.limit, self.length, self.done = prompt, beams, limit, 0, False
         self.tokens = [[] for _ in range(beams)]  # new ids of the running beams
         self.logprobs = [[] for _ in range(beams)]
         self.scores = [0.0] + [NEVER] * (beams - 1)  # at first all beams are the same one
@@ -514,7 +565,7 @@ class Search:
     def advance(self, decoder, scores, beams, tokens, logprobs):
         """Take in the candidates of a step, lists with the best first. Returns the old beam that each new one goes on from."""
         config, n = decoder.config, self.beams
-        full = self.length + 1 == config.max_new_tokens
+        full = self.length + 1 == self.limit
         ids = [[*self.tokens[beam], token] for beam, token in zip(beams, tokens, strict=True)]
         how = [decoder.ends(new) or ("length" if full else None) for new in ids]
         # The n best candidates may end; the others are there to go on.
@@ -541,7 +592,7 @@ class Search:
             return True
         length = self.length
         if config.early_stopping == "never" and config.length_penalty > 0:
-            length = config.max_new_tokens
+            length = self.limit
         return by_length(self.scores[0], length, config.length_penalty) > self.ended[-1][0]
 
     def answers(self, decoder, count):

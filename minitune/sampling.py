@@ -23,16 +23,37 @@ def ban_repeated_ngrams(scores, histories, size):
     return scores
 
 
-def ban(scores, ids):
-    """-inf for the tokens `ids` in every row."""
+def ban(scores, ids, rows=None):
+    """-inf for the tokens `ids` in every row, or in these."""
     scores = scores.clone()
-    scores[:, [i for i in ids if i < scores.shape[1]]] = -torch.inf
+    rows = torch.tensor(list(range(len(scores)) if rows is None else rows), dtype=torch.long)
+    scores[rows[:, None], [i for i in ids if i < scores.shape[1]]] = -torch.inf
     return scores
 
 
-def warp(scores, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keep=1):
+def ban_words(scores, histories, words):
+    """-inf for each token that would end one of `words`, lists of ids, after a row's history."""
+    scores = scores.clone()
+    for row, ids in enumerate(histories):
+        for *start, last in words:
+            if last < scores.shape[1] and (not start or ids[-len(start) :] == start):
+                scores[row, last] = -torch.inf
+    return scores
+
+
+def force(scores, ids, rows):
+    """In these rows 0 for the tokens `ids` and -inf for all others."""
+    scores = scores.clone()
+    for row in rows:
+        scores[row] = -torch.inf
+        scores[row, [i for i in ids if i < scores.shape[1]]] = 0.0
+    return scores
+
+
+def warp(scores, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keep=1, typical_p=None):
     """Temperature, then the k best, then the nucleus of mass top_p (arXiv 1904.09751), then those above min_p times the best
-    probability (arXiv 2407.01082). The others become -inf; at least `keep` tokens stay."""
+    probability (arXiv 2407.01082), then the most typical ones of mass typical_p (arXiv 2202.00666). The others become -inf;
+    at least `keep` tokens stay."""
     if temperature != 1.0:
         scores = scores / temperature
     if top_k:
@@ -48,6 +69,15 @@ def warp(scores, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keep=1):
         outside = probabilities < min_p * probabilities.amax(-1, keepdim=True)
         outside.scatter_(1, probabilities.topk(min(keep, scores.shape[1])).indices, False)
         scores = scores.masked_fill(outside, -torch.inf)
+    if typical_p is not None and typical_p < 1.0:
+        logprobs = scores.log_softmax(-1)
+        entropy = -(logprobs * logprobs.exp()).nansum(-1, keepdim=True)
+        distance, order = (-logprobs - entropy).abs().sort()
+        mass = scores.gather(1, order).softmax(-1).cumsum(-1)
+        last = (mass < typical_p).sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)
+        outside = distance > distance.gather(1, last)
+        outside[:, :keep] = False
+        scores = scores.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     return scores
 
 

@@ -17,7 +17,7 @@ from minitune import scoring
 from minitune.config import TrainConfig, arg, field_type, misfit, positive
 from minitune.evaluate import DecodeConfig, EvaluateConfig, Run, point_name, read_options, stopped, written
 from minitune.files import read_json, write_json
-from minitune.generate import GenerateConfig
+from minitune.generation_config import OPTIONS
 from minitune.run_folder import hold
 from minitune.scoring import METRICS, Rows, ScoreConfig
 from minitune.train import train
@@ -32,7 +32,7 @@ FIXED = (
     "lookup",
     "eos_ids",
 )  # options of decoding that no axis is made of
-AXES = [f for f in fields(GenerateConfig) if f.name not in FIXED]
+AXES = [f for f in OPTIONS if f.name not in FIXED]
 AXES.sort(key=lambda f: list(STUDY).index(f.name) if f.name in STUDY else len(STUDY))  # the study's first
 Grid = make_dataclass(  # generate's options, with a list in place of each value
     "Grid",

@@ -596,7 +596,7 @@ BAD = {
     "logprobs to nowhere": (["--prompt", "x", "--logprobs"], "--logprobs needs --json or --out"),
     "top p": (["--prompt", "x", "--top-p", "0"], "top_p is 0.0, expected"),
     "no name": (["--prompt", "x", "--out", ""], "--out is empty"),
-    "no file": (["--prompt", "x", "--out", "/dev/null"], "/dev/null is not a regular file"),
+    "no file": (["--prompt", "x", "--out", "/dev/null"], "/dev/null is a device"),
     "no adapter": (["--prompt", "x", "--adapter", "none"], "'none' is not the folder of an adapter"),
     "beams and lookup": (["--prompt", "x", "--num-beams", "2", "--lookup", "3"], "lookup is for greedy decoding"),
 }

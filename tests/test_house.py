@@ -40,6 +40,7 @@ FLOORS = [  # a module imports only from floors below its own; a name that ends 
         "minitune.checkpoint",
         "minitune.data",
         "minitune.run_folder",
+        "minitune.generation_config",
         "minitune.reports.study_files",
         "minitune.reports.figures",
     ],

@@ -1,0 +1,141 @@
+"""The decoding that a checkpoint asks for where the user gives no option, as transformers reads it: generation_config.json, or
+where there is none the same keys in config.json. End tokens are not read here: they are the tokenizer's."""
+
+from dataclasses import dataclass, fields, make_dataclass
+
+from minitune.config import arg, check_types
+from minitune.files import read_json
+from minitune.generate import GenerateConfig
+from minitune.schema import COUNT, TOKEN_ID, Number
+from minitune.screen import short, some
+
+IDS = (None, [TOKEN_ID])
+SHAPES = {  # the keys that are applied
+    "max_new_tokens": (None, COUNT),
+    "min_new_tokens": (None, COUNT),
+    "max_length": (None, COUNT),
+    "min_length": (None, COUNT),
+    "num_beams": (None, COUNT),
+    "do_sample": (None, bool),
+    "temperature": (None, float),
+    "top_k": (None, COUNT),
+    "top_p": (None, float),
+    "min_p": (None, float),
+    "typical_p": (None, Number(0, 1)),
+    "repetition_penalty": (None, float),
+    "no_repeat_ngram_size": (None, COUNT),
+    "length_penalty": (None, float),
+    "early_stopping": (None, bool, {"never"}),
+    "num_return_sequences": (None, COUNT),
+    "stop_strings": (None, str, [str]),
+    "bad_words_ids": (None, [[TOKEN_ID]]),
+    "suppress_tokens": IDS,
+    "begin_suppress_tokens": IDS,
+    "forced_bos_token_id": (None, TOKEN_ID),
+    "forced_eos_token_id": (None, TOKEN_ID, [TOKEN_ID]),
+    "renormalize_logits": (None, bool),
+}
+NOT_APPLIED = {  # what transformers applies and minitune does not: the values with which it changes nothing
+    "constraints": (None,),
+    "diversity_penalty": (None, 0.0),
+    "dola_layers": (None,),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None,),
+    "guidance_scale": (None, 1.0),
+    "max_time": (None,),
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0.0),
+    "sequence_bias": (None,),
+    "token_healing": (None, False),
+    "top_h": (None,),
+    "watermarking_config": (None,),
+}
+OPTIONS = [f for f in fields(GenerateConfig) if f.metadata.get("is_option", True)]
+FROM_FILE = {"stop_strings": "stop"}  # the option's name where it is another one
+
+
+def unset(f):
+    """A field of GenerateConfig as an option that may be left to the checkpoint: None where it was not given."""
+    if f.name not in SHAPES and f.name not in FROM_FILE.values():
+        return f.name, f.type, arg(f.default, **f.metadata)
+    return f.name, f.type | None, arg(None, **f.metadata, otherwise=f.default)
+
+
+@dataclass(frozen=True)
+class DecodingOptions(make_dataclass("Options", map(unset, OPTIONS), frozen=True)):
+    """The options of GenerateConfig as a user gives them: None is for what generation_config.json says, else the default."""
+
+    generation_config: str = arg(
+        "auto",
+        "auto: where a decoding option is not given, take the one in the model's generation_config.json, as transformers "
+        "does; none: do not read them there",
+        choices=("auto", "none"),
+    )
+
+    def __post_init__(self):
+        check_types(self)
+        alone = {name: value for name, value in self.given().items() if name != "num_return_sequences"}
+        GenerateConfig(
+            **{"max_new_tokens": 2**63 - 1} | alone
+        )  # what no file can mend is refused before a model is looked for
+
+    def given(self):
+        """{name: value} of the options that were given."""
+        values = {f.name: getattr(self, f.name) for f in OPTIONS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def settle(options, folder, tokenizer, say, **weaker):
+    """The GenerateConfig that `options`, a DecodingOptions, mean for the checkpoint in `folder`, with the tokenizer's end
+    tokens where they name none. Says what the checkpoint changes.
+
+    weaker: defaults of a job in place of GenerateConfig's. Strongest first: the options, generation_config.json, weaker.
+    Raises ValueError where these do not go together."""
+    given = {"eos_ids": tuple(tokenizer.eos_ids)} | options.given()
+    path, stored, passed_over = (folder, {}, []) if options.generation_config == "none" else read(folder)
+    for length in ("max", "min"):  # an option overrides both spellings of a length
+        if f"{length}_new_tokens" in given or f"{length}_new_tokens" in stored:
+            stored.pop(f"{length}_length", None)
+    stored = {name: value for name, value in stored.items() if name not in given}
+    if "max_length" in stored:
+        weaker = weaker | {"max_new_tokens": stored["max_length"]}
+    try:
+        found = GenerateConfig(**weaker | stored | given)
+    except ValueError as error:
+        GenerateConfig(**weaker | given)  # where the options are to blame, that is said
+        raise ValueError(f"{path}: {error} (--generation-config none ignores this file)") from None
+    meaning, plain = found.meaning(), GenerateConfig()
+    values = {name: v for name, v in stored.items() if getattr(meaning, name) != weaker.get(name, getattr(plain, name))}
+    if values:
+        words = ", ".join(f"{name} {short(value)}" for name, value in values.items())
+        say(f"decoding defaults from {path.name}: {words} (--generation-config none turns them off)")
+    if passed_over:
+        say(
+            f"warning: {path} asks for {some(passed_over)}, which minitune does not do; answers may differ from transformers"
+        )
+    return found
+
+
+def read(folder):
+    """(the file, {field of GenerateConfig: value} that it holds, keys in it that change answers and are not applied).
+    Raises ValueError with the file and the key where a value is of the wrong kind."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        path = folder / "config.json"
+    content = read_json(path, {f"{key}?": shape for key, shape in SHAPES.items()})
+    values = {FROM_FILE.get(key, key): content[key] for key in SHAPES if content.get(key) is not None}
+    for name in ("stop", "forced_eos_token_id"):
+        if isinstance(values.get(name), str | int):
+            values[name] = [values[name]]
+    if "bad_words_ids" in values:
+        if not all(values["bad_words_ids"]):
+            raise ValueError(f"{path}: bad_words_ids has an empty list, expected lists of token ids")
+        values["bad_words_ids"] = map(tuple, values["bad_words_ids"])
+    for name in ("stop", "forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
+        if name in values:
+            values[name] = tuple(values[name])
+    return path, values, [key for key, idle in NOT_APPLIED.items() if key in content and content[key] not in idle]
