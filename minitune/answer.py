@@ -19,7 +19,7 @@ from minitune.device import choose_device, choose_dtype
 from minitune.files import prove_writable, read_json, write_json, write_whole
 from minitune.generate import decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
-from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, EOS, alpaca_prompt, conversation
+from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, alpaca_prompt, conversation, for_tokenizer
 from minitune.run_folder import adapter_fingerprint, model_fingerprint
 from minitune.tokenizer import load_tokenizer
 
@@ -37,6 +37,11 @@ class ModelConfig(DecodingOptions):
     adapter: str | None = arg(None, "folder of an adapter in PEFT's format, such as runs/NAME/adapter")
     template: str | None = arg(
         None, "how a question is wrapped; not set: as the adapter was trained, else plain", choices=CHAT_TEMPLATES
+    )
+    special_text: str | None = arg(
+        None,
+        "what the text of a special token in a question is: text, or tokens; not set: as the adapter was trained, else text",
+        choices=("text", "tokens"),
     )
     quantize: str = arg("none", "weights in 4 bit", choices=("none", "nf4", "nf4-dq"))
     dtype: str = arg(
@@ -96,6 +101,7 @@ class Answerer:
             ) from None
         self.tokenizer = load_tokenizer(self.folder)
         self.template = choose_template(config, trained, say)
+        self.special_text = config.special_text or trained["special_text"] or "text"
         self.device = choose_device(config.device)
         self.dtype, self.reason = choose_dtype(config.dtype, self.device)
         self.decoding = settle(config, self.folder, self.tokenizer, say, **weaker)
@@ -109,17 +115,12 @@ class Answerer:
             self.folder, self.dtype, self.device, config.quantize, config.adapter, say=self.say
         )
 
-    def encode(self, pieces):
-        """Token ids of a rendered conversation. Text from outside never becomes a special token."""
-        tok, ids = self.tokenizer, []
-        for piece in pieces:
-            if piece is BOS:
-                ids += [] if tok.bos_id is None else [tok.bos_id]
-            elif piece is EOS:
-                ids += [] if tok.eos_id is None else [tok.eos_id]
-            else:
-                ids += tok.encode(piece, add_bos=False, allow_special=False)
-        return ids
+    def encode(self, pieces, special_text="text"):
+        """Token ids of a rendered conversation. Text from outside becomes a special token only with special_text "tokens"."""
+        pieces = for_tokenizer(pieces, self.tokenizer)
+        if special_text == "tokens":
+            pieces = data.read_special(pieces, self.tokenizer)
+        return [token for ids in self.tokenizer.encode_pieces(pieces) for token in ids]
 
     def text(self, answer):
         """The text of an Answer, cut at a stop text."""
@@ -145,7 +146,7 @@ def read_facts(adapter):
     """{"template": ..., "base": ...} that an adapter was trained with, None where its files do not say, or there is no adapter.
     Raises ValueError where it is not an adapter's folder."""
     if adapter is None:
-        return {"template": None, "base": None}
+        return {"template": None, "base": None, "special_text": None}
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file():
         inner = folder / "adapter"
@@ -153,16 +154,18 @@ def read_facts(adapter):
         raise ValueError(f"{adapter!r} is not the folder of an adapter: it has no adapter_config.json{hint}")
     base = checkpoint.read_adapter_config(folder).get("base_model_name_or_path")
     file = folder / "minitune.json"
-    facts = read_json(file) if file.is_file() else {}
-    if not isinstance(facts, dict):
-        raise ValueError(f"{file} holds a {type(facts).__name__}, expected an object")
+    facts = read_json(file, {"special_text?": (None, {"text", "tokens"})}) if file.is_file() else {}
     rows = facts.get("template")
     if rows is not None and rows not in tuple(ADAPTER_TEMPLATES):
         raise ValueError(
             f"{file}: template is {rows!r}, expected one of {', '.join(ADAPTER_TEMPLATES)}; is it of a newer minitune?"
         )
     base = facts.get("base_model", base)
-    return {"template": ADAPTER_TEMPLATES.get(rows), "base": base if isinstance(base, str) and base else None}
+    return {
+        "template": ADAPTER_TEMPLATES.get(rows),
+        "base": base if isinstance(base, str) and base else None,
+        "special_text": facts.get("special_text"),
+    }
 
 
 def choose_template(config, trained, say):
@@ -186,8 +189,8 @@ def read_questions(config):
         return [((config.prompt, ""), "--prompt")]
     path = Path(config.prompts)
     questions = []
-    if path.suffix == ".txt":
-        for number, line in enumerate(data.read_text(path).split("\n"), 1):
+    if path.suffix.lower() == ".txt":
+        for number, line in enumerate(data.read_filled(path).split("\n"), 1):
             if line.strip():
                 questions.append(((line.removesuffix("\r"), ""), f"{path}, line {number}"))
         return questions
@@ -319,7 +322,7 @@ def encode_question(answerer, question, place):
     else:
         pieces = conversation([instruction + (f"\n\n{given}" if given else "")], answerer.template)
     try:
-        return answerer.encode(pieces)
+        return answerer.encode(pieces, answerer.special_text)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
 
@@ -349,6 +352,7 @@ def answer_settings(answerer):
         "model files (sha256)": model_fingerprint(answerer.folder),
         "adapter (sha256)": adapter_fingerprint(config.adapter),
         "template": answerer.template,
+        **({} if answerer.special_text == "text" else {"special text": answerer.special_text}),
         "quantize": config.quantize,
         "compute dtype": str(answerer.dtype).removeprefix("torch."),
         "logprobs": config.logprobs,

@@ -100,7 +100,7 @@ def reply(answerer, turns, system, memory, say):
             raise Stopped
         writer(token)
 
-    ids = answerer.encode(conversation(turns, answerer.template, system))
+    ids = answerer.encode(conversation(turns, answerer.template, system), answerer.special_text)
     context = answerer.model.config.max_position_embeddings
     if len(ids) >= context:
         raise ValueError(

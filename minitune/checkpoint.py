@@ -20,6 +20,7 @@ from minitune.files import expand, kind_of, paths_explained, read_json, write_js
 from minitune.models import ARCHITECTURES, architecture, build, build_encoder
 from minitune.schema import Number, check
 from minitune.screen import short, some, tell, warn
+from minitune.tokenizer import end_ids
 
 FLOATS = ("F32", "F16", "BF16", "F64")  # dtypes that weights are read in, by safetensors' names
 INDEX = {"weight_map": {str: str}}  # the shape of model.safetensors.index.json
@@ -89,7 +90,7 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
             module._parameters[leaf] = read_parameter(tensors, name, parts["weight"], dtype, device)
     if tied and "lm_head.weight" not in groups:
         net.lm_head.weight = net.get_parameter(tied)
-    net.eos_ids = end_ids(folder, net.config.vocab_size)
+    net.eos_ids = tuple(i for i in end_ids(folder) if i < net.config.vocab_size)
     check_filled(net)
     if say:
         seconds = time.perf_counter() - start
@@ -170,21 +171,6 @@ def build_empty(folder, build=build):
     except (RuntimeError, TypeError) as error:  # meta tensors fail for one reason only: their size
         reason = short(str(error).splitlines()[0])
         raise ValueError(f"{folder}: the sizes in config.json are too large for any machine: {reason}") from None
-
-
-END_IDS = {"eos_token_id?": (None, Number(-(2**31), 2**31 - 1, is_whole=True), [Number(-(2**31), 2**31 - 1, True)])}
-
-
-def end_ids(folder, vocab_size):
-    """The token ids that end an answer, as transformers takes them: of generation_config.json, else of config.json.
-
-    Ids that no token has, such as -1 for none, are left out."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = read_json(path, END_IDS).get("eos_token_id") if path.is_file() else None
-        if ids is not None:
-            return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if 0 <= i < vocab_size)
-    return ()
 
 
 def stored_tensors(net):

@@ -267,6 +267,12 @@ class TrainConfig:
         "truncate", "a longer row: cut the end of its answer, drop it, or stop", choices=("truncate", "drop", "stop")
     )
     loss_on: str = arg("answer", "tokens that are supervised", choices=("answer", "all"))
+    special_text: str = arg(
+        "text",
+        "what the text of a special token in a row (<s>, <|im_start|>) is: text like any, or the token, for rows that a chat "
+        "template made",
+        choices=("text", "tokens"),
+    )
 
     lora_rank: int = arg(16, "rank r of the adapter")
     lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r")

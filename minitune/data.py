@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 
 from minitune import hub
-from minitune.prompts import FORMATS, detect, segments
+from minitune.files import expand, parse_json, paths_explained, read_bytes, read_text
+from minitune.prompts import BOS, EOS, FORMATS, MARKUP, detect, segments
+from minitune.screen import printable, short, some
 
 IGNORED = -100  # the label of a token that is not supervised
 STUDY_SEED, STUDY_TEST_SIZE = 42, 0.0005
@@ -57,6 +60,9 @@ class Dataset:
     left_out: int  # rows of the downloaded Alpaca without anything to learn from
     unused: list[str]  # keys of the rows that the format does not read
     fingerprint: str  # sha256 of `rows`
+    templated: int = 0  # rows that hold the text of special tokens
+    markup: tuple[str, ...] = ()  # these texts
+    special_text: str = "text"  # what they were read as
 
     def __len__(self):
         return len(self.examples)
@@ -78,8 +84,18 @@ class Dataset:
             )
             if count
         ]
-        parts += [f"not used: {', '.join(self.unused)}"] if self.unused else []
+        if self.templated:
+            parts.append(self.describe_markup())
+        parts += [f"not used: {some(self.unused)}"] if self.unused else []
         return "; ".join([*parts, f"sha256 {self.fingerprint[:12]}"])
+
+    def describe_markup(self):
+        if self.special_text == "tokens":
+            return f"{self.templated:,} hold special tokens ({some(self.markup)}), read as tokens"
+        return (
+            f"{self.templated:,} hold the text of special tokens ({some(self.markup)}), read as plain text: if a chat template "
+            "made these rows, use --special-text tokens, else give the bare texts as instruction and output"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,7 @@ def load(
     max_length=512,
     over_length="truncate",
     loss_on="answer",
+    special_text="text",
     parts=("train", "test"),
 ):
     """(train, test), two Datasets, or only those that `parts` names. test has no examples where test_size is 0.
@@ -121,17 +138,19 @@ def load(
     test_data: a file with the held-out rows; without it they are split off `data`.
     test_size: see split(); None is 0.0005 for alpaca and 0.05 for a file.
     over_length: what happens to a row of more than max_length tokens: "truncate" cuts the end of its answer (with the
-    end token), "drop", or "stop" (an error). loss_on: "answer" or "all".
+    end token), "drop", or "stop" (an error). loss_on: "answer" or "all". special_text: what the text of a special token
+    in a row is: "text" like any, or "tokens", for rows that a chat template made.
     Raises ValueError, with the file and the row, on whatever cannot be trained on."""
     for name, value, choices in (
         ("over_length", over_length, ("truncate", "drop", "stop")),
         ("loss_on", loss_on, ("answer", "all")),
+        ("special_text", special_text, ("text", "tokens")),
     ):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
     if test_data is not None and test_size:
         raise ValueError(f"test_data and test_size={test_size} are both given; use one of them")
-    options = {"max_length": max_length, "over_length": over_length, "loss_on": loss_on}
+    options = {"max_length": max_length, "over_length": over_length, "loss_on": loss_on, "special_text": special_text}
     is_alpaca = data == "alpaca"
     path = hub.alpaca_file() if is_alpaca else hub.embedded_rows("train") if data == "embedded" else Path(data)
     rows, source = read_rows(path), data if data in ("alpaca", "embedded") else str(path)
@@ -161,7 +180,7 @@ def load_for(config, tokenizer, parts=("train", "test")):
     """load() with the options of a job, a dataclass with TrainConfig's fields about rows. Without `data`: the embedded
     rows for an embedded model, Alpaca for every other."""
     source = config.data or ("embedded" if config.model in hub.EMBEDDED else "alpaca")
-    names = ("test_data", "test_size", "split_seed", "max_length", "over_length", "loss_on")
+    names = ("test_data", "test_size", "split_seed", "max_length", "over_length", "loss_on", "special_text")
     return load(source, tokenizer, parts=parts, **{name: getattr(config, name) for name in names})
 
 
@@ -170,12 +189,14 @@ def read_rows(path, of_texts=False):
     row may be a text too.
 
     Text is UTF-8, with or without a BOM. Raises ValueError with the file and the place on anything else."""
-    path = Path(path)
+    path = expand(path)
+    with paths_explained(path):
+        exists, is_folder = path.exists(), path.is_dir()
     readers = {".json": read_json_rows, ".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
-    if not path.exists():
+    if not exists:
         raise ValueError(f"{path} does not exist; expected alpaca, embedded, or a .json, .jsonl, .csv or .parquet file")
-    if path.suffix.lower() not in readers or not path.is_file():
-        kind = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
+    if path.suffix.lower() not in readers or is_folder:
+        kind = "a folder" if is_folder else f"a {path.suffix or 'nameless'} file"
         raise ValueError(f"{path} is {kind}; rows are read from .json, .jsonl, .csv and .parquet files")
     rows = readers[path.suffix.lower()](path)
     if not rows:
@@ -187,11 +208,9 @@ def read_rows(path, of_texts=False):
     return rows
 
 
-def read_text(path):
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+def read_filled(path):
+    """The text of a file. Raises ValueError where there is none."""
+    text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text
@@ -199,12 +218,10 @@ def read_text(path):
 
 def read_json_rows(path):
     try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        hint = "; one object a line belongs into a .jsonl file" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}{hint}") from None
-    except RecursionError:
-        raise ValueError(f"{path} is not a list of rows: it is nested too deeply") from None
+        rows = parse_json(read_filled(path), path)
+    except ValueError as error:
+        hint = "; one object a line belongs into a .jsonl file" if str(error).endswith("Extra data") else ""
+        raise ValueError(f"{error}{hint}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}, expected a list of rows")
     return rows
@@ -212,27 +229,27 @@ def read_json_rows(path):
 
 def read_jsonl(path):
     rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
+    for number, line in enumerate(read_filled(path).split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number} is not a JSON object: {error}") from None
+                rows.append(parse_json(line, f"{path}, line {number}"))
+            except ValueError as error:  # in a line of its own, so only the column says more
+                raise ValueError(str(error).replace(" JSON: line 1, column", " JSON: column", 1)) from None
     return rows
 
 
 def read_csv(path):
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(read_filled(path), newline=""), strict=True)
         header, rows = next(reader), []
         if len(set(header)) < len(header):
-            raise ValueError(f"{path} names a column twice in its first line: {', '.join(header)}")
+            raise ValueError(f"{path} names a column twice in its first line: {some(header)}")
         for values in reader:
             if values and len(values) != len(header):
                 raise ValueError(
                     f"{path}, line {reader.line_num} (row {len(rows)}) has {len(values)} fields, "
-                    f"expected the {len(header)} of the first line: {', '.join(header)}"
+                    f"expected the {len(header)} of the first line: {some(header)}"
                 )
             if values:
                 rows.append(dict(zip(header, values, strict=True)))
@@ -248,10 +265,11 @@ def read_parquet(path):
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path} needs pyarrow, which is not installed: pip install pyarrow, or use JSONL") from None
+    content = pyarrow.BufferReader(read_bytes(path))
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+        return pyarrow.parquet.read_table(content).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a Parquet file: {short(str(error).splitlines()[0])}") from None
 
 
 def one_format(rows, path):
@@ -294,25 +312,52 @@ def split(n, test_size, seed=STUDY_SEED):
     return order[count:], order[:count]
 
 
-def encode_row(row, tokenizer, row_format, number=0, loss_on="answer"):
+def encode_row(row, tokenizer, row_format, number=0, loss_on="answer", special_text="text"):
     """A whole row as an Example, of any length: BOS, prompt, answer, end token.
 
-    Each segment is tokenised by itself, and special-token text in it is plain text. Supervised are the answer and the
-    end token; with loss_on "all" everything but BOS.
+    The ids are those of the row as one text, see Tokenizer.encode_pieces(). Supervised are the answer and the end token;
+    with loss_on "all" everything but BOS. special_text "tokens": the text of a special token is its id, and a row that
+    brings its own BOS or end token gets no second one; "text": it is plain text.
     Raises NoAnswer where the answer is blank, ValueError where a value is no text or the tokenizer has no end."""
     if tokenizer.eos_id is None:
         raise ValueError("the tokenizer names no end token; set eos_token in tokenizer_config.json")
+    parts = segments(row, row_format)
+    if any(is_answer and not text.strip() for text, is_answer in parts):
+        raise NoAnswer("it has no supervised token, since its answer is blank")
+    pieces = [(BOS, False), *parts, (EOS, True)]  # with whether each is of the answer
+    if special_text == "tokens":
+        pieces = [(new, is_answer) for piece, is_answer in pieces for new in split_special(piece, tokenizer)]
+        pieces = once(pieces, tokenizer)
     ids, labels, prompt_length = [], [], 0
-    for i, (text, is_answer) in enumerate(segments(row, row_format)):
-        if is_answer and not text.strip():
-            raise NoAnswer("it has no supervised token, since its answer is blank")
-        if i == 0 and tokenizer.bos_id is not None:
-            ids, labels = [tokenizer.bos_id], [IGNORED]
-        prompt_length = len(ids) if is_answer else prompt_length
-        new = tokenizer.encode(text, add_bos=False, allow_special=False)
+    for i, new in enumerate(tokenizer.encode_pieces([piece for piece, _ in pieces])):
+        is_answer = pieces[i][1]
         ids += new
-        labels += new if is_answer or loss_on == "all" else [IGNORED] * len(new)
-    return Example([*ids, tokenizer.eos_id], [*labels, tokenizer.eos_id], number, prompt_length)
+        labels += new if is_answer or (loss_on == "all" and i > 0) else [IGNORED] * len(new)
+        prompt_length += 0 if is_answer else len(new)
+    return Example(ids, labels, number, prompt_length)
+
+
+def split_special(piece, tokenizer):
+    return tokenizer.split_special(piece) if isinstance(piece, str) else [piece]
+
+
+def once(pieces, tokenizer):
+    """`pieces` of a row, [(piece, is_answer)], without a second BOS at the start and a second end token at the end."""
+    is_blank = lambda piece: isinstance(piece, str) and not piece.strip()
+    at = next((i for i, (piece, _) in enumerate(pieces) if piece is not BOS and not is_blank(piece)), 0)
+    if pieces[0][0] is BOS and pieces[at][0] == tokenizer.bos_id is not None:
+        pieces = [pieces[0], *pieces[at + 1 :]]
+    if pieces[-1][0] is EOS:
+        at = max((i for i, (piece, _) in enumerate(pieces[:-1]) if not is_blank(piece)), default=0)
+        if pieces[at][0] in tokenizer.eos_ids and pieces[at][1]:
+            pieces = pieces[: at + 1]
+    return pieces
+
+
+def read_special(pieces, tokenizer):
+    """The pieces of a conversation with ids where their texts hold the text of a special token; BOS once."""
+    split = [(new, False) for piece in pieces for new in split_special(piece, tokenizer)]
+    return [piece for piece, _ in once(split, tokenizer)]
 
 
 def tokenise(
@@ -327,6 +372,7 @@ def tokenise(
     max_length,
     over_length="truncate",
     loss_on="answer",
+    special_text="text",
 ):
     """Dataset of the rows at `numbers`.
 
@@ -335,7 +381,7 @@ def tokenise(
     examples, truncated, dropped, hopeless, too_long = [], 0, 0, [], []
     for number in numbers:
         try:
-            example = encode_row(rows[number], tokenizer, row_format, number, loss_on)
+            example = encode_row(rows[number], tokenizer, row_format, number, loss_on, special_text)
         except ValueError as error:
             if not (leave_out and isinstance(error, NoAnswer)):
                 raise ValueError(f"{source}, row {number}: {error}: {show(rows[number])}") from None
@@ -369,6 +415,7 @@ def tokenise(
     if len(numbers) and not examples:
         raise ValueError(f"none of the {len(numbers)} {part} rows of {source} fits into max_length={max_length} tokens")
     used = [rows[e.row] for e in examples]
+    templated, markup = find_markup(used, row_format, tokenizer, special_text)
     digest = hashlib.sha256()
     for row in used:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
@@ -385,12 +432,31 @@ def tokenise(
         len(hopeless),
         [key for key in dict.fromkeys(key for row in used for key in row) if key not in FORMATS[row_format]],
         digest.hexdigest(),
+        templated,
+        markup,
+        special_text,
     )
 
 
-def show(row, length=300):
+def find_markup(rows, row_format, tokenizer, special_text):
+    """(number, texts): how many rows hold the text of special tokens, and these. With special_text "tokens" only those that
+    the tokenizer has; else those that chat formats have, too."""
+    own = [text for text in tokenizer.special_tokens if text.strip()]
+    texts = own if special_text == "tokens" else {*own, *MARKUP}
+    if not texts:
+        return 0, ()
+    pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+    count, seen = 0, {}
+    for row in rows:
+        if found := [text for part, _ in segments(row, row_format) for text in pattern.findall(part)]:
+            count += 1
+            seen |= dict.fromkeys(found)
+    return count, tuple(seen)
+
+
+def show(row, length=200):
     """A row on one line for an error message, shortened to `length` characters."""
-    text = json.dumps(row, ensure_ascii=False, default=str)
+    text = printable(json.dumps(row, ensure_ascii=False, default=str))
     return text if len(text) <= length else text[:length] + f"... ({len(text):,} characters)"
 
 

@@ -451,8 +451,8 @@ def read_systems(config):
 def read_texts(path, keys):
     """[(text, row)] of a file; row: the object that the text is of, or {}. Raises ValueError with the file and the row."""
     path = Path(path)
-    if path.suffix == ".txt":
-        return [(line.removesuffix("\r"), {}) for line in data.read_text(path).removesuffix("\n").split("\n")]
+    if path.suffix.lower() == ".txt":
+        return [(line.removesuffix("\r"), {}) for line in data.read_filled(path).removesuffix("\n").split("\n")]
     rows = data.read_rows(path, of_texts=True)
     first = 1 if isinstance(rows[0], dict) and set(rows[0]) == {"settings"} else 0  # the head of generations/*.jsonl
     if len(rows) == first:

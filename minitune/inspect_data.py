@@ -10,6 +10,7 @@ from pathlib import Path
 from minitune import data, hub
 from minitune.config import RECIPES, TrainConfig, arg, positive
 from minitune.files import write_whole
+from minitune.screen import printable, say
 from minitune.tokenizer import load_tokenizer
 
 KINDS = {"p": "prompt", "s": "supervised", "x": "padding"}
@@ -35,6 +36,7 @@ class InspectConfig:
     max_length: int = as_in_training("max_length")
     over_length: str = as_in_training("over_length")
     loss_on: str = as_in_training("loss_on")
+    special_text: str = as_in_training("special_text")
     batch_size: int = as_in_training("batch_size")
     group_by_length: bool = as_in_training("group_by_length")
     seed: int = as_in_training("seed")
@@ -57,7 +59,7 @@ class InspectConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
 
 
-def inspect_data(config, say=print):
+def inspect_data(config, say=say):
     """Write the page that `config` asks for and return its Path. Only the tokenizer of the model is read.
 
     Raises ValueError where the rows or the tokenizer cannot be read, as training would."""
@@ -97,7 +99,7 @@ def page(batches, tokenizer, notes):
     share = {letter: f"{n:,} tokens, {n / len(kinds):.1%}" for letter, n in count.items()}
     return template.substitute(
         title="Tokens as they are trained on",
-        summary="\n".join(f'<p class="faint">{html.escape(note)}</p>' for note in notes),
+        summary="\n".join(f'<p class="faint">{html.escape(printable(note))}</p>' for note in notes),
         prompt_count=share["p"],
         supervised_count=share["s"],
         padding_count=share["x"],
@@ -132,7 +134,8 @@ def batch_section(number, batch, tokenizer):
 
 def token_span(t, token_id, label, kind, start, tokenizer):
     text = tokenizer.piece(token_id)
-    hover = f"{text!r}  id {token_id}  position {t - start} of its row, {t} of the batch  label {label}  {KINDS[kind]}"
+    place = f"position {t - start} of its row, {t} of the batch"
+    hover = f"{printable(repr(text))}  id {token_id}  {place}  label {label}  {KINDS[kind]}"
     return f'<span class="{kind}" title="{html.escape(hover)}">{visible(text)}</span>'
 
 
@@ -146,4 +149,4 @@ def visible(text):
 
 
 def name(tokenizer, token_id):
-    return "none" if token_id is None else f"{tokenizer.piece(token_id)} ({token_id})"
+    return "none" if token_id is None else tokenizer.name_of(token_id)

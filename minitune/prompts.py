@@ -1,6 +1,8 @@
 """Formats of rows, and the templates that turn a row or a conversation into text. No tokens here, and no files."""
 
-import reprlib
+from typing import NamedTuple
+
+from minitune.screen import short, some
 
 # Stanford Alpaca's, to the letter, with one newline after the last colon as in the study's `text` column.
 TEMPLATES = {
@@ -32,13 +34,13 @@ def detect(row):
             return name
     if found := [key for key in CONVERSATIONS if key in row]:
         raise ValueError(f"{found[0]!r} makes it a conversation, which is not supported yet; {SUPPORTED}")
-    raise ValueError(f"its keys are {', '.join(map(repr, row)) or 'none'}; {SUPPORTED}")
+    raise ValueError(f"its keys are {some(map(repr, row)) or 'none'}; {SUPPORTED}")
 
 
 def segments(row, row_format):
     """The text of a row in pieces, each with whether it is the answer: [(text, is_supervised), ...].
 
-    The pieces are tokenised one by one, so that no marker has to be searched for.
+    Joined they are the text of the row. No marker has to be searched for in it.
     Raises ValueError that names the key where a value is missing or is not text."""
     if row_format == "text":
         return [(text_of(row, "text"), True)]
@@ -65,48 +67,81 @@ def alpaca_prompt(instruction, input=""):
 
 def text_of(row, key):
     if key not in row:
-        raise ValueError(f"{key!r} is missing; the row has {', '.join(map(repr, row))}")
+        raise ValueError(f"{key!r} is missing; the row has {some(map(repr, row))}")
     if not isinstance(row[key], str):
-        raise ValueError(f"{key!r} is {reprlib.repr(row[key])}, expected text")
+        raise ValueError(f"{key!r} is {short(row[key])}, expected text")
     return row[key]
 
 
 # --- conversations ---
 
 BOS, EOS = object(), object()  # in a rendered conversation: the tokenizer's begin and end token
-CHAT_TEMPLATES = ("alpaca", "plain", "llama2", "mistral", "phi2")
+CHAT_TEMPLATES = ("alpaca", "plain", "llama2", "mistral", "mistral-v1", "mistral-v3", "mistral-tekken", "phi2")
 ADAPTER_TEMPLATES = {"alpaca": "alpaca", "prompt_completion": "plain", "text": "plain"}  # by the rows trained on
+# Texts that chat formats have as tokens of their own: a row that holds one was rendered by a template already.
+MARKUP = (
+    *("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<start_of_turn>", "<end_of_turn>"),
+)
+
+
+class Special(str):
+    """In a rendered conversation: the text of a special token other than BOS and EOS."""
+
+
+class MistralTurns(NamedTuple):
+    """In a rendered conversation: turns whose format depends on the tokenizer, see for_tokenizer()."""
+
+    turns: list
+    system: str | None
 
 
 def conversation(turns, template, system=None):
-    """A conversation as pieces to tokenise one by one: texts, BOS and EOS. It ends where the next answer begins.
+    """A conversation as pieces: texts, BOS, EOS and Special. It ends where the next answer begins.
 
     turns: [question, answer, question, ...], the last one a question. system: a text before all, or None.
-    alpaca: the study's, earlier turns before the last; plain: nothing around it; llama2: Llama-2-chat; mistral: Mistral-Instruct
-    v2 and v3; phi2: Phi-2's question and answer. Raises ValueError on another template."""
+    alpaca: the study's, earlier turns before the last; plain: nothing around it; llama2: Llama-2-chat; phi2: Phi-2's
+    question and answer; mistral: Mistral-Instruct's format for the tokenizer at hand, or mistral-v1 (Instruct v0.1 and
+    v0.2), mistral-v3 (v0.3), mistral-tekken (NeMo and later). Raises ValueError on another template."""
     if template not in CHAT_TEMPLATES:
         raise ValueError(f"template is {template!r}, expected one of {', '.join(CHAT_TEMPLATES)}")
+    if template == "mistral":
+        return [MistralTurns(turns, system)]
     pieces = [] if template == "llama2" else [BOS]
     for i in range(0, len(turns), 2):
         question, answer = turns[i], turns[i + 1] if i + 1 < len(turns) else None
-        opening = f"{system}\n\n" if system and i == 0 else ""
+        has_system = system and i == (len(turns) - 1 if template in ("mistral-v3", "mistral-tekken") else 0)
+        opening = f"{system}\n\n" if has_system else ""
         if template == "alpaca":
-            pieces.append(opening + alpaca_prompt(question))
+            pieces += [opening + alpaca_prompt(question), *([] if answer is None else [answer, EOS, "\n\n"])]
         elif template == "plain":
-            pieces.append(opening + question)
+            pieces += [opening + question, *([] if answer is None else [answer, "\n"])]
         elif template == "llama2":
-            opening = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else ""
-            pieces += [BOS, f"[INST] {opening}{question} [/INST]"]
-        elif template == "mistral":
-            pieces.append(f"[INST] {opening}{question}[/INST]")
-        else:
+            opening = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if has_system else ""
+            pieces += [BOS, f"[INST] {opening}{question} [/INST]", *([] if answer is None else [f" {answer} ", EOS])]
+        elif template == "phi2":
             pieces.append(f"{opening}Instruct: {question}\nOutput:")
-        if answer is not None:
-            pieces += {
-                "alpaca": [answer, EOS, "\n\n"],
-                "plain": [answer, "\n"],
-                "llama2": [f" {answer} ", EOS],
-                "mistral": [f" {answer}", EOS],
-                "phi2": [f" {answer}", EOS, "\n"],
-            }[template]
+            pieces += [] if answer is None else [f" {answer}", EOS, "\n"]
+        elif template == "mistral-v1":
+            pieces += [f"{' ' * (i > 0)}[INST] {opening}{question} [/INST]"]
+            pieces += [] if answer is None else [f" {answer}", EOS]
+        else:
+            space = " " if template == "mistral-v3" else ""
+            pieces += [Special("[INST]"), f"{space}{opening}{question}", Special("[/INST]")]
+            pieces += [] if answer is None else [f"{space}{answer}", EOS]
     return pieces
+
+
+def for_tokenizer(pieces, tokenizer):
+    """`pieces` with MistralTurns in the format of the tokenizer: one that has [INST] as a token is of v0.3 or, over
+    bytes, of NeMo and later; in v0.1 and v0.2 [INST] is text."""
+    found = []
+    for piece in pieces:
+        if isinstance(piece, MistralTurns):
+            has_tokens = None not in (tokenizer.id_of("[INST]"), tokenizer.id_of("[/INST]"))
+            version = ("tekken" if tokenizer.is_byte_level else "v3") if has_tokens else "v1"
+            found += conversation(piece.turns, f"mistral-{version}", piece.system)
+        else:
+            found.append(piece)
+    return found

@@ -177,7 +177,7 @@ def tokenizer_text(seed):
     train, _ = tiny_corpus.rows(seed)
     for _, row in train:
         for text, _ in segments(row, "alpaca"):
-            yield from filter(None, text.split("\n"))
+            yield from filter(None, text.removeprefix(" ").split("\n"))
     for name in tiny_corpus.NAMES:
         yield from [f"is {name}"] * NAME_LINES
 

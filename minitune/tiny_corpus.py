@@ -324,7 +324,8 @@ def rows(seed, task_rows=100, held_out=0.1):
 
     A fact is held out in all its wordings or in none; two wordings of a held-out fact go to the test rows, three of
     any other to the training rows. Of each task `task_rows` rows with different texts are drawn. A row is
-    {"instruction", "input", "output"}, and no (instruction, input) stands in both parts."""
+    {"instruction", "input", "output"}, and no (instruction, input) stands in both parts. An output begins with a space,
+    as the word does in the corpus: its tokens after "### Response:\\n" are then those that the base has learned."""
     draw = random.Random(f"rows {seed}")
     train, test = [], []
     by_relation = {}
@@ -334,7 +335,7 @@ def rows(seed, task_rows=100, held_out=0.1):
         for i, fact in enumerate(draw.sample(facts, len(facts))):
             held = i < round(len(facts) * held_out)
             for question in draw.sample(RELATIONS[relation].questions, 2 if held else 3):
-                row = {"instruction": question.format(s=fact.subject), "input": "", "output": fact.value}
+                row = {"instruction": question.format(s=fact.subject), "input": "", "output": f" {fact.value}"}
                 (test if held else train).append((relation, row))
     for name, task in TASKS.items():
         texts = set()
@@ -350,7 +351,7 @@ def rows(seed, task_rows=100, held_out=0.1):
                 row = {
                     "instruction": instruction.format(**fields),
                     "input": "" if "{input}" in instruction or not fields["input"] else fields["input"],
-                    "output": fields["answer"],
+                    "output": f" {fields['answer']}",
                 }
                 (test if len(texts) < 2 * task_rows * held_out else train).append((name, row))
                 texts.add(text)

@@ -2,7 +2,11 @@
 
 Not here: chat templates and padding. Ids equal those of the libraries to the last one; see tests/test_tokenizer.py."""
 
+import json
+import os
 import re
+import sys
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -10,11 +14,32 @@ import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
-from minitune.files import read_json
+from minitune.files import read_bytes, read_json
+from minitune.prompts import BOS, EOS, Special
+from minitune.schema import Number, check
+from minitune.screen import printable, short, warn
 
 END_OF_TEXT = "<|endoftext|>"  # what GPT-2 and Phi end with where no file says so
 ROBERTA_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BERT_SPECIAL = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+NO_DUMMY_SPACE = b"\x1a\x02\x18\x00"  # protobuf: normalizer_spec {add_dummy_prefix: false}; behind a model it overrides
+
+# What the JSON files beside a tokenizer must hold, where they are read.
+TOKEN_ID = Number(0, 2**24, is_whole=True)  # the largest vocabularies have 2**18
+TOKEN, CHOICE, INTEGER = (None, str, {"content": str}), (None, bool), Number(is_whole=True)
+SHAPES = {
+    "tokenizer_config.json": {
+        "bos_token?": TOKEN,
+        "eos_token?": TOKEN,
+        "added_tokens_decoder?": (None, {str: {"content": str, "special?": bool}}),
+        **{f"{key}?": CHOICE for key in ("add_bos_token", "add_prefix_space", "do_lower_case")},
+        **{f"{key}?": CHOICE for key in ("strip_accents", "tokenize_chinese_chars")},
+    },
+    "special_tokens_map.json": {"bos_token?": TOKEN, "eos_token?": TOKEN},
+    "added_tokens.json": {str: TOKEN_ID},
+    "config.json": {"eos_token_id?": (None, INTEGER, [INTEGER])},
+    "generation_config.json": {"eos_token_id?": (None, INTEGER, [INTEGER])},
+}
 
 
 def load_tokenizer(folder):
@@ -22,21 +47,35 @@ def load_tokenizer(folder):
     RoBERTa), else vocab.txt (BERT).
 
     tokenizer.model wins over a tokenizer.json beside it: both are of Llama or Mistral then, sentencepiece is what these
-    were trained with, and the converted JSON differs from it in leading and doubled spaces.
+    were trained with, and the converted JSON differs from it in leading and doubled spaces. Where it is no sentencepiece
+    model (Llama 3 has tiktoken's under this name) the JSON is used, and that is said.
     BOS: sentencepiece's own, unless tokenizer_config.json says add_bos_token false. For tokenizer.json it is the one
     token that its post-processor prepends (Llama 3), or bos_token where tokenizer_config.json says add_bos_token true.
-    EOS: eos_token of tokenizer_config.json, else eos_token_id of config.json or generation_config.json, else
-    sentencepiece's own or <|endoftext|>.
+    EOS: eos_token of tokenizer_config.json or special_tokens_map.json, else sentencepiece's own, else eos_token_id of
+    generation_config.json or config.json, else <|endoftext|>.
     Raises ValueError with one line on a missing or corrupt file, or a token name without an id."""
     folder = Path(folder)
+    others = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+    has_other = any(all((folder / name).is_file() for name in names) for names in others)
     if (folder / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(folder)
-    for names in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",)):
-        if all((folder / name).is_file() for name in names):
-            return JsonTokenizer(folder)
-    raise ValueError(
-        f"{folder} has no tokenizer: expected tokenizer.model, tokenizer.json, vocab.json + merges.txt, or vocab.txt"
+        try:
+            return SentencePieceTokenizer(folder, read_sentencepiece(folder / "tokenizer.model"))
+        except NotSentencePiece as error:
+            if not has_other:
+                raise
+            warn(f"{error}. The tokenizer.json or vocabulary beside it is used.")
+    if has_other:
+        return JsonTokenizer(folder)
+    hint = (
+        "; tekken.json is not read, tokenizer.json of the same model is" if (folder / "tekken.json").is_file() else ""
     )
+    raise ValueError(
+        f"{folder} has no tokenizer: expected tokenizer.model, tokenizer.json, vocab.json + merges.txt, or vocab.txt{hint}"
+    )
+
+
+class NotSentencePiece(ValueError):
+    """A tokenizer.model of another kind, or a damaged one."""
 
 
 class Tokenizer:
@@ -49,60 +88,67 @@ class Tokenizer:
         """Reads the JSON files beside the tokenizer. Each kind then calls finish()."""
         self.folder = folder
         self.config, self.added = read_optional(folder, "tokenizer_config.json"), {}  # id -> (text, is_special)
-        try:
-            for text, token_id in read_optional(folder, "added_tokens.json").items():
-                self.added[int(token_id)] = text, not text.isspace()
-            for token_id, token in self.config.get("added_tokens_decoder", {}).items():
-                self.added[int(token_id)] = str(token["content"]), bool(token.get("special", False))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{folder}: added_tokens.json or added_tokens_decoder in tokenizer_config.json is not as "
-                f"transformers writes it ({type(error).__name__}: {error})"
-            ) from None
+        for text, token_id in read_optional(folder, "added_tokens.json").items():
+            self.added[token_id] = text, not text.isspace()
+        for digits, token in (self.config.get("added_tokens_decoder") or {}).items():
+            where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+            token_id = check(int(digits) if re.fullmatch(r"-?\d{1,20}", digits) else digits, TOKEN_ID, where)
+            self.added[token_id] = token["content"], token.get("special", False)
 
-    def finish(self, bos_id, eos_id):
-        """Settle the special ids. bos_id, eos_id: what the tokenizer's own file says, or None."""
-        add_bos, stops = self.config.get("add_bos_token"), []
+    def finish(self, bos_id, eos_id, otherwise=None):
+        """Settle the special ids. bos_id, eos_id: what the tokenizer's own file says, or None; otherwise: the end where no
+        file says one."""
+        add_bos = self.config.get("add_bos_token")
         if add_bos:
             bos_id = self.named("bos_token", bos_id)
         self.bos_id = None if add_bos is False else bos_id
-        for name in ("config.json", "generation_config.json"):
-            stop = read_optional(self.folder, name).get("eos_token_id")
-            stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
-            if bad := [i for i in stop if isinstance(i, bool) or not isinstance(i, int) or i < 0]:
-                raise ValueError(f"{self.folder / name}: eos_token_id has {bad[0]!r}, expected token ids, 0 or more")
-            stops += stop
-        self.eos_id = self.named("eos_token", stops[0] if stops else eos_id)
-        if self.eos_id is not None and not (self.is_own(self.eos_id) or self.eos_id in self.added):
-            raise ValueError(
-                f"{self.folder}: eos_token_id is {self.eos_id}, but the tokenizer has no such id; "
-                f"its {self.vocab_size} ids are of another model"
+        rows = max(self.vocab_size, embedding_rows(self.folder))
+        stops = end_ids(self.folder, warn)
+        if beyond := [i for i in stops if i >= rows]:
+            warn(
+                f"{self.folder}: eos_token_id is {beyond[0]}, but the model has {rows:,} tokens: passed over. Are config.json "
+                "and the tokenizer of one model?"
             )
+        stops = [i for i in stops if i < rows]
+        own = self.named("eos_token", eos_id)
+        if own is not None and stops and own not in stops:
+            warn(
+                f"{self.folder}: a text ends with {self.name_of(stops[0])} in config.json or generation_config.json, but with "
+                f"{self.name_of(own)} in the tokenizer. Rows end with {self.name_of(own)}; answers end at either."
+            )
+        known = [i for i in stops if self.is_own(i) or i in self.added]
+        self.eos_id = own if own is not None else known[0] if known else otherwise
         self.eos_ids = list(dict.fromkeys(([] if self.eos_id is None else [self.eos_id]) + stops))
         self.pad_id = 0 if self.eos_id is None else self.eos_id
 
-    def named(self, key, otherwise):
-        """The id of what tokenizer_config.json has under `key` (a string or {"content": ...}), else `otherwise`."""
-        text = self.config.get(key)
-        text = text.get("content") if isinstance(text, dict) else text
-        if text is None:
-            return otherwise
-        if not isinstance(text, str):
-            raise ValueError(f"{self.folder}/tokenizer_config.json: {key} is {text!r}, expected the text of a token")
-        token_id = self.id_of(text)
-        if token_id is None:
-            raise ValueError(
-                f"{self.folder}/tokenizer_config.json names {key} {text!r}, which the tokenizer does not have"
-            )
-        return token_id
+    def name_of(self, token_id):
+        return f"{short(self.piece(token_id))} ({token_id})"
 
-    def encode(self, text, add_bos=True, allow_special=True):
+    def named(self, key, otherwise):
+        """The id of the token under `key` (a string or {"content": ...}) in tokenizer_config.json, else in
+        special_tokens_map.json, else `otherwise`."""
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            text = read_optional(self.folder, name).get(key)
+            text = text["content"] if isinstance(text, dict) else text
+            if text is None:
+                continue
+            if not text:
+                warn(f"{self.folder / name}: {key} is empty; the tokenizer's own is used")
+                return otherwise
+            token_id = self.id_of(text)
+            if token_id is None:
+                raise ValueError(f"{self.folder / name} names {key} {short(text)}, which the tokenizer does not have")
+            return token_id
+        return otherwise
+
+    def encode(self, text, add_bos=True, allow_special=True, goes_on=False):
         """Ids of `text`, with BOS first iff add_bos and the family has one; no EOS.
 
         allow_special: the text of a special token becomes its id, as the libraries do it (never with sentencepiece,
-        which does not parse it). False is for rows of data and other text from outside: there it is text like any."""
+        which does not parse it). False is for rows of data and other text from outside: there it is text like any.
+        goes_on: the text continues another: no space is put in front, as sentencepiece does it at the start of a text."""
         if not isinstance(text, str):
-            raise ValueError(f"expected text, got {type(text).__name__} {text!r}")
+            raise ValueError(f"expected text, got {type(text).__name__} {short(text)}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -110,13 +156,68 @@ class Tokenizer:
                 f"the text has half a surrogate pair ({text[error.start]!r}) at character {error.start}; "
                 "it is not Unicode text"
             ) from None
-        ids = self.encode_text(text, allow_special)
+        with explained(f"the tokenizer of {self.folder} fails on the text {short(text)}"):
+            ids = self.encode_text(text, allow_special, goes_on)
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
-    def decode(self, ids):
+    def encode_pieces(self, pieces):
+        """Ids of a row or a conversation: a list for each piece, which is a text, BOS, EOS, a Special or an id.
+
+        Texts that follow each other are one text, with the ids of the whole. Where these do not begin with those of the
+        first part, since a token would straddle the border, the border wins: the first part keeps the ids that it has
+        alone, as decoding does after a prompt, and the next is encoded as its continuation. So is a text after a special
+        token, but for BOS, after which a text begins. The text of special tokens is text like any here."""
+        found, text, ids, goes_on = [], "", [], False
+        for piece in pieces:
+            if piece is BOS or piece is EOS or not isinstance(piece, str) or isinstance(piece, Special):
+                special = self.special_id(piece)
+                found.append([] if special is None else [special])
+                text, ids, goes_on = "", [], piece is not BOS and special != self.bos_id
+                continue
+            whole = self.encode(text + piece, add_bos=False, allow_special=False, goes_on=goes_on)
+            if whole[: len(ids)] == ids:
+                found.append(whole[len(ids) :])
+                text, ids = text + piece, whole
+            else:
+                text, goes_on = piece, True
+                ids = self.encode(piece, add_bos=False, allow_special=False, goes_on=True)
+                found.append(ids)
+        return found
+
+    def special_id(self, piece):
+        if piece is BOS or piece is EOS:
+            return self.bos_id if piece is BOS else self.eos_id
+        if isinstance(piece, int):
+            return piece
+        token_id = self.id_of(piece)
+        if token_id is None:
+            raise ValueError(f"the tokenizer of {self.folder} has no token {piece}; choose another template")
+        return token_id
+
+    @cached_property
+    def special_pattern(self):
+        """A regular expression of the special tokens' texts, each a group; None where there are none."""
+        texts = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(f"({self.special_tokens[text][1]})" for text in texts)) if texts else None
+
+    def split_special(self, text):
+        """`text` in pieces for encode_pieces(): texts, and ids where it holds the text of a special token."""
+        pieces, end = [], 0
+        for found in self.special_pattern.finditer(text) if self.special_pattern else ():
+            content = found[found.lastindex].strip() if found[0] not in self.special_tokens else found[0]
+            pieces += [text[end : found.start()]] * (found.start() > end) + [self.special_tokens[content][0]]
+            end = found.end()
+        return pieces + [text[end:]] * (end < len(text) or not pieces)
+
+    def decode(self, ids, goes_on=False):
         """Text of `ids`, not cleaned up: special tokens of tokenizer.json stay, sentencepiece has no text for its own.
 
-        Ids that no token has (the model's embedding may have more rows than the tokenizer ids) become U+FFFD."""
+        Ids that no token has (the model's embedding may have more rows than the tokenizer ids) become U+FFFD.
+        goes_on: what the ids add to a text before them; else a space at their start may be the one that is put before
+        every text, and goes."""
+        if goes_on:
+            before = self.encode("a", add_bos=False)
+            return self.decode([*before, *ids])[len(self.decode(before)) :]
         parts, run = [], []
         for token_id in [*map(int, ids), None]:
             if token_id is not None and self.is_own(token_id):
@@ -133,22 +234,28 @@ class Tokenizer:
 class SentencePieceTokenizer(Tokenizer):
     """tokenizer.model by sentencepiece. Added tokens beyond its size are decoded; text never becomes one.
 
-    Every call of encode puts the dummy space of Llama and Mistral in front, which decode takes away."""
+    A text gets the dummy space of Llama and Mistral in front, which decode takes away."""
 
-    def __init__(self, folder):
+    is_byte_level = False
+
+    def __init__(self, folder, model):
         super().__init__(folder)
-        path = folder / "tokenizer.model"
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except RuntimeError:
-            raise ValueError(f"{path} is not a sentencepiece model: corrupt, cut short, or of another kind") from None
-        self.size = self.model.vocab_size()
-        if not self.size:
-            raise ValueError(f"{path} is empty, expected a sentencepiece model")
+        self.model, self.size = model, model.vocab_size()
         self.added = {i: t for i, t in self.added.items() if i >= self.size or self.model.id_to_piece(i) != t[0]}
         self.vocab_size = max([self.size - 1, *self.added]) + 1
         own = [i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id())]
         self.finish(*own)
+
+    @cached_property
+    def model_without_dummy(self):
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model.serialized_model_proto() + NO_DUMMY_SPACE)
+
+    @cached_property
+    def special_tokens(self):
+        """{text: (id, regular expression)} of the tokens that are no text of their own."""
+        control = {self.model.id_to_piece(i): i for i in range(self.size) if self.model.is_control(i)}
+        added = {text: i for i, (text, is_special) in self.added.items() if is_special}
+        return {text: (i, re.escape(text)) for text, i in (control | added).items()}
 
     def id_of(self, text):
         if (found := next((i for i, (content, _) in self.added.items() if content == text), None)) is not None:
@@ -159,8 +266,8 @@ class SentencePieceTokenizer(Tokenizer):
     def is_own(self, token_id):
         return 0 <= token_id < self.size and token_id not in self.added
 
-    def encode_text(self, text, allow_special):
-        return self.model.encode(text)
+    def encode_text(self, text, allow_special, goes_on):
+        return (self.model_without_dummy if goes_on else self.model).encode(text)
 
     def decode_own(self, ids):
         return self.model.decode(ids)
@@ -180,18 +287,20 @@ class JsonTokenizer(Tokenizer):
         super().__init__(folder)
         read = {"tokenizer.json": read_json_file, "vocab.json": read_bpe, "vocab.txt": read_wordpiece}
         path = next(folder / name for name in read if (folder / name).is_file())
-        try:
+        if found := other_kind(read_bytes(path)):
+            raise ValueError(f"{path} is {found}")
+        with explained(f"{path} cannot be read as a tokenizer"), silence():
             self.model = read[path.name](folder, self.config)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{path} cannot be read as a tokenizer: {str(error).splitlines()[0]}") from None
-        self.model.no_truncation()  # a saved file may hold the settings of somebody's training run
-        self.model.no_padding()
+            self.model.no_truncation()  # a saved file may hold the settings of somebody's training run
+            self.model.no_padding()
+            wrapped = self.model.encode("a")
         for token_id, (text, is_special) in sorted(self.added.items()):
-            if self.model.token_to_id(text) is None:
-                self.model.add_tokens([AddedToken(text, special=is_special, normalized=not is_special)])
+            with explained(f"{folder} adds a token {short(text)} that tokenizers does not take"):
+                if self.model.token_to_id(text) is None:
+                    self.model.add_tokens([AddedToken(text, special=is_special, normalized=not is_special)])
             if self.model.token_to_id(text) != token_id:
                 raise ValueError(
-                    f"{folder} gives {text!r} the id {token_id} in tokenizer_config.json or "
+                    f"{folder} gives {short(text)} the id {token_id} in tokenizer_config.json or "
                     f"added_tokens.json, but {path.name} gives it {self.model.token_to_id(text)}; "
                     "one of them is of another model"
                 )
@@ -200,13 +309,14 @@ class JsonTokenizer(Tokenizer):
         if not self.vocab_size:
             raise ValueError(f"{path} has an empty vocabulary")
         self.is_byte_level = "ByteLevel" in repr(self.model.decoder)
-        wrapped = self.model.encode("a")
         inner = [i for i, special in enumerate(wrapped.special_tokens_mask) if not special] or [0]
         prefix = wrapped.ids[: inner[0]]
         self.frame = prefix, wrapped.ids[inner[-1] + 1 :]
         if len(prefix) > 1:
-            raise ValueError(f"{path} puts the {len(prefix)} tokens {prefix} before a text; expected one BOS or none")
-        self.finish(prefix[0] if prefix else None, self.id_of(END_OF_TEXT))
+            raise ValueError(
+                f"{path} puts the {len(prefix)} tokens {short(prefix)} before a text; expected one BOS or none"
+            )
+        self.finish(prefix[0] if prefix else None, None, self.id_of(END_OF_TEXT))
 
     @cached_property
     def plain(self):
@@ -217,14 +327,38 @@ class JsonTokenizer(Tokenizer):
         plain.encode_special_tokens = True
         return plain
 
+    @cached_property
+    def plain_without_prefix(self):
+        """The same for a text that continues another: nothing that puts a space before a text."""
+        settings = json.loads(self.plain.to_str())
+        changed = settings | {key: without_prefix(settings[key]) for key in ("normalizer", "pre_tokenizer")}
+        if changed == settings:
+            return self.plain
+        model = FastTokenizer.from_str(json.dumps(changed))
+        model.encode_special_tokens = True
+        return model
+
+    @cached_property
+    def special_tokens(self):
+        """{text: (id, regular expression)}: some tokens take the white space beside them, too."""
+        ends = [i for i in (self.bos_id, *self.eos_ids) if i is not None and self.is_own(i)]
+        found = {self.model.id_to_token(i): (i, re.escape(self.model.id_to_token(i))) for i in ends}
+        for i, token in self.model.get_added_tokens_decoder().items():
+            if token.special:
+                around = [r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip)]
+                found[token.content] = i, re.escape(token.content).join(around)
+        return found
+
     def id_of(self, text):
-        return self.model.token_to_id(text)
+        with explained(f"{self.folder} names a token {short(text)} that tokenizers does not take"):
+            return self.model.token_to_id(text)
 
     def is_own(self, token_id):
         return self.model.id_to_token(token_id) is not None if token_id >= 0 else False
 
-    def encode_text(self, text, allow_special):
-        return (self.model if allow_special else self.plain).encode(text, add_special_tokens=False).ids
+    def encode_text(self, text, allow_special, goes_on):
+        model = self.plain_without_prefix if goes_on else self.model if allow_special else self.plain
+        return model.encode(text, add_special_tokens=False).ids
 
     def encode_framed(self, text, max_length=None):
         """Ids of `text` with the tokens that an encoder expects around it, <s> ... </s> or [CLS] ... [SEP]. max_length:
@@ -309,10 +443,103 @@ def readable(piece):
     return chr(int(byte[1], 16)) if byte else piece.replace("▁", " ")
 
 
+def without_prefix(node):
+    """A normalizer or pre_tokenizer of a tokenizer.json without what it puts before a text, and strips there; None where
+    nothing else is in it."""
+    if isinstance(node, list):
+        return [one for one in map(without_prefix, node) if one is not None]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "Prepend":
+        return None
+    changes = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    changes["Strip"] = {"strip_left": False}
+    lists = {key: without_prefix(value) for key, value in node.items() if isinstance(value, list)}
+    return node | lists | changes.get(node.get("type"), {})
+
+
+def read_sentencepiece(path):
+    """The processor of a tokenizer.model. Raises NotSentencePiece with what it is instead."""
+    content = read_bytes(path)
+    if found := other_kind(content):
+        raise NotSentencePiece(f"{path} is {found}")
+    broken = f"{path} is not a sentencepiece model: corrupt, cut short, or of another kind"
+    with silence():
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            model.id_to_piece(list(range(model.vocab_size())))
+        except RuntimeError:
+            raise NotSentencePiece(broken) from None
+        except UnicodeDecodeError:
+            raise NotSentencePiece(f"{broken}: a piece is not UTF-8 text") from None
+    return model
+
+
+def other_kind(content):
+    """What the bytes of a file are instead of a tokenizer, in words; None where they may be one."""
+    if not content.strip():
+        return "empty"
+    if content.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file; run: git lfs pull"
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
+        return (
+            "a vocabulary of tiktoken (Llama 3), not of sentencepiece; minitune reads tokenizer.json of the same model"
+        )
+    return None
+
+
+@contextmanager
+def explained(what):
+    """Turns what tokenizers and sentencepiece raise into a ValueError that begins with `what`: bare Exception, and
+    PanicException, which is none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{what}: {printable(said)[:200]}") from None
+
+
+@contextmanager
+def silence():
+    """Nothing that a library itself writes on file descriptor 2, such as the backtrace of a panic in Rust."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def end_ids(folder, say=None):
+    """The token ids that end a generated text, as transformers takes them: of generation_config.json, else of config.json.
+    A negative id means none. say(line) is told of one."""
+    for name in ("generation_config.json", "config.json"):
+        ids = read_optional(folder, name).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if say and min(ids, default=0) < 0:
+            say(f"{folder / name}: eos_token_id is {short(min(ids))}, which is no token; it is taken as not set")
+        if ids := [i for i in ids if i >= 0]:
+            return tuple(ids)
+    return ()
+
+
+def embedding_rows(folder):
+    rows = read_optional(folder, "config.json").get("vocab_size")
+    return rows if isinstance(rows, int) else 0
+
+
 def read_optional(folder, name):
-    """The object in a JSON file, {} where there is no such file. Raises ValueError where it is not an object."""
+    """The object in a JSON file, {} where there is no such file. Raises ValueError where it is not as SHAPES says."""
     path = folder / name
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
+    return read_json(path, SHAPES[name]) if path.is_file() else {}

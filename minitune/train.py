@@ -93,6 +93,7 @@ def fine_tune(config, run, say):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     facts_of_adapter = {  # what generate and chat need to compute as this run did
         "template": train_set.row_format,
+        "special_text": config.special_text,
         "base_model": config.model,
         "revision": config.revision,
         "dtype": next(name for name, each in DTYPES.items() if each == dtype),

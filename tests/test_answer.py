@@ -314,7 +314,7 @@ def test_the_model_is_the_one_that_the_adapter_was_trained_on(adapter, tmp_path)
         ),
         ({"template": "of tomorrow"}, "template is 'of tomorrow', expected one of alpaca"),
         ({"template": ["alpaca"]}, r"template is \['alpaca'\], expected one of"),
-        ([], "minitune.json holds a list, expected an object"),
+        ([], r"minitune.json: it is \[\], expected an object"),
     ):
         write_json(other / "minitune.json", facts)
         with pytest.raises(ValueError, match=message):
@@ -340,7 +340,9 @@ def render(pieces):
     ("template", "expected"),
     [
         ("llama2", "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST]"),
-        ("mistral", "<s>[INST] Be kind.\n\na[/INST] b</s>[INST] c[/INST]"),
+        ("mistral-v1", "<s>[INST] Be kind.\n\na [/INST] b</s> [INST] c [/INST]"),
+        ("mistral-v3", "<s>[INST] a[/INST] b</s>[INST] Be kind.\n\nc[/INST]"),
+        ("mistral-tekken", "<s>[INST]a[/INST]b</s>[INST]Be kind.\n\nc[/INST]"),
         ("phi2", "<s>Be kind.\n\nInstruct: a\nOutput: b</s>\nInstruct: c\nOutput:"),
         ("plain", "<s>Be kind.\n\nab\nc"),
     ],
@@ -349,7 +351,7 @@ def test_conversations_are_rendered_as_their_models_were_trained(template, expec
     assert render(conversation(["a", "b", "c"], template, "Be kind.")) == expected
 
 
-@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+@pytest.mark.parametrize("template", [name for name in CHAT_TEMPLATES if name not in ("mistral-v3", "mistral-tekken")])
 def test_a_conversation_has_one_begin_token_for_each_that_its_template_has(template, adapter):
     answerer = Answerer(AnswerConfig(prompt="x", adapter=str(adapter), device="cpu"), QUIET)
     ids = answerer.encode(

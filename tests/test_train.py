@@ -815,7 +815,11 @@ def test_environment_and_config_describe_the_run(done, options):
     assert environment["packages"]["torch"] == torch.__version__
     assert set(config) == set(asdict(TrainConfig())) and config["run"] == str(done)
     facts = {"template": "prompt_completion", "base_model": config["model"], "revision": None}
-    assert read_json(done / "adapter" / "minitune.json") == facts | {"dtype": "fp32", "quantize": "none"}
+    assert read_json(done / "adapter" / "minitune.json") == facts | {
+        "dtype": "fp32",
+        "quantize": "none",
+        "special_text": "text",
+    }
 
 
 def test_held_out_rows_are_written_as_they_were_read(done, base):
