@@ -314,6 +314,7 @@ class TrainConfig:
     log_every: int = arg(1, "steps between lines of metrics.jsonl")
     eval_every: int | None = arg(None, "steps between held-out losses; not set: ten times in a run")
     save_every: int | None = arg(None, "steps between saved states; not set: as --eval-every")
+    save_minutes: float = arg(5.0, "minutes after which the state is saved too, whatever --save-every says")
     patience: int | None = arg(None, "stop after this many held-out losses without a new best; not set: never")
     keep: str = arg(
         "best", "what adapter/ holds in the end: the best held-out loss, or the last step", choices=("best", "last")
@@ -348,6 +349,7 @@ class TrainConfig:
             "log_every",
             "eval_every",
             "save_every",
+            "save_minutes",
             "patience",
             "sample_tokens",
             "adam_eps",

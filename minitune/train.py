@@ -3,72 +3,91 @@
 Read fine_tune() from top to bottom: prepare, (batch, forward, backward, clip, step, log, evaluate, save), finish. No
 callbacks."""
 
+import itertools
 import json
 import math
 import os
 import shlex
 import signal
 import statistics
+import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from minitune import checkpoint, data, hub, lora
+from minitune import checkpoint, data, hub, lora, screen
 from minitune.config import TrainConfig
 from minitune.device import DTYPES, choose_device, choose_dtype, environment, peak_bytes, reset_peak
-from minitune.files import to_json, write_json, write_whole
+from minitune.files import expand, to_json, write_json, write_whole
 from minitune.generate import GenerateConfig, generate
 from minitune.models.layers import chunked_cross_entropy
 from minitune.run_folder import (
+    Curve,
     Progress,
     append_line,
     draw_curves,
     file_sha256,
     hold,
-    keep_steps,
+    keep_lines,
+    last_step,
     load_state,
     model_fingerprint,
     random_state,
-    read_lines,
     read_progress,
+    read_steps,
     save_state,
+    sync_lines,
 )
+from minitune.screen import short, some
 from minitune.tokenizer import load_tokenizer
 
-CURVES_SECONDS = 20  # between two drawings of curves.png in a run: each takes 0.4 s
+CURVES_SECONDS = 30  # between two drawings of curves.png in a run, where that costs below 2 % of its time
 
 
-def train(config: TrainConfig, say=print):
+def train(config: TrainConfig, say=screen.say):
     """Fine-tune as `config` says, going on from the state in the run folder where there is one. say: prints one line.
 
     Returns the run folder's Path. Raises ValueError on bad options or files (before weights load where that can be
-    known, and with no run folder left behind), FloatingPointError on a loss that is not finite or jumps: the last good
-    state is kept, and KeyboardInterrupt after Ctrl-C or SIGTERM: the state is saved."""
-    name = Path(config.model).expanduser().absolute().name
-    run = Path(config.run or f"runs/{name}-{'lora' if config.quantize == 'none' else 'qlora'}")
-    with hold(run), out_of_memory_explained(config):
-        return fine_tune(config, run, say)
+    known, and with no run folder left behind), FloatingPointError on a loss that is not finite, jumps or does not move:
+    the last good state is kept, and KeyboardInterrupt after Ctrl-C or SIGTERM: the state is saved."""
+    run = run_of(config)
+    with hold(run), out_of_memory_explained(config), Pulse(say) as pulse:
+        return fine_tune(config, run, say, pulse)
 
 
-def fine_tune(config, run, say):
+def run_of(config):
+    """The run folder: --run, or runs/MODEL-lora or runs/MODEL-qlora."""
+    name = expand(config.model).absolute().name
+    return expand(config.run or f"runs/{name}-{'lora' if config.quantize == 'none' else 'qlora'}")
+
+
+def fine_tune(config, run, say, pulse):
     """train() inside the run folder that this process holds."""
     device = choose_device(config.device)
     dtype, reason = choose_dtype(config.dtype, device)
-    folder = hub.resolve(config.model, config.revision).absolute()  # a folder ./mistral is not the short name mistral
-    checkpoint.check_trainable(folder)
+    if config.dtype == config.recipe({"model": config.model}).get("dtype"):
+        reason = f"set by the {config.model} recipe"
     state_file = run / "last" / "state.safetensors"
+
+    # config, tokenizer and rows first: gigabytes of weights come when everything else is known to fit
+    if config.model not in hub.EMBEDDED and not os.path.exists(expand(config.model)):
+        check_rows(config)
+    folder = hub.resolve(config.model, config.revision, weights=False).absolute()  # ./mistral is no short name
+    checkpoint.check_trainable(folder)
     tokenizer = load_tokenizer(folder)
     train_set, test_set = data.load_for(config, tokenizer)
     say(f"{config.model} on {device}, {str(dtype).removeprefix('torch.')} ({reason})")
     say(train_set.describe())
     say(test_set.describe() if test_set.examples else "no held-out rows: no held-out loss, and no best step")
-    if config.patience and not test_set.examples:
-        raise ValueError("patience needs held-out rows, and there are none; set test_size or test_data")
-
     plan = StepPlan(config, train_set)
+    check_plan(config, plan, test_set)
+    targets = config.lora_targets or checkpoint.default_targets(folder)
+    check_fit(folder, targets, [example.ids for part in (train_set, test_set) for example in part.examples])
+    folder = hub.resolve(config.model, config.revision).absolute()
+
     facts = {
         "compute dtype": str(dtype).removeprefix("torch."),
         "model files (sha256)": model_fingerprint(folder),
@@ -76,15 +95,16 @@ def fine_tune(config, run, say):
         "held-out rows (sha256)": test_set.fingerprint,
     }
     progress = starting_point(config, state_file, plan, facts)
-
-    targets = config.lora_targets or checkpoint.default_targets(folder)
-    check_fit(folder, targets, [example.ids for part in (train_set, test_set) for example in part.examples], say)
+    lost = last_step(run / "metrics.jsonl") - progress.step if config.resume == "auto" else 0
+    say_outdated(run, progress, plan, say)
+    pulse.line = "loading the model"
     model = checkpoint.load_model(folder, dtype, device, config.quantize, say=say)
     names = lora.inject(
         model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets, config.use_rslora, config.seed
     )
     model.model.recompute = config.checkpointing
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    size = AdapterSize(model, trained)
     say(
         f"LoRA on {len(names)} linear layers ({', '.join(dict.fromkeys(n.rsplit('.', 1)[-1] for n in names))}): "
         f"{sum(p.numel() for p in trained.values()) / 1e6:.2f} M trained parameters"
@@ -114,14 +134,30 @@ def fine_tune(config, run, say):
         return all(p.isfinite().all() for p in trained.values())
 
     def save(random=None):
-        if not weights_are_finite():
+        nonlocal saved
+        problem = size.blown_up() if weights_are_finite() else "made weights that are not finite"
+        if problem:
             raise FloatingPointError(
-                f"step {progress.step} made weights that are not finite; {run / 'last'} is left as last saved. "
+                f"step {progress.step} {problem}; {run / 'last'} is left as last saved. "
                 f"Lower --learning-rate (now {config.learning_rate:g})"
             )
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            progress.logged[file] = sync_lines(run / file, *progress.logged.get(file, (0, 0)))
+        if not (run / "config.json").exists():
+            write_config(run, config)
         save_adapter("last")
         save_state(state_file, progress, trained, optimizer, scaler, random or random_state(device))
+        saved = time.monotonic()
 
+    def draw():
+        nonlocal drawn, drawing_seconds
+        started = time.monotonic()
+        draw_curves(curve.records(), run / "curves.png")
+        drawn = time.monotonic()
+        drawing_seconds = drawn - started
+
+    saved = drawn = time.monotonic()
+    drawing_seconds, curve, place = 0.0, Curve(), place_of(run)
     context = model.config.max_position_embeddings
 
     def evaluate():
@@ -153,20 +189,27 @@ def fine_tune(config, run, say):
     torch.manual_seed(config.seed)  # the dropout's
     write_held_out(run, test_set)
     if progress.step:
-        load_state(state_file, trained, optimizer, scaler)
         for file in ("metrics.jsonl", "samples.jsonl"):
-            keep_steps(run / file, progress.step)
+            read_steps(run / file)
+            keep_lines(run / file, *progress.logged.get(file, (0, 0)), progress.step)
+        load_state(state_file, trained, optimizer, scaler)
+        curve = Curve(read_steps(run / "metrics.jsonl"))
         write_config(run, config)
-        say(f"going on from step {progress.step} of {plan.total} in {run}")
+        say(f"going on from step {progress.step} of {plan.total} in {run}" + lost_steps(lost, progress.step))
     else:
+        if lost > 0:
+            say(f"starting again at step 0: {run} was stopped at step {lost} before anything was saved")
         start_run(run, config, device, train_set.fingerprint)
+        pulse.line = "step 0: reading the held-out rows"
         if (loss := evaluate()) is not None:
             append_line(run / "metrics.jsonl", {"step": 0, "eval_loss": loss})
+            curve.add({"step": 0, "eval_loss": loss})
             say(f"step 0: held-out loss {loss:.4f}")
 
-    stop, drawn = StopSignal(), time.monotonic()
+    stop = StopSignal()
     stopped_early = lambda: config.patience is not None and progress.evaluations_since_best >= config.patience
-    bar = tqdm(total=plan.total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
+    bar = screen.progress(plan.total, "step", initial=progress.step)
+    first, begun = progress.step, time.monotonic()
     reset_peak(device)
     with stop, bar:
         while progress.step < plan.total and not stopped_early():
@@ -196,20 +239,30 @@ def fine_tune(config, run, say):
             clip = config.max_grad_norm or math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).item()
             loss = total.item() / supervised
-            if problem := broken(loss, grad_norm, progress.recent_losses, config.spike_factor, scaler):
+            blown, is_dead = size.blown_up(), False
+            if blown:
+                problem = f"the step before {blown}"
+            elif not (problem := broken(loss, grad_norm, progress.recent_losses, config.spike_factor, scaler)):
+                is_dead = config.spike_factor > 0 and does_not_move(loss, progress, size)
+                problem = is_dead and (
+                    f"the loss stays at {loss:.4f} whatever is trained, and the adapter has grown to {size.growth():.0f} "
+                    "times its start: the model is dead (--spike-factor 0 goes on)"
+                )
+            if problem:
                 kept = "No step was done before it"
-                if step and weights_are_finite():
+                if step and (blown or is_dead or not weights_are_finite()):
+                    kept = f"The steps before broke the weights; {run / 'last'} is left as last saved"
+                elif step:
                     save(random)
                     kept = f"The state before this step is in {run / 'last'}"
-                elif step:
-                    kept = f"The step before broke the weights; {run / 'last'} is left as last saved"
-                draw_curves(read_lines(run / "metrics.jsonl"), run / "curves.png")
+                draw()
                 where = first_nonfinite(model, batches) if not math.isfinite(loss) else None
+                rows = some([r for b in batches for r in b.rows], 16)
+                look = f". Its rows (counted from 0 in the file): {rows}" if not (blown or is_dead) else ""
                 raise FloatingPointError(
-                    f"step {step + 1}: {problem}{f', first in the output of {where}' if where else ''}. Its rows (counted "
-                    f"from 0 in the file): {', '.join(str(r) for b in batches for r in b.rows)}. {kept}. "
-                    f"Look at these rows, or start again (--resume never) with a lower --learning-rate "
-                    f"(now {config.learning_rate:g})"
+                    f"step {step + 1}: {problem}{f', first in the output of {where}' if where else ''}{look}. {kept}. "
+                    f"{'Look at these rows, or start' if look else 'Start'} again (--resume never) with a lower "
+                    f"--learning-rate (now {config.learning_rate:g})"
                 )
             scaler.step(optimizer)
             scaler.update()
@@ -217,6 +270,7 @@ def fine_tune(config, run, say):
             progress.step += 1
             progress.tokens += step_tokens
             progress.recent_losses = [*progress.recent_losses, loss][-16:]
+            progress.first_loss = loss if progress.first_loss is None else progress.first_loss
             seconds = time.perf_counter() - started
 
             # log, evaluate, save
@@ -235,33 +289,84 @@ def fine_tune(config, run, say):
             }
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{record['tokens_per_s']:.0f}", refresh=False)
+            left = (time.monotonic() - begun) / (progress.step - first) * (plan.total - progress.step)
+            pulse.line = (
+                f"step {progress.step}/{plan.total}: loss {loss:.4f}, {record['tokens_per_s']:,.0f} tokens/s, "
+                f"{duration(left)} left"
+            )
+            check_place(run, place)
             is_last = progress.step == plan.total
             stopping = stop.requested  # read once: a signal after this line waits for the next step
             if progress.step % plan.eval_every == 0 or is_last:
                 record |= {} if (held_out := evaluate()) is None else {"eval_loss": held_out}
-                bar.clear()
                 say(
                     f"step {progress.step}/{plan.total}: loss {loss:.4f}"
                     + (f", held-out loss {held_out:.4f}" if held_out is not None else "")
                 )
             if progress.step % config.log_every == 0 or "eval_loss" in record or is_last:
                 append_line(run / "metrics.jsonl", record)
-            if progress.step % plan.save_every == 0 or is_last or stopping or stopped_early():
+                curve.add(record)
+            is_due = time.monotonic() - saved > config.save_minutes * 60
+            if progress.step % plan.save_every == 0 or is_due or is_last or stopping or stopped_early():
                 save()
-                if stopping or time.monotonic() - drawn > CURVES_SECONDS:
-                    draw_curves(read_lines(run / "metrics.jsonl"), run / "curves.png")
-                    drawn = time.monotonic()
+            if stopping or time.monotonic() - drawn > max(CURVES_SECONDS, 50 * drawing_seconds):
+                draw()
             if stopping and not is_last:
                 raise KeyboardInterrupt(
                     f"after step {progress.step} of {plan.total}; the state is in {run / 'last'}. Go on with: "
                     f"python scripts/train.py --config {shlex.quote(str(run / 'config.json'))}"
                 )
 
-    finish(run, config, progress, trained, save_adapter, say)
+        pulse.line = "writing the adapter"
+        if not state_file.exists():  # somebody removed it: a run that ends has a state
+            save()
+        finish(run, config, progress, trained, save_adapter, say)
+        draw()
+        say_next(run, test_set, config, say)
     return run
 
 
-def check_fit(folder, targets, rows, say):
+def check_rows(config):
+    """Raises ValueError where the files of rows cannot be read: before anything is asked of the network."""
+    for path in (config.data, config.test_data):
+        if path not in (None, "alpaca", "embedded"):
+            data.one_format(data.read_rows(path), path)
+
+
+def check_plan(config, plan, test_set):
+    """Says which options cannot do what they are there for in a run of this many steps. Raises ValueError where there is
+    patience, but no held-out row."""
+    if config.patience and not test_set.examples:
+        raise ValueError("patience needs held-out rows, and there are none; set test_size or test_data")
+    total, warmup = plan.total, warmup_steps(plan.total, config)
+    if warmup > total:
+        screen.warn(
+            f"the warm-up takes {warmup:,} steps, but the run has {total:,}: its learning rate ends at "
+            f"{config.learning_rate * total / warmup:.3g}, not at {config.learning_rate:g}; lower --warmup"
+        )
+    standard = TrainConfig(model=config.model).epochs
+    if config.max_steps is not None and config.epochs != standard:
+        in_epochs = max(1, math.ceil(config.epochs * plan.steps_per_epoch))
+        if in_epochs != total:
+            screen.warn(
+                f"--max-steps {total:,} wins over --epochs {config.epochs:g}, which would be {in_epochs:,} steps; "
+                "give one of them"
+            )
+    evaluations = math.ceil(total / plan.eval_every)
+    if config.eval_every is not None and config.eval_every > total and test_set.examples:
+        screen.warn(f"--eval-every {config.eval_every:,}: the run has {total:,} steps, so only the last is evaluated")
+    if config.save_every is not None and config.save_every > total:
+        screen.warn(
+            f"--save-every {config.save_every:,}: the run has {total:,} steps, so a state is saved every "
+            f"{config.save_minutes:g} minutes (--save-minutes) and at the end"
+        )
+    if config.patience is not None and config.patience >= evaluations:
+        screen.warn(
+            f"--patience {config.patience} can stop nothing: the run has {evaluations} evaluations; lower --eval-every"
+        )
+
+
+def check_fit(folder, targets, rows):
     """Raises ValueError, before weights load, where a checkpoint lacks a LoRA target or a token of the rows."""
     empty, _ = checkpoint.build_empty(folder)
     lora.match_targets(empty, targets)
@@ -272,8 +377,8 @@ def check_fit(folder, targets, rows, say):
             f"the tokenizer in {folder} is of another model"
         )
     if longest > empty.config.max_position_embeddings:
-        say(
-            f"warning: the longest row has {longest} tokens, but the model was made for "
+        screen.warn(
+            f"the longest row has {longest} tokens, but the model was made for "
             f"{empty.config.max_position_embeddings}; --max-length shortens the rows"
         )
 
@@ -311,44 +416,95 @@ def starting_point(config, state_file, plan, facts):
     progress = read_progress(state_file) if config.resume == "auto" else None
     if progress is None:
         return Progress(config=asdict(config), facts=facts)
-    free = {
-        "run",
-        "resume",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "patience",
-        "keep",
-        "samples",
-        "sample_tokens",
-        "device",
-        "dtype",
-        "max_steps",
-        "epochs",
-        "model",
-        "revision",
-        "data",
-        "test_data",
-    }  # model and rows may have moved, and "auto" may mean another dtype here: what they are is in `facts`
-    stored = {**progress.config, **progress.facts}
-    now = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()} | facts
+    # model and rows may have moved, and "auto" may mean another dtype here: what they are is in `facts`
+    free = {"run", "resume", "log_every", "eval_every", "save_every", "save_minutes", "patience", "keep", "samples"}
+    free |= {"sample_tokens", "device", "dtype", "max_steps", "epochs", "model", "revision", "data", "test_data"}
+    stored = progress.config
+    now = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
     changed = [
-        f"{key} {stored.get(key)!r} -> {now[key]!r}" for key in now if key not in free and stored.get(key) != now[key]
+        f"{key} {short(stored.get(key))} -> {short(now[key])}"
+        for key in now
+        if key not in free and stored.get(key) != now[key]
     ]
+    other = {name for name in facts if facts[name] != progress.facts.get(name)}
+    if "compute dtype" in other:
+        changed.append(f"compute dtype {progress.facts.get('compute dtype')} -> {facts['compute dtype']}")
+    other_parts = []
+    if "model files (sha256)" in other:
+        other_parts.append(f"another model ({short(stored['model'])})")
+    if other & {"training rows (sha256)", "held-out rows (sha256)"}:
+        source = stored["data"] or ("embedded" if stored["model"] in hub.EMBEDDED else "alpaca")
+        other_parts.append(f"other data ({short(source)})")
     old_plan_total = progress.config["max_steps"] or max(1, math.ceil(progress.config["epochs"] * plan.steps_per_epoch))
-    if any(
+    if not other_parts and any(
         learning_rate(s, old_plan_total, config) != learning_rate(s, plan.total, config) for s in range(progress.step)
     ):
         changed.append(f"steps {old_plan_total} -> {plan.total}, which changes the learning rate of steps already done")
-    if progress.step > plan.total:
+    if not other_parts and progress.step > plan.total:
         changed.append(f"steps {old_plan_total} -> {plan.total}, but {progress.step} are done")
-    if changed:
+    if changed or other_parts:
+        run = state_file.parents[1]
+        on = f" on {' and '.join(other_parts)}" if other_parts else ""
+        settings = f" with other settings: {some(changed)}" if changed else ""
         raise ValueError(
-            f"{state_file.parents[1]} holds a run with other settings: {'; '.join(changed)}. Choose another --run, "
-            "or --resume never to start again and replace it"
+            f"{run} already holds a run{on}{' and' * bool(on and settings)}{settings}. Use --run {free_name(run)}, or "
+            "--resume never to overwrite it."
         )
     progress.config = asdict(config)
     return progress
+
+
+def free_name(run):
+    """A run folder beside `run` that does not exist."""
+    return next(path for i in itertools.count(2) if not (path := run.with_name(f"{run.name}-{i}")).exists())
+
+
+def lost_steps(count, step):
+    """What a resume does again, in words, nothing where nothing was lost."""
+    return (
+        f"; {count} step{'s' * (count != 1)} after step {step} were lost: not saved before the stop"
+        if count > 0
+        else ""
+    )
+
+
+def say_outdated(run, progress, plan, say):
+    """Says what was made from the adapter that this training replaces. Nothing of it is removed: people's grades are in
+    it, and every file has the fingerprint of its adapter."""
+    made = [name for name in ("evaluation.json", "generations", "report.html", "export") if (run / name).exists()]
+    if (run / "sweep").is_dir() and not any((run / "sweep").glob("*/last")):  # else its points are runs of their own
+        made.append("sweep")
+    if made and progress.step < plan.total:
+        say(
+            f"{some(made)} in {run} will be out of date: made from the adapter that this training replaces. They stay; "
+            f"afterwards, python scripts/evaluate.py --run {shlex.quote(str(run))} --resume never makes them anew"
+        )
+
+
+def place_of(run):
+    """What a folder is, whatever its name: None where there is none."""
+    try:
+        found = os.stat(run)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def check_place(run, place):
+    """Raises OSError where the run folder is not the one that this training began in."""
+    if place_of(run) != place:
+        raise OSError(
+            f"the run folder {run} was removed or replaced while this training ran, so its state is lost; start again, "
+            "and leave the folder where it is"
+        )
+
+
+def duration(seconds):
+    """A time that is left, in words of one or two units."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def start_run(run, config, device, fingerprint):
@@ -397,14 +553,21 @@ def finish(run, config, progress, trained, save_adapter, say):
         for name, tensor in checkpoint.read_adapter_tensors(run / "best").items():
             trained[name.removeprefix("base_model.model.")].data.copy_(tensor)
     save_adapter("adapter")
-    draw_curves(read_lines(run / "metrics.jsonl"), run / "curves.png")
     kept = (
         f"step {progress.best_step}, held-out loss {progress.best_loss:.4f}"
         if best and progress.best_step
         else f"step {progress.step}"
     )
     say(f"done: {progress.step} steps, {progress.tokens:,} tokens. {run / 'adapter'} holds {kept}")
+
+
+def say_next(run, test_set, config, say):
+    """Where the results are, and in the last line what to do with them."""
     say(f"curves: {run / 'curves.png'}" + (f"; sample answers: {run / 'samples.jsonl'}" if config.samples else ""))
+    score = f"python scripts/evaluate.py --run {shlex.quote(str(run))}"
+    ask = f'python scripts/generate.py --adapter {shlex.quote(str(run / "adapter"))} --prompt "..."'
+    can_score = test_set.examples and test_set.row_format != "text"
+    say(f"next: {score}, or {ask}" if can_score else f"next: {ask}")
 
 
 def make_optimizer(trained, config):
@@ -424,12 +587,16 @@ def make_optimizer(trained, config):
 def learning_rate(step, total, config):
     """The rate of the step after `step` steps of `total`: linear warm-up, then constant, or to 0 linearly or along a
     cosine."""
-    warmup = math.ceil(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    warmup = warmup_steps(total, config)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return config.learning_rate * shape[config.schedule]
+
+
+def warmup_steps(total, config):
+    return math.ceil(config.warmup * total) if config.warmup < 1 else int(config.warmup)
 
 
 def batch_loss(model, batch):
@@ -490,6 +657,53 @@ def broken(loss, grad_norm, recent, spike_factor, scaler):
     return None
 
 
+class AdapterSize:
+    """How large an adapter has become, from the norms of its tensors: numbers that a huge learning rate leaves finite, but
+    that no model works with."""
+
+    LARGEST = 1e4  # mean change of one weight; a model's weights are near 0.02, and adapters change them by less
+
+    def __init__(self, model, trained):
+        self.tensors, place = [p.detach() for p in trained.values()], {name: i for i, name in enumerate(trained)}
+        self.pairs = [
+            (
+                name,
+                place[f"{name}.lora_A.weight"],
+                place[f"{name}.lora_B.weight"],
+                layer.scaling / math.sqrt(layer.lora_A.weight.shape[1] * layer.lora_B.weight.shape[0]),
+            )
+            for name, layer in lora.lora_layers(model).items()
+        ]
+        self.start = math.hypot(*self.norms())
+
+    def norms(self):
+        return torch.stack(torch._foreach_norm(self.tensors)).tolist()
+
+    def growth(self):
+        """The norm of all tensors, over that of the start."""
+        return math.hypot(*self.norms()) / self.start
+
+    def blown_up(self):
+        """What happened to an adapter that cannot work any more, in words; None for a sound one."""
+        norms = self.norms()
+        changes = {name: norms[a] * norms[b] * scale for name, a, b, scale in self.pairs}
+        name = next((name for name, change in changes.items() if not change <= self.LARGEST), None)  # nan is not either
+        if name is None:
+            return None
+        return (
+            f"blew the adapter up: it changes the weights of {name} by about {changes[name]:.0e} each, while a model's own "
+            "are near 0.02"
+        )
+
+
+def does_not_move(loss, progress, size):
+    """Whether a model is dead: five losses in a row are equal and as high as at the start, although the adapter has
+    grown. A tiny rate, a skipped step or rows that are learnt make no dead model."""
+    recent = [*progress.recent_losses[-4:], loss]
+    is_flat = len(recent) == 5 and max(recent) - min(recent) <= 1e-6 * max(recent)
+    return is_flat and min(recent) > max(1e-3, 0.9 * progress.first_loss) and size.growth() > 2
+
+
 @torch.no_grad()
 def first_nonfinite(model, batches):
     """Name of the first module whose output is not finite, or None."""
@@ -513,14 +727,16 @@ def first_nonfinite(model, batches):
 
 
 class StopSignal:
-    """While open, the first Ctrl-C or SIGTERM only asks: the step in hand ends and is saved. The second one
-    interrupts."""
+    """While open, the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) only asks: the step in hand ends and is
+    saved. The second one interrupts; within an import, which cannot be interrupted safely, the third."""
 
     requested = False
 
     def __enter__(self):
         self.previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # of nohup
+                continue
             try:
                 self.previous[number] = signal.signal(number, self.ask)
             except ValueError:  # not the main thread: whoever started it takes the signals
@@ -528,18 +744,52 @@ class StopSignal:
         return self
 
     def ask(self, number, frame):
-        if self.requested:
+        if self.requested and not is_importing(frame):
             raise KeyboardInterrupt("at once; the state is that of the last save")
         self.requested = True
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print may be what was interrupted
+        with suppress(OSError):  # a terminal that is gone
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print may be what was interrupted
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
 
+def is_importing(frame):
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+class Pulse:
+    """While open, says `line` every 30 s where the output is no terminal with a progress bar: a log file shows that a
+    run goes on, also within a step or an evaluation of many minutes."""
+
+    SECONDS = 30
+
+    def __init__(self, say):
+        self.say, self.line, self.ended = say, "preparing", threading.Event()
+        is_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
+        self.thread = None if is_terminal else threading.Thread(target=self.beat, daemon=True)
+
+    def beat(self):
+        while not self.ended.wait(self.SECONDS):
+            with suppress(OSError):  # a full disk: the run itself will say it
+                self.say(self.line)
+
+    def __enter__(self):
+        if self.thread is not None:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.ended.set()
+
+
 class out_of_memory_explained:
-    """Turns CUDA's out-of-memory error into one that names the knobs."""
+    """Turns running out of memory, of a GPU or of the machine, into an error that names the knobs."""
+
+    SIGNS = ("allocate memory", "bad_alloc", "memory object", "start new thread")  # in what torch and the system say
 
     def __init__(self, config):
         self.config = config
@@ -548,10 +798,17 @@ class out_of_memory_explained:
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is not None and issubclass(kind, torch.OutOfMemoryError):
-            c = self.config
-            checkpointing = "" if c.checkpointing else "turn on --checkpointing, "
-            raise ValueError(
-                f"out of GPU memory with --batch-size {c.batch_size}, --max-length {c.max_length}, --quantize {c.quantize}: "
-                f"{checkpointing}halve --batch-size and double --accumulation, shorten --max-length, or use --quantize nf4"
-            ) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            place = "GPU memory"
+        elif isinstance(error, MemoryError) or (
+            isinstance(error, (RuntimeError, OSError, ImportError)) and any(sign in str(error) for sign in self.SIGNS)
+        ):
+            place = "memory"
+        else:
+            return
+        c = self.config
+        checkpointing = "" if c.checkpointing else "turn on --checkpointing, "
+        raise ValueError(
+            f"out of {place} with --batch-size {c.batch_size}, --max-length {c.max_length}, --quantize {c.quantize}: "
+            f"{checkpointing}halve --batch-size and double --accumulation, shorten --max-length, or use --quantize nf4"
+        ) from error
