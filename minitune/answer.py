@@ -15,13 +15,26 @@ from tqdm import tqdm
 from minitune import checkpoint, data, hub
 from minitune.answer_file import open_answers, settings_path
 from minitune.config import arg
-from minitune.device import choose_device, choose_dtype
-from minitune.files import prove_writable, read_json, write_json, write_whole
+from minitune.device import DTYPES, choose_device, choose_dtype
+from minitune.files import expand, prove_writable, read_json, write_json, write_whole
 from minitune.generate import decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
 from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, alpaca_prompt, conversation, for_tokenizer
 from minitune.run_folder import adapter_fingerprint, model_fingerprint
+from minitune.screen import short
 from minitune.tokenizer import load_tokenizer
+
+ADAPTER_CONFIG = checkpoint.ADAPTER_CONFIG
+ADAPTERS = ("adapter", "best", "last")  # of a run folder, the first that is there
+TEXT = (None, str)
+FACTS = {  # minitune.json of an adapter
+    "template?": TEXT,
+    "base_model?": TEXT,
+    "revision?": TEXT,
+    "special_text?": (None, {"text", "tokens"}),
+    "dtype?": (None, {"auto", *DTYPES}),
+    "quantize?": (None, {"none", "nf4", "nf4-dq"}),
+}
 
 
 @dataclass(frozen=True)
@@ -32,9 +45,15 @@ class ModelConfig(DecodingOptions):
         None,
         "llama2, mistral, phi2, an embedded model, a hub id, or a folder; not set: what the adapter was trained on, else "
         "tiny-mistral",
+        group="model",
     )
     revision: str | None = arg(None, "branch, tag or commit of a hub id")
-    adapter: str | None = arg(None, "folder of an adapter in PEFT's format, such as runs/NAME/adapter")
+    adapter: str | None = arg(
+        None,
+        "a run folder, or the folder of an adapter in PEFT's format, such as runs/NAME/adapter; template, --quantize and "
+        "--dtype are then those of the run",
+        aliases=("run",),
+    )
     template: str | None = arg(
         None, "how a question is wrapped; not set: as the adapter was trained, else plain", choices=CHAT_TEMPLATES
     )
@@ -43,18 +62,29 @@ class ModelConfig(DecodingOptions):
         "what the text of a special token in a question is: text, or tokens; not set: as the adapter was trained, else text",
         choices=("text", "tokens"),
     )
-    quantize: str = arg("none", "weights in 4 bit", choices=("none", "nf4", "nf4-dq"))
-    dtype: str = arg(
-        "auto", "compute dtype; auto chooses by the device and says why", choices=("auto", "fp32", "bf16", "fp16")
+    quantize: str | None = arg(
+        None, "weights in 4 bit; not set: as the adapter was trained, else none", choices=("none", "nf4", "nf4-dq")
+    )
+    dtype: str | None = arg(
+        None,
+        "compute dtype; auto chooses by the device and says why; not set: as the adapter was trained, else auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+
+    @staticmethod
+    def of_run(folder, options):
+        """The options that the config.json of a training run in `folder` means here. options: what it holds."""
+        if any((folder / name / ADAPTER_CONFIG).is_file() for name in ADAPTERS):
+            return {"adapter": str(folder)}
+        return {name: options[name] for name in ("model", "revision", "quantize", "dtype") if options.get(name)}
 
 
 @dataclass(frozen=True)
 class AnswerConfig(ModelConfig):
     """What is asked, and what is written."""
 
-    prompt: str | None = arg(None, "one question")
+    prompt: str | None = arg(None, "one question", group="questions and answers")
     prompts: str | None = arg(
         None, "file of questions: .txt, one a line; .json or .jsonl of texts, of Alpaca rows or of rows with prompt"
     )
@@ -89,10 +119,13 @@ class Answerer:
 
     def __init__(self, config, say, **weaker):
         self.config, self.say = config, say
-        trained = read_facts(config.adapter)  # a bad one is said before anything else
+        self.adapter = None if config.adapter is None else adapter_folder(config.adapter)
+        trained = read_facts(self.adapter)  # a bad one is said before anything else
         self.name = config.model if config.model is not None else trained["base"] or "tiny-mistral"
+        is_base = config.model is None or config.model == trained["base"]
+        revision = config.revision or (trained["revision"] if is_base else None)
         try:
-            self.folder = hub.resolve(self.name, config.revision)
+            self.folder = hub.resolve(self.name, revision)
         except ValueError as error:
             if config.model is not None or config.adapter is None:
                 raise
@@ -103,17 +136,26 @@ class Answerer:
         self.template = choose_template(config, trained, say)
         self.special_text = config.special_text or trained["special_text"] or "text"
         self.device = choose_device(config.device)
-        self.dtype, self.reason = choose_dtype(config.dtype, self.device)
+        self.dtype, self.reason = choose_dtype(config.dtype or trained["dtype"] or "auto", self.device)
+        self.quantize = config.quantize or trained["quantize"] or "none"
+        if config.dtype is None and trained["dtype"] not in (None, "auto"):
+            self.reason = "as the adapter was trained"
+        for name in ("quantize", "dtype"):
+            if trained[name] not in (None, "auto") and getattr(config, name) not in (None, trained[name]):
+                say(
+                    f"warning: the adapter was trained with --{name} {trained[name]}; answers with {getattr(config, name)} may "
+                    "differ from those of the evaluation"
+                )
         self.decoding = settle(config, self.folder, self.tokenizer, say, **weaker)
         say_idle(config.given(), self.decoding, say)
 
     @functools.cached_property
     def model(self):
-        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
-        self.say(f"{self.name} on {self.device}, {dtype} ({self.reason})")
-        return checkpoint.load_model(
-            self.folder, self.dtype, self.device, config.quantize, config.adapter, say=self.say
-        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        weights = "" if self.quantize == "none" else f", weights in {self.quantize}"
+        adapter = "" if self.adapter is None else f", with {self.adapter}"
+        self.say(f"{self.name} on {self.device}, {dtype} ({self.reason}){weights}{adapter}")
+        return checkpoint.load_model(self.folder, self.dtype, self.device, self.quantize, self.adapter, say=self.say)
 
     def encode(self, pieces, special_text="text"):
         """Token ids of a rendered conversation. Text from outside becomes a special token only with special_text "tokens"."""
@@ -142,30 +184,38 @@ def say_idle(given, decoding, say):
             say(f"warning: without {option}, {flags} changes nothing")
 
 
+def adapter_folder(path):
+    """The folder of an adapter: `path`, or what a run folder of that name holds. Raises ValueError where there is none."""
+    folder = expand(path)
+    for inner in (folder, *(folder / name for name in ADAPTERS)):
+        if (inner / ADAPTER_CONFIG).is_file():
+            return inner
+    raise ValueError(
+        f"{short(str(path))} is not the folder of an adapter: it has no {ADAPTER_CONFIG}, and no {' or '.join(ADAPTERS)} of a run"
+    )
+
+
 def read_facts(adapter):
-    """{"template": ..., "base": ...} that an adapter was trained with, None where its files do not say, or there is no adapter.
-    Raises ValueError where it is not an adapter's folder."""
+    """{"template", "base", "special_text", "revision", "dtype", "quantize"} that an adapter was trained with, None where its
+    files do not say, or there is no adapter. A run of an older minitune has revision, dtype and quantize in its config.json.
+    Raises ValueError where a value is not what minitune writes."""
+    facts = dict.fromkeys(("template", "base", "special_text", "revision", "dtype", "quantize"))
     if adapter is None:
-        return {"template": None, "base": None, "special_text": None}
+        return facts
     folder = Path(adapter)
-    if not (folder / "adapter_config.json").is_file():
-        inner = folder / "adapter"
-        hint = f"; did you mean {inner}?" if (inner / "adapter_config.json").is_file() else ""
-        raise ValueError(f"{adapter!r} is not the folder of an adapter: it has no adapter_config.json{hint}")
     base = checkpoint.read_adapter_config(folder).get("base_model_name_or_path")
-    file = folder / "minitune.json"
-    facts = read_json(file, {"special_text?": (None, {"text", "tokens"})}) if file.is_file() else {}
-    rows = facts.get("template")
+    file, run = folder / "minitune.json", folder.parent / "config.json"
+    stored = read_json(file, FACTS) if file.is_file() else {}
+    rows = stored.get("template")
     if rows is not None and rows not in tuple(ADAPTER_TEMPLATES):
         raise ValueError(
-            f"{file}: template is {rows!r}, expected one of {', '.join(ADAPTER_TEMPLATES)}; is it of a newer minitune?"
+            f"{file}: template is {short(rows)}, expected one of {', '.join(ADAPTER_TEMPLATES)}; is it of a newer minitune?"
         )
-    base = facts.get("base_model", base)
-    return {
-        "template": ADAPTER_TEMPLATES.get(rows),
-        "base": base if isinstance(base, str) and base else None,
-        "special_text": facts.get("special_text"),
-    }
+    if stored and "dtype" not in stored and run.is_file():
+        stored = read_json(run, FACTS) | stored
+    base = stored.get("base_model", base)
+    facts |= {name: stored.get(name) for name in ("special_text", "revision", "dtype", "quantize")}
+    return facts | {"template": ADAPTER_TEMPLATES.get(rows), "base": base if isinstance(base, str) and base else None}
 
 
 def choose_template(config, trained, say):
@@ -350,10 +400,10 @@ def answer_settings(answerer):
     settings = {
         "model": answerer.name,
         "model files (sha256)": model_fingerprint(answerer.folder),
-        "adapter (sha256)": adapter_fingerprint(config.adapter),
+        "adapter (sha256)": adapter_fingerprint(answerer.adapter),
         "template": answerer.template,
         **({} if answerer.special_text == "text" else {"special text": answerer.special_text}),
-        "quantize": config.quantize,
+        "quantize": answerer.quantize,
         "compute dtype": str(answerer.dtype).removeprefix("torch."),
         "logprobs": config.logprobs,
     }

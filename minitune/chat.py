@@ -26,7 +26,7 @@ HELP = (
 class ChatConfig(ModelConfig):
     """How a conversation is held."""
 
-    system: str | None = arg(None, "text before the conversation")
+    system: str | None = arg(None, "text before the conversation", group="conversation")
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,6 +14,7 @@ from minitune_kernels import nf4
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from minitune import hub, lora, quant
 from minitune.files import expand, kind_of, paths_explained, read_json, write_json, write_whole
@@ -157,6 +158,16 @@ def read_config(folder):
     return read_json(Path(folder) / "config.json", {})
 
 
+class LeftAsIs(TorchFunctionMode):
+    """While open, torch.nn.init leaves tensors as they are: to draw numbers for meta tensors it would import torch._dynamo,
+    which takes 2 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def build_empty(folder, build=build):
     """(the model of a checkpoint folder on meta, without weights; whether its weights are stored in 4 bit).
 
@@ -164,7 +175,7 @@ def build_empty(folder, build=build):
     supported."""
     raw = read_config(folder)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), LeftAsIs():
             return build(raw), quant.is_bnb_4bit(raw)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None

@@ -2,110 +2,283 @@
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import math
-import signal
+import os
+import platform
+import re
 import sys
+import textwrap
 import types
 import typing
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
 
 from minitune import schema, screen
 from minitune.files import read_json
+from minitune.interrupts import handled, leave, sigterm_as_ctrl_c
 from minitune.schema import Number
-from minitune.screen import short
+from minitune.screen import printable, short, some
 
 
 def arg(default, help, **extra):
     """A dataclass field with its help text. extra: choices=(...), the values allowed; low and high, the bounds of a number
-    (of a whole number 0 and 2^63 - 1, where nothing else is said); positional=True, a list that is typed without --name
-    and shown as metavar; is_option=False, a field that only Python code and files set."""
+    (of a whole number 0 and 2^63 - 1, where nothing else is said); group="HEADING" or "HEADING: text", the heading in --help
+    from this field on; positional=True, a list that is typed without --name and shown as metavar; aliases=(...), further names
+    of the option; otherwise=..., the default that --help shows in place of None; is_option=False, a field that only Python code
+    and files set."""
     return field(default=default, metadata={"help": help, **extra})
 
 
+SYNONYMS = {  # what people type, from other tools, for an option that has another name here
+    "adapter": ("run", "lora", "peft", "adapter-path", "lora-path", "checkpoint"),
+    "accumulation": ("gradient-accumulation-steps", "grad-accum", "gradient-accumulation", "accum"),
+    "batch_size": ("bs", "per-device-train-batch-size", "micro-batch-size"),
+    "checkpointing": ("gradient-checkpointing",),
+    "data": ("dataset", "train-file", "data-path", "train-data"),
+    "dtype": ("bf16", "fp16", "fp32", "precision", "torch-dtype"),
+    "epochs": ("num-train-epochs", "num-epochs", "epoch"),
+    "learning_rate": ("lr",),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "lora_rank": ("r", "rank", "lora-r"),
+    "lora_targets": ("target-modules", "targets"),
+    "max_length": ("max-seq-length", "max-seq-len", "cutoff-len", "seq-len", "block-size"),
+    "max_new_tokens": ("max-tokens", "max-length", "tokens", "num-tokens", "n-predict", "length"),
+    "max_steps": ("steps", "iters", "max-iters", "num-steps"),
+    "model": ("base-model", "model-name-or-path", "base", "model-path", "checkpoint-dir", "pretrained"),
+    "num_beams": ("beams", "beam", "beam-size"),
+    "num_return_sequences": ("n", "num-samples", "samples"),
+    "out": ("output", "output-file", "o"),
+    "prompt": ("question", "text", "input", "instruction"),
+    "prompts": ("questions", "prompt-file", "input-file", "file"),
+    "quantize": ("bits", "load-in-4bit", "4bit", "nf4", "quantization", "qlora", "quant"),
+    "run": ("output-dir", "out-dir", "run-dir", "output", "out"),
+    "schedule": ("lr-scheduler-type", "scheduler", "lr-schedule"),
+    "temperature": ("temp",),
+    "warmup": ("warmup-ratio", "warmup-steps"),
+}
+KINDS = {int: "N", float: "X", str: "TEXT"}  # what stands for a value in --help
+
+
 class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one short line that guesses what was meant. names: of the options, without --."""
+
+    def __init__(self, names=(), **options):
+        super().__init__(**options, allow_abbrev=False, usage="%(prog)s [options]")
+        self.names = list(names)
+
     def error(self, message):  # argparse's own prints every option first
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        found = re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL)
+        if found:
+            wrong = next((word for word in found[1].split() if word.startswith("-")), None)
+            if wrong is None:
+                message = f"{short(found[1])} stands behind no option; put a text with spaces into quotes"
+            else:
+                name = wrong.split("=")[0]
+                message = f"there is no option {printable(name)[:100]}{guess(name.lstrip('-'), self.names)}"
+        screen.tell(f"error: {one_line(message)} (--help lists the options)")
+        self.exit(2)
+
+
+def guess(wrong, names):
+    """ "; did you mean --NAME?" where one of the options in `names` is close to what was typed, else nothing."""
+    wrong = wrong.lower().replace("_", "-")
+    names = {name.replace("_", "-"): name for name in names}
+    known = {other: name for name, field in names.items() for other in SYNONYMS.get(field, ())}
+    begun = [name for name in names if len(wrong) > 1 and name.startswith(wrong)]
+    close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.7)
+    found = known.get(wrong) or next(iter(begun + close), None)
+    return f"; did you mean --{found}?" if found else ""
+
+
+def one_line(text, most=480):
+    """Text as one line of a bounded length: what a message forgot to shorten must not bury it."""
+    text = " ".join(printable(text).split("\n"))
+    return text if len(text) <= most else f"{text[: most - 160]} ... {text[-140:]}"
 
 
 def parse(cls, argv=None, description=None):
     """Build `cls` from the command line: field `lora_rank` becomes option --lora-rank.
 
     Strength, weakest first: what `cls` gives a field that is not set (a recipe of TrainConfig, the default), the JSON
-    file of --config, the options typed. Exits 2 with one line on an unknown option; --debug shows
+    file of --config, the options typed. Exits 2 with one line on an unknown option or a value of another kind; --debug shows
     tracebacks. Raises ValueError on a value that `cls` refuses."""
-    parser = Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="JSON file with options, such as the config.json of a run")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for f in fields(cls):
-        if not f.metadata.get("is_option", True):
-            continue
-        flag, (kind, is_list, _) = "--" + f.name.replace("_", "-"), field_type(cls, f)
-        shown = (" ".join(map(str, f.default)) or None) if is_list and f.default is not None else f.default
-        help_text = f.metadata["help"] + ("" if shown is None else f" (default: {shown})")
-        help_text = help_text.replace("%", "%%")
-        common = {"default": argparse.SUPPRESS, "help": help_text}
-        if f.metadata.get("positional"):
-            parser.add_argument(f.name, type=kind, nargs="*", metavar=f.metadata["metavar"], **common)
-        elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        elif is_list:
-            parser.add_argument(flag, type=kind, nargs="+", choices=f.metadata.get("choices"), **common)
-        else:
-            parser.add_argument(
-                flag,
-                type=kind,
-                choices=f.metadata.get("choices"),
-                metavar=kind.__name__.upper() if "choices" not in f.metadata else None,
-                **common,
-            )
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = {f.name: f for f in fields(cls) if f.metadata.get("is_option", True)}
+    values, shown = {}, description
+    if {"-h", "--help"} & set(argv) and hasattr(cls, "recipe"):  # the defaults of the model that stands beside --help
+        values, _ = make_parser(cls, {}, add_help=False).parse_known_args(
+            [a for a in argv if a not in ("-h", "--help")]
+        )
+        values = {name: value for name, value in vars(values).items() if name in options}
+        values = cls.recipe(values)
+        shown = f"{description}\n\nThe defaults below are those for this --model." if description else None
+    parser = make_parser(cls, values, description=shown)
     typed = vars(parser.parse_intermixed_args(argv))  # options before, between and after what has no name
     path, _ = typed.pop("config"), typed.pop("debug")
     if path == "":
         parser.error("--config is empty; give a JSON file, or leave the option out")
+    typed = {name: typed_value(parser, cls, options[name], value) for name, value in typed.items()}
     stored = from_file(cls, path) if path is not None else {}
     values = {**stored, **typed}
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+def make_parser(cls, recipe, description=None, add_help=True):
+    """The argparse parser of a dataclass, whose values stay texts. recipe: {field: default} that go before the field's own."""
+    options = [f for f in fields(cls) if f.metadata.get("is_option", True)]
+    names = [f.name for f in options if not f.metadata.get("positional")] + ["config", "debug", "version", "help"]
+    layout = argparse.RawDescriptionHelpFormatter
+    if description:
+        description = "\n\n".join(textwrap.fill(part, 78) for part in description.split("\n\n"))
+    parser = Parser(names, description=description, add_help=False, formatter_class=layout)
+    group = parser
+    for f in in_order(cls):
+        if not f.metadata.get("is_option", True):
+            continue
+        if "group" in f.metadata:
+            title, _, more = f.metadata["group"].partition(": ")
+            group = parser.add_argument_group(title, textwrap.fill(more, 76) or None)
+        flags = ["--" + name.replace("_", "-") for name in (f.name, *f.metadata.get("aliases", ()))]
+        kind, is_list, _ = field_type(cls, f)
+        choices = f.metadata.get("choices")
+        meta = f"{{{','.join(choices)}}}" if choices else f.metadata.get("metavar", KINDS.get(kind))
+        common = {"default": argparse.SUPPRESS, "help": help_text(f, is_list, recipe)}
+        if f.metadata.get("positional"):
+            group.add_argument(f.name, nargs="*", metavar=f.metadata["metavar"], **common)
+        elif kind is bool:
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+        else:
+            group.add_argument(*flags, dest=f.name, nargs="+" if is_list else None, metavar=meta, **common)
+    group = parser.add_argument_group("this command")
+    group.add_argument("--config", metavar="FILE", help="JSON file with options, such as the config.json of a run")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if add_help:
+        group.add_argument("-h", "--help", action="help", help="show this text")
+    group.add_argument(
+        "--version",
+        action=Version,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="show the versions of minitune, torch and Python",
+    )
+    return parser
+
+
+def in_order(cls):
+    """The fields of a dataclass as --help shows them: those of the class itself before those of its bases."""
+    order, bases = [], [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+    for number, base in enumerate(bases):
+        inherited = {f.name for other in bases[number + 1 :] if issubclass(base, other) for f in fields(other)}
+        order += [f.name for f in fields(base) if f.name not in inherited]
+    known = {f.name: f for f in fields(cls)}
+    return [known[name] for name in dict.fromkeys(order)]
+
+
+def help_text(f, is_list, recipe):
+    value = recipe.get(f.name, f.metadata.get("otherwise", f.default))
+    if is_list and value is not None:
+        value = " ".join(map(str, value)) or None
+    text = f.metadata["help"]
+    shown = f" (default: {value})" if value is not None else "" if "not set" in text.lower() else " (default: not set)"
+    return f"{text}{shown}".replace("%", "%%")
+
+
+class Version(argparse.Action):
+    def __call__(self, parser, *values):
+        screen.say(f"minitune {version('minitune')}, torch {version('torch')}, Python {platform.python_version()}")
+        parser.exit(0)
+
+
+def version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def typed_value(parser, cls, f, value):
+    """The value of a field from what was typed, a text, list of texts or bool. Ends with one line where it is of another kind."""
+    kind, is_list, _ = field_type(cls, f)
+    if kind is bool:
+        return value
+    items = [as_kind(item, kind) for item in (value if is_list else [value])]
+    if kind in (int, float) and any(isinstance(item, str) for item in items) or not_a_choice(f, items):
+        choices, name = f.metadata.get("choices"), f.name if f.metadata.get("positional") else "--" + f.name
+        wrong = next(item for item in items if isinstance(item, str) and item not in (choices or ()))
+        close = difflib.get_close_matches(wrong, choices or (), n=1, cutoff=0.5)
+        expected = f"one of {', '.join(choices)}" if choices else schema.words(int if kind is int else float)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"{name.replace('_', '-')} is {short(wrong)}, expected {expected}{hint}")
+    return items if is_list else items[0]
+
+
+def not_a_choice(f, items):
+    return "choices" in f.metadata and any(item not in f.metadata["choices"] for item in items)
+
+
+def as_kind(text, kind):
+    """The number in a text, or the text itself where there is none."""
+    try:
+        return kind(text) if kind in (int, float) and len(text) <= 300 else text
+    except ValueError:
+        return text
+
+
+OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|cannot allocate memory|bad_alloc|can't start new thread", re.I
+)
+SMALLER = (
+    "batch_size",
+    "max_length",
+    "num_beams",
+    "num_return_sequences",
+    "max_new_tokens",
+)  # options that cost memory
+
+
 def run_script(cls, job, description):
     """What a script does: parse `cls` from the command line, run job(config), and end with the exit code.
 
-    0: done. 2: the user's input was wrong, in one line on stderr. 1: the run itself failed. 130: stopped by Ctrl-C or
-    SIGTERM, with what the job says of what is kept."""
+    0: done, also where whoever read the answers closed the pipe. 2: the user's input was wrong, in one line on stderr. 1: the
+    run itself failed. 130: stopped by a signal, with what the job says of what is kept."""
     screen.prepare()
     try:
         with sigterm_as_ctrl_c():
             job(parse(cls, description=description))
-    except (ValueError, FloatingPointError, OSError, KeyboardInterrupt) as error:
-        if "--debug" in sys.argv:
-            raise
-        kinds = {FloatingPointError: 1, OSError: 2 if error_is_of_a_path(error) else 1, KeyboardInterrupt: 130}
-        text = str(error) or "by Ctrl-C"
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        sys.stderr.write(f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'error'}: {text}\n")
-        sys.exit(next((code for kind, code in kinds.items() if isinstance(error, kind)), 2))
-
-
-@contextmanager
-def sigterm_as_ctrl_c():
-    """While open, SIGTERM raises KeyboardInterrupt: a job that is ended by its time limit says what is kept too. A training
-    takes both signals for itself while its loop runs (train.StopSignal), and gives them back."""
-
-    def stop(number, frame):
-        raise KeyboardInterrupt("by SIGTERM")
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever started it takes the signals
-        yield
         return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    except BrokenPipeError:
+        code, text = 0, None
+    except (ValueError, FloatingPointError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        if "--debug" in sys.argv or isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        error.__traceback__ = None  # which holds the memory of the job
+        code, text = code_and_text(cls, error)
+    with handled(leave):
+        if text is not None:
+            screen.tell(one_line(text))
+        sys.exit(code)
+
+
+def code_and_text(cls, error):
+    """(exit code, line) of an exception that ended a job."""
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"stopped: {text or 'by Ctrl-C'}"
+    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+        text = error.strerror or text
+        where = f"{short(os.fspath(error.filename))[1:-1]}: " if isinstance(error.filename, str) else ""
+        return 2 if error_is_of_a_path(error) else 1, f"error: {where}{text}"
+    if isinstance(error, (MemoryError, RuntimeError, OSError)):
+        names = [f.name for f in fields(cls)]
+        options = [f"--{name.replace('_', '-')}" for name in SMALLER if name in names]
+        ways = [f"lower {' or '.join(options)}"] * bool(options) + ["use --quantize nf4"] * ("quantize" in names)
+        hint = f"; {', or '.join(ways) or 'free some memory'}"
+        return 1, f"error: {text if isinstance(error, MemoryError) and text else 'out of memory' + hint}"
+    return 1 if isinstance(error, FloatingPointError) else 2, f"error: {text}"
 
 
 def error_is_of_a_path(error):
@@ -121,8 +294,15 @@ def from_file(cls, path):
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds a {type(stored).__name__}, expected an object with options of {cls.__name__}")
     known = {f.name: f for f in fields(cls)}
-    if unknown := sorted(set(stored) - set(known)):
-        raise ValueError(f"{path} has options that {cls.__name__} does not know: {', '.join(unknown)}; remove them")
+    unknown = sorted(set(stored) - set(known))
+    if unknown and hasattr(cls, "of_run") and {"lora_rank", "learning_rate", "loss_on"} <= set(stored):
+        stored = cls.of_run(Path(path).parent, stored)
+        screen.tell(
+            f"{path} is of a training run: taken from it {', '.join(f'{k} {short(v)}' for k, v in stored.items())}"
+        )
+    elif unknown:
+        hint = guess(unknown[0], known).replace("--", "").replace("-", "_")
+        raise ValueError(f"{path} has options that {cls.__name__} does not know: {some(unknown)}; remove them{hint}")
     for name, value in stored.items():
         if expected := misfit(cls, known[name], value):
             raise ValueError(f"{path}: {name} is {short(value)}, expected {expected}")
@@ -241,8 +421,9 @@ class TrainConfig:
     model: str = arg(
         "tiny-mistral",
         "llama2, mistral, phi2, an embedded model (tiny-mistral, tiny-llama, tiny-phi), a hub id, "
-        "or a folder with config.json and *.safetensors. The short names and the embedded models bring settings of their "
-        "own, which go before the defaults shown here: see RECIPES in minitune/config.py",
+        "or a folder with config.json and *.safetensors. The short names and the embedded models bring recipes, which override "
+        "the defaults: --model NAME --help shows them",
+        group="model and rows",
     )
     revision: str | None = arg(None, "branch, tag or commit of a hub id")
     data: str | None = arg(
@@ -262,7 +443,7 @@ class TrainConfig:
         "auto", "auto: go on from the state in --run, if there is one; never: start again", choices=("auto", "never")
     )
 
-    max_length: int = arg(512, "longest row in tokens")
+    max_length: int = arg(512, "longest row in tokens", group="rows as tokens")
     over_length: str = arg(
         "truncate", "a longer row: cut the end of its answer, drop it, or stop", choices=("truncate", "drop", "stop")
     )
@@ -274,7 +455,7 @@ class TrainConfig:
         choices=("text", "tokens"),
     )
 
-    lora_rank: int = arg(16, "rank r of the adapter")
+    lora_rank: int = arg(16, "rank r of the adapter", group="adapter")
     lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r")
     lora_dropout: float = arg(0.0, "dropout on the input of the adapter, 0 to 1")
     lora_targets: tuple[str, ...] | None = arg(
@@ -285,13 +466,14 @@ class TrainConfig:
         "none",
         "frozen weights: as they are, 4-bit NF4, or NF4 with double quantisation",
         choices=("none", "nf4", "nf4-dq"),
+        group="weights and device",
     )
     dtype: str = arg(
         "auto", "compute dtype; auto chooses by the device and says why", choices=("auto", "fp32", "bf16", "fp16")
     )
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
 
-    epochs: float = arg(1.0, "passes over the training rows")
+    epochs: float = arg(1.0, "passes over the training rows", group="optimizer")
     max_steps: int | None = arg(None, "optimizer steps; overrides --epochs")
     batch_size: int = arg(4, "rows in a micro-batch")
     accumulation: int = arg(1, "micro-batches in an optimizer step")
@@ -311,7 +493,7 @@ class TrainConfig:
         "it; 0: only a loss that is not finite stops",
     )
 
-    log_every: int = arg(1, "steps between lines of metrics.jsonl")
+    log_every: int = arg(1, "steps between lines of metrics.jsonl", group="logs, saved states and samples")
     eval_every: int | None = arg(None, "steps between held-out losses; not set: ten times in a run")
     save_every: int | None = arg(None, "steps between saved states; not set: as --eval-every")
     save_minutes: float = arg(5.0, "minutes after which the state is saved too, whatever --save-every says")

@@ -34,7 +34,7 @@ REFERENCE_KEYS = ("reference", "output", "completion", "answer", "text")
 class DecodeConfig(ScoreConfig):
     """What evaluate and sweep share where a run answers."""
 
-    run: str | None = arg(None, "run folder of scripts/train.py")
+    run: str | None = arg(None, "run folder of scripts/train.py", group="run")
     batch_size: int = arg(16, "questions that are decoded together; changes no answer")
     dtype: str | None = arg(
         None, "compute dtype; not set: as the run was trained", choices=("auto", "fp32", "bf16", "fp16")
@@ -44,12 +44,17 @@ class DecodeConfig(ScoreConfig):
     )
     name: str | None = arg(None, "what tables and files call the tuned model; not set: MODEL-finetuned")
 
+    @staticmethod
+    def of_run(folder, options):
+        """The options that the config.json of a training run in `folder` means here. options: what it holds."""
+        return {"run": str(folder)}
+
 
 @dataclass(frozen=True)
 class EvaluateConfig(DecodeConfig, DecodingOptions):
     """What is evaluated: a run, or files."""
 
-    base: bool = arg(True, "answer with the base model too, and compare")
+    base: bool = arg(True, "answer with the base model too, and compare", group="what is scored")
     predictions: str | None = arg(
         None, "file of answers: .txt, one a line; .json or .jsonl of texts, or of rows with answer or output"
     )

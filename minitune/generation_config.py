@@ -74,6 +74,7 @@ class DecodingOptions(make_dataclass("Options", map(unset, OPTIONS), frozen=True
         "auto: where a decoding option is not given, take the one in the model's generation_config.json, as transformers "
         "does; none: do not read them there",
         choices=("auto", "none"),
+        group="decoding: an option that is not given has the value in the model's generation_config.json, else the default",
     )
 
     def __post_init__(self):

@@ -47,6 +47,7 @@ class ScoreConfig:
         "names with commas between them: bleu, corpus_bleu, chrf, rouge_1, rouge_2, rouge_l, rouge_lsum, exact_match, "
         "token_f1, length_ratio, ended, reference_perplexity, perplexity and perplexity_tokens (with --judge), bertscore "
         "(with --encoder). Not set: all that can be computed",
+        group="metrics",
     )
     judge: str | None = arg(
         None, "GPT-2 that reads the answers for perplexity: a folder or a hub id, such as openai-community/gpt2"

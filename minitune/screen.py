@@ -37,17 +37,28 @@ def warn(text):
 
 def write(stream, text):
     """Write printable(text), above an open progress bar. Nothing where there is no stream, or it was closed."""
+    try:
+        show(stream, text)
+    except (BrokenPipeError, ValueError):  # a closed pipe; a closed file
+        pass
+    except OSError as error:
+        if error.errno != 5:  # EIO: the terminal is gone
+            raise
+
+
+def show(stream, text):
+    """The same for a result: raises BrokenPipeError where nobody reads on, so that a job whose result is what it prints can
+    end."""
     if stream is None:
         return
     try:
         with tqdm.external_write_mode(file=stream):
             stream.write(printable(text))
             stream.flush()
-    except (BrokenPipeError, ValueError):  # a closed pipe; a closed file
-        pass
-    except OSError as error:
-        if error.errno != 5:  # EIO: the terminal is gone
-            raise
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # for what is left in the buffer: Python writes it at the end once more
+            os.dup2(nowhere.fileno(), stream.fileno())
+        raise
 
 
 def progress(total, unit, **options):

@@ -48,7 +48,9 @@ class SweepConfig(DecodeConfig, Grid):
     """What is varied. A list of one value holds for every point."""
 
     study: bool = arg(
-        False, "the study's grid: top_k 30 40 50 60 80, num_beams 2 4 5 6, temperature 0 0.5 0.7 1, 11 points in all"
+        False,
+        "the study's grid: top_k 30 40 50 60 80, num_beams 2 4 5 6, temperature 0 0.5 0.7 1, 11 points in all",
+        group="grid",
     )
     grid: str = arg(
         "axes",

@@ -2,8 +2,7 @@
 
 python scripts/bench_bertscore.py --peer "python tests/peer_bert_score.py {model} {data} {layer}" """
 
-from minitune.bertscore_benchmark import BenchBertScoreConfig, bench_bertscore
-from minitune.config import run_script
+from minitune.interrupts import main
 
 if __name__ == "__main__":
-    run_script(BenchBertScoreConfig, bench_bertscore, __doc__)
+    main("minitune.bertscore_benchmark", "BenchBertScoreConfig", "bench_bertscore", __doc__)

@@ -3,8 +3,7 @@
 A peer prints a JSON line for each mode with system, mode and new_tokens_per_s:
 python scripts/bench_generate.py --model DIR --peer "python peer.py {model}" """
 
-from minitune.benchmark import BenchGenerateConfig, bench_generate
-from minitune.config import run_script
+from minitune.interrupts import main
 
 if __name__ == "__main__":
-    run_script(BenchGenerateConfig, bench_generate, __doc__)
+    main("minitune.benchmark", "BenchGenerateConfig", "bench_generate", __doc__)

@@ -3,8 +3,7 @@
 A peer of your own gets a JSON file with references and candidates and prints a JSON line with system, seconds and scores:
 python scripts/bench_metrics.py --peer "python peer.py {pairs}" """
 
-from minitune.config import run_script
-from minitune.metric_benchmark import BenchMetricsConfig, bench_metrics
+from minitune.interrupts import main
 
 if __name__ == "__main__":
-    run_script(BenchMetricsConfig, bench_metrics, __doc__)
+    main("minitune.metric_benchmark", "BenchMetricsConfig", "bench_metrics", __doc__)

@@ -3,8 +3,7 @@
 A peer prints one JSON line with system, examples_per_s and peak_rss_mb:
 python scripts/bench_train.py --model DIR --data FILE --peer "python peer.py {model} {data}" """
 
-from minitune.benchmark import BenchTrainConfig, bench_train
-from minitune.config import run_script
+from minitune.interrupts import main
 
 if __name__ == "__main__":
-    run_script(BenchTrainConfig, bench_train, __doc__)
+    main("minitune.benchmark", "BenchTrainConfig", "bench_train", __doc__)

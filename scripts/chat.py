@@ -1,7 +1,6 @@
 """Talk with a model, with the template that its adapter was trained with."""
 
-from minitune.chat import ChatConfig, chat
-from minitune.config import run_script
+from minitune.interrupts import main
 
 if __name__ == "__main__":
-    run_script(ChatConfig, chat, __doc__)
+    main("minitune.chat", "ChatConfig", "chat", __doc__)

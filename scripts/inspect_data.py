@@ -1,7 +1,6 @@
 """Write an HTML page that colours every token of some rows as prompt, supervised or padding."""
 
-from minitune.config import run_script
-from minitune.inspect_data import InspectConfig, inspect_data
+from minitune.interrupts import main
 
 if __name__ == "__main__":
-    run_script(InspectConfig, inspect_data, __doc__)
+    main("minitune.inspect_data", "InspectConfig", "inspect_data", __doc__)

@@ -1,7 +1,6 @@
 """Makes the embedded models, tokenizers and rows again (minitune/embedded)."""
 
-from minitune.config import run_script
-from minitune.tiny import TinyConfig, make_all
+from minitune.interrupts import main
 
 if __name__ == "__main__":
-    run_script(TinyConfig, make_all, "Make the embedded models, tokenizers and rows.")
+    main("minitune.tiny", "TinyConfig", "make_all", "Make the embedded models, tokenizers and rows.")

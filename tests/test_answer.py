@@ -16,7 +16,16 @@ import pytest
 import torch
 
 from minitune import answer_file, sampling
-from minitune.answer import AnswerConfig, Answerer, Writer, answer, choose_template, read_facts, read_questions
+from minitune.answer import (
+    AnswerConfig,
+    Answerer,
+    Writer,
+    adapter_folder,
+    answer,
+    choose_template,
+    read_facts,
+    read_questions,
+)
 from minitune.answer_file import open_answers
 from minitune.chat import ChatConfig, chat
 from minitune.config import parse, run_script, sigterm_as_ctrl_c
@@ -313,14 +322,15 @@ def test_the_model_is_the_one_that_the_adapter_was_trained_on(adapter, tmp_path)
             r"gone does not exist; .* names this base; --model says where",
         ),
         ({"template": "of tomorrow"}, "template is 'of tomorrow', expected one of alpaca"),
-        ({"template": ["alpaca"]}, r"template is \['alpaca'\], expected one of"),
+        ({"template": ["alpaca"]}, r"template is \['alpaca'\], expected null or text"),
         ([], r"minitune.json: it is \[\], expected an object"),
     ):
         write_json(other / "minitune.json", facts)
         with pytest.raises(ValueError, match=message):
             Answerer(AnswerConfig(prompt="x", adapter=str(other)), said.append)
-    with pytest.raises(ValueError, match=rf"no adapter_config.json; did you mean {other}\?"):
-        read_facts(str(tmp_path))
+    assert adapter_folder(tmp_path) == other
+    with pytest.raises(ValueError, match="has no adapter_config.json, and no adapter or best or last of a run"):
+        adapter_folder(tmp_path / "gone")
 
 
 def test_the_prompt_is_the_one_of_training_to_the_last_token(adapter):

@@ -1,5 +1,6 @@
 """Options: their order of strength, the study's recipes, and one clear line for whatever is wrong. Whole files."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import threading
 from dataclasses import FrozenInstanceError, asdict, dataclass, fields
 
 import pytest
+import torch
 
 from minitune import files
 from minitune.config import RECIPES, TrainConfig, arg, parse, run_script
@@ -153,7 +155,9 @@ def test_help_shows_every_option_with_its_default(capsys):
     assert end.value.code == 0
     for f in fields(TrainConfig):
         assert "--" + f.name.replace("_", "-") in shown
-        assert f.default is None or f"(default:{f.default})" in shown, f.name
+        default = getattr(TrainConfig(), f.name)  # of the recipe of the embedded model
+        default = "".join(default) if isinstance(default, tuple) else default
+        assert default is None or f"(default:{default})" in shown, f.name
 
 
 def test_help_may_hold_a_percent_sign_and_a_list_of_numbers(capsys):
@@ -167,6 +171,46 @@ def test_help_may_hold_a_percent_sign_and_a_list_of_numbers(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "50% of it (default: 0.5)" in shown and "(default: 1 2)" in shown
     assert parse(Config, ["--sizes", "3", "4"]).sizes == (3, 4)
+
+
+@pytest.mark.parametrize("model", ["mistral", "phi2"])
+def test_help_beside_a_model_shows_its_recipe_in_80_columns(model, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help", "--model", model], "Fine-tune.")
+    lines = capsys.readouterr().out.splitlines()
+    text = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 80 and "adapter:" in lines and "of this --model" not in text
+    assert f"rank r of the adapter (default: {RECIPES[model]['lora_rank']})" in text and "(default: nf4)" in text
+
+
+@pytest.mark.parametrize(
+    "typed, says",
+    [
+        ("--epoch 3", "no option --epoch; did you mean --epochs?"),
+        ("--lr 1", "no option --lr; did you mean --learning-rate?"),
+        ("--r=8", "no option --r; did you mean --lora-rank?"),
+        ("--lora_rank 8", "did you mean --lora-rank?"),
+        ("--load-in-4bit", "did you mean --quantize?"),
+        ("--wramup 1", "did you mean --warmup?"),
+        ("--quantize nf", "--quantize is 'nf', expected one of none, nf4, nf4-dq; did you mean nf4?"),
+        ("--batch-size two", "--batch-size is 'two', expected a whole number"),
+        ("--seed " + "9" * 5000, "expected a whole number"),
+        ("what is it", "'what is it' stands behind no option"),
+        ("--\x1b[31mred 1", r"no option --\x1b[31mred"),
+        ("--zzzz 1", "no option --zzzz (--help lists the options)"),
+    ],
+)
+def test_a_mistyped_option_is_guessed_in_one_short_line(script, typed, says):
+    code, err = script(*typed.split(" "))
+    assert code == 2 and says in err and err.count("\n") == 1 and len(err) < 500, err
+
+
+def test_the_version_is_shown(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(TrainConfig, ["--version"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "minitune" in shown and torch.__version__ in shown
 
 
 WRONG_TYPED = [
@@ -278,16 +322,36 @@ def test_python_code_gets_the_same_checks(values, says):
         TrainConfig(**values)
 
 
+def raising(error):
+    def job(config):
+        raise error
+
+    return job
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:115] data. DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        OSError(errno.ENOMEM, "Cannot allocate memory", "f"),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_one_line_with_what_to_change(script, error):
+    code, err = script(job=raising(error))
+    assert (code, err.count("\n")) == (1, 1) and err.startswith(
+        "error: out of memory; lower --batch-size or --max-length, or"
+    )
+
+
 def test_exit_codes_of_a_script(script):
-    def raising(error):
-        def job(config):
-            raise error
-
-        return job
-
     assert script() == (0, "")
     assert script(job=raising(ValueError("bad input"))) == (2, "error: bad input\n")
     assert script(job=raising(FloatingPointError("step 3"))) == (1, "error: step 3\n")
+    assert script(job=raising(BrokenPipeError())) == (0, "")
+    assert script(job=raising(ValueError("a\n\x1b" + 9999 * "b")))[1].startswith(r"error: a \x1bbbb")
+    assert len(script(job=raising(ValueError(9999 * "b")))[1]) < 500
     assert script(job=raising(OSError(28, "No space left")))[0] == 1
     assert script(job=raising(KeyboardInterrupt("after step 3"))) == (130, "stopped: after step 3\n")
     assert script(job=raising(KeyboardInterrupt())) == (130, "stopped: by Ctrl-C\n")

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module imports only from floors below its own; a name that ends with a dot stands for all below it
     ["minitune_kernels."],
     [
+        "minitune.interrupts",
         "minitune.screen",
         "minitune.schema",
         "minitune.files",
@@ -69,6 +70,7 @@ FLOORS = [  # a module imports only from floors below its own; a name that ends 
 ]
 PACKAGES = ("minitune", "minitune.metrics", "minitune.reports")  # with no code of their own
 GROUND = [  # what other modules of floor 1 may use; among themselves, those that stand before them
+    "minitune.interrupts",
     "minitune.screen",
     "minitune.schema",
     "minitune.files",

@@ -84,7 +84,11 @@ def test_the_lists_of_the_study_are_the_study():
     assert len(points[0]) == 11 and points[1] == "topk50_nb5_t1"
     assert points == decoding_points(SweepConfig(run="x", **STUDY))
     for _, _, options in points[0]:
-        assert options.do_sample and options.max_new_tokens == 128 and options.samples == (options.temperature > 0)
+        assert (
+            options.do_sample
+            and options.max_new_tokens == 128
+            and GenerateConfig(**options.given()).samples == (options.temperature > 0)
+        )
 
 
 def test_axes_go_through_the_default_or_else_the_first_of_a_list():

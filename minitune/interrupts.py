@@ -1,0 +1,72 @@
+"""Ctrl-C, SIGTERM and a closed terminal: how a script ends at any moment without a traceback. Standard library only, since it
+works before anything else is imported."""
+
+import importlib
+import os
+import signal
+import sys
+from contextlib import contextmanager
+
+SIGNALS = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}
+if hasattr(signal, "SIGHUP"):
+    SIGNALS[signal.SIGHUP] = "by SIGHUP"
+
+
+def main(module, options, job, description):
+    """What a script does: import a module, which takes seconds where it brings torch, and run its job with the options of the
+    command line. module: its name; options, job: names in it."""
+    open_missing_streams()
+    with handled(leave):
+        try:
+            code, run_script = importlib.import_module(module), importlib.import_module("minitune.config").run_script
+        except (ImportError, MemoryError, OSError) as error:
+            if "--debug" in sys.argv:
+                raise
+            text = " ".join(f"error: {module} cannot be imported: {error or 'out of memory'}"[:480].split())
+            os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+            sys.exit(1)
+    run_script(getattr(code, options), getattr(code, job), description)
+
+
+def open_missing_streams():
+    """Open what was closed (2>&-): a file that is opened later must not get the number of a stream, and what is told."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+
+
+def leave(number, frame):
+    """End at once: nothing is done yet, or everything. An exception in the middle of an import would be a traceback or worse."""
+    os.write(2, f"stopped: {SIGNALS[number]}\n".encode())
+    os._exit(130)
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt(SIGNALS[number] if number != signal.SIGINT else "")
+
+
+@contextmanager
+def handled(handler, signals=tuple(SIGNALS)):
+    """While open, these signals call `handler`, unless they are ignored as nohup asks it. Nothing changes outside of the main
+    thread: whoever started it takes the signals."""
+    previous = {}
+    try:
+        for number in signals:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, handler)
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def sigterm_as_ctrl_c():
+    """While open, SIGTERM and SIGHUP raise KeyboardInterrupt with their name, as Ctrl-C does without words: a job that is ended
+    by its time limit says what is kept too. A training takes the signals for itself while its loop runs
+    (train.StopSignal), and gives them back."""
+    return handled(interrupt, tuple(number for number in SIGNALS if number != signal.SIGINT))
