@@ -9,14 +9,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from minitune import checkpoint, data, hub
+from minitune import checkpoint, data, hub, screen
 from minitune.answer_file import open_answers, settings_path
-from minitune.config import arg
+from minitune.config import OUT_OF_MEMORY, arg
 from minitune.device import DTYPES, choose_device, choose_dtype
-from minitune.files import expand, prove_writable, read_json, write_json, write_whole
+from minitune.files import expand, prove_writable, read_json, to_json, write_json, write_whole
 from minitune.generate import decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
 from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, alpaca_prompt, conversation, for_tokenizer
@@ -237,7 +234,7 @@ def read_questions(config):
         if not config.prompt.strip():
             raise ValueError("--prompt is empty; give a question")
         return [((config.prompt, ""), "--prompt")]
-    path = Path(config.prompts)
+    path = expand(config.prompts)
     questions = []
     if path.suffix.lower() == ".txt":
         for number, line in enumerate(data.read_filled(path).split("\n"), 1):
@@ -255,9 +252,8 @@ def read_questions(config):
     return questions
 
 
-def answer(config, say=lambda line: print(line, file=sys.stderr)):
+def answer(config, say=screen.tell):
     """Answer the questions of `config`. Returns the records, which are printed, or written to config.out."""
-    show_anything()
     questions = read_questions(config)
     if config.out:
         check_out(config)
@@ -268,17 +264,15 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
     each = answerer.decoding.num_return_sequences
     if config.out and config.prompts:
         settings = answer_settings(answerer)
-        with open_answers(Path(config.out), settings, questions, each, config.resume == "never") as file:
+        with open_answers(config.out, settings, questions, each, config.resume == "never") as file:
             if file.records:
-                say(
-                    f"{file.progress()}; "
-                    + ("nothing is left to do" if len(file.records) == file.total else "going on")
-                )
+                is_done = len(file.records) == file.total
+                say(f"{file.progress()}; {'nothing is left to do' if is_done else 'going on'}")
             try:
                 decode_batches(answerer, questions, prompts, file.write, len(file.records), say, places)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"{file.progress()}; the same command goes on") from None
-            say(file.progress())
+            say(f"{file.progress()}; score them: scripts/evaluate.py --predictions {config.out} --references FILE")
             return file.records
     records = []
     with (nothing if config.out else print_json if config.json else print_text)(len(prompts) * each) as write:
@@ -297,7 +291,7 @@ def answer(config, say=lambda line: print(line, file=sys.stderr)):
                 writer.end(writer.shown)  # what is said next gets a line of its own
             raise
     if config.out:
-        write_document(Path(config.out), records)
+        write_document(expand(config.out), records)
     return records
 
 
@@ -308,19 +302,13 @@ def decode_batches(answerer, questions, prompts, write, done, say, places, write
     if done == len(prompts) * each:
         return
     size = 1 if config.lookup else config.batch_size
-    check_lengths(answerer, prompts, places, say)
+    check_lengths(answerer, prompts, places, say)  # which loads the model: not a part of the time that is measured
     tokens = guessed = accepted = 0
     copies = earlier_copies(prompts)
     started = time.perf_counter()
-    bar = tqdm(
-        total=len(prompts),
-        initial=done // each,
-        unit="prompt",
-        disable=None if len(prompts) > 1 else True,
-        file=sys.stderr,
-        dynamic_ncols=True,
-    )
-    with bar:
+    with screen.progress(
+        len(prompts), "prompt", initial=done // each, disable=None if len(prompts) > 1 else True
+    ) as bar:
         for start in range(0, len(prompts), size):
             batch = range(start, min(start + size, len(prompts)))
             if batch.stop * each <= done:
@@ -340,8 +328,7 @@ def decode_batches(answerer, questions, prompts, write, done, say, places, write
             ]
             tokens += sum(entry["tokens"] for entry in records)
             guessed, accepted = guessed + counts.guessed, accepted + counts.accepted
-            with tqdm.external_write_mode(file=sys.stdout):
-                write(records[max(0, done - start * each) :])
+            write(records[max(0, done - start * each) :])
             bar.set_postfix(tokens_per_s=f"{tokens / (time.perf_counter() - started):.0f}", refresh=False)
             bar.update(batch.stop - max(start, done // each))
     seconds = time.perf_counter() - started
@@ -351,14 +338,14 @@ def decode_batches(answerer, questions, prompts, write, done, say, places, write
 
 @contextmanager
 def out_of_memory_explained(decoding, prompts):
-    """Turns torch's out-of-memory errors, of a GPU and of the CPU, into one that names the options."""
+    """Turns what torch raises where memory is short, of a GPU and of the CPU, into a MemoryError that names the options."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         sequences = max(decoding.num_beams, decoding.num_return_sequences)
-        raise ValueError(
+        raise MemoryError(
             f"out of memory with {prompts} questions of {sequences} sequences and {decoding.max_new_tokens} tokens each: lower "
             "--batch-size, --num-beams, --num-return-sequences or --max-new-tokens, or use --quantize nf4"
         ) from error
@@ -413,23 +400,15 @@ def answer_settings(answerer):
 # --- where answers go ---
 
 
-def show_anything():
-    """Where the screen or the pipe has no such letter (LC_ALL=C, PYTHONIOENCODING), its escape is printed, not an error."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def speaks_unicode():
     return (sys.stdout.encoding or "utf-8").lower().startswith("utf")
 
 
 def check_out(config):
     """Raises ValueError where config.out is no place for the answers."""
-    out = Path(config.out)
+    out = expand(config.out)
     prove_writable(out)
-    if out.exists() and not out.is_file():
-        raise ValueError(f"{out} is not a regular file; leave out --out, and the answers go to the screen")
-    if config.prompts is not None and out.exists() and out.samefile(config.prompts):
+    if config.prompts is not None and out.exists() and out.samefile(expand(config.prompts)):
         raise ValueError(f"--out is the file of --prompts, {out}; choose another one for the answers")
     if config.prompts is None and settings_path(out).exists() and config.resume == "auto":
         raise ValueError(
@@ -441,7 +420,7 @@ def write_document(path, records):
     """The answers to one question, whole or not at all."""
     settings_path(path).unlink(missing_ok=True)
     if path.suffix == ".jsonl":
-        write_whole(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in records))
+        write_whole(path, "".join(to_json(entry) + "\n" for entry in records))
     else:
         write_json(path, records)
 
@@ -455,7 +434,7 @@ def print_text(total):
         nonlocal count
         for entry in records:
             question = f"> {entry['prompt']}\n" if total > 1 else ""
-            print(("\n" if count else "") + question + entry["answer"], flush=True)
+            screen.show(sys.stdout, ("\n" if count else "") + question + entry["answer"] + "\n")
             count += 1
 
     yield write
@@ -468,14 +447,20 @@ def print_json(total):
 
     def write(records):
         nonlocal count
-        text = json.dumps(records, indent=2, ensure_ascii=not speaks_unicode()).removeprefix("[").removesuffix("\n]")
-        print(("," if count else "[") + text, end="", flush=True)
+        text = json_for_a_screen(records).removeprefix("[").removesuffix("\n]")
+        screen.show(sys.stdout, ("," if count else "[") + text)
         count += len(records)
 
     try:
         yield write
     finally:
-        print("\n]" if count else "[]")
+        screen.show(sys.stdout, "\n]\n" if count else "[]\n")
+
+
+def json_for_a_screen(value):
+    """Indented JSON text. What would steer a terminal, or what the screen lacks, is an escape of JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=not speaks_unicode())
+    return screen.UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 @contextmanager
@@ -513,15 +498,13 @@ class Writer:
             self.write(text[: certain(text, self.stop)])
 
     def write(self, text):
-        self.stream.write(text[len(self.shown) :])
-        self.stream.flush()
+        screen.show(self.stream, text[len(self.shown) :])
         self.shown = max(self.shown, text, key=len)
 
     def end(self, text=None):
         """Write the rest: of `text`, the whole answer, or of all tokens."""
         self.write(self.tokenizer.decode(self.ids) if text is None else text)
-        self.stream.write("\n")
-        self.stream.flush()
+        screen.show(self.stream, "\n")
 
 
 def certain(text, stop):

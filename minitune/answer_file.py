@@ -1,16 +1,32 @@
 """The file of answers to a file of questions: whole and valid after a kill at any moment, and gone on with by the next start.
 
 A .jsonl file has an answer a line; any other name has one JSON list, an answer a line too, whose end is written with every batch.
-What the answers depend on is in NAME.settings.json beside it: the answers of other settings are refused."""
+What the answers depend on is in NAME.settings.json beside it, with a checksum of each: those of other settings and edited ones
+are refused."""
 
 import errno
 import fcntl
-import json
 import os
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitune.files import differences, read_json, write_json
+from minitune.files import differences, parse_json, paths_explained, read_json, to_json, writable, write_json
+from minitune.schema import COUNT, check
+from minitune.screen import short, warn
+
+RECORD = {  # an answer
+    "prompt": str,
+    "input?": str,
+    "answer": str,
+    "prompt_tokens?": COUNT,
+    "tokens?": COUNT,
+    "ended_by?": {"eos", "stop", "length"},
+    "score?": (None, float),
+    "logprobs?": [{"id": COUNT, "token": str, "logprob": (None, float)}],
+}
+SUMS = "checksums (crc32)"  # the key of the settings with one for each answer that was begun to be written
+AGAIN = "use --resume never to answer again, or choose another --out"
 
 
 def settings_path(path):
@@ -24,9 +40,11 @@ def open_answers(path, settings, questions, each, start_over):
     settings: {what: value} that the answers depend on; questions: {"prompt": ..., "input": ...} of each; each: answers that a
     question has. start_over: forget what is there. A new file that gets no answer goes away again. Raises ValueError where it
     holds anything but the first of these answers."""
-    is_new, file = not path.exists(), None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    path, file = writable(path), None
+    is_new = not path.exists()
+    with paths_explained(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,83 +68,96 @@ class AnswerFile:
         self.total, self.records = len(questions) * each, []
         opening, self.closing = (b"[", b"\n]\n") if self.is_list else (b"", b"")
         self.end = len(opening)  # where the next answer goes
+        self.settings, self.sums = settings, []
         content = b"" if start_over else read_all(handle)
         if content.strip() not in (b"", b"[\n]"):
-            self.check_settings(settings)
-            self.parse(content)
-            self.check_records(questions, each)
+            self.take(content, self.check_settings(), questions, each)
         if not self.records:
             os.ftruncate(handle, 0)
             os.pwrite(handle, opening + self.closing, 0)
-            write_json(settings_path(path), settings)
+            self.write_settings()
         elif content[self.end :] != self.closing:  # torn by a crash of the machine
             os.ftruncate(handle, self.end)
             os.pwrite(handle, self.closing, self.end)
 
-    def check_settings(self, settings):
-        stored = settings_path(self.path)
-        if not stored.is_file():
+    def check_settings(self):
+        """The checksums of the answers, None where an older minitune wrote none. Raises ValueError where they are of other
+        settings."""
+        path = settings_path(self.path)
+        if not path.is_file():
             raise ValueError(
-                f"{self.path} is there, but not {stored.name}, which says what its answers depend on; choose another --out, "
-                "or write over it with --resume never"
+                f"{self.path} is there, but not {path.name}, which says what its answers depend on; {AGAIN}"
             )
-        stored = read_json(stored)
-        if changed := differences(stored if isinstance(stored, dict) else {}, settings):
-            raise ValueError(
-                f"{self.path} holds answers of other settings: {'; '.join(changed)}. Choose another --out, or use "
-                "--resume never to answer again"
-            )
+        stored = read_json(path, {f"{SUMS}?": [COUNT]})
+        sums = stored.pop(SUMS, None)
+        if changed := differences(stored, self.settings):
+            raise ValueError(f"{self.path} holds answers of other settings: {'; '.join(changed)}; {AGAIN}")
+        if sums is None:
+            warn(f"{path} has no checksums, as of an older minitune: the answers in {self.path} are taken as they are")
+        return sums
 
-    def parse(self, content):
-        """Take in the records of `content`, and where they end. A torn last line is left out."""
+    def take(self, content, sums, questions, each):
+        """Take in the answers of `content`, and where they end. A torn last line is left out."""
         lines, start = content.split(b"\n"), 0
         last = max(number for number, line in enumerate(lines, 1) if line.strip())
         for number, line in enumerate(lines, 1):
             text = line.removesuffix(b",") if self.is_list else line
             if text.strip() and text not in (b"[", b"]"):
+                where = f"{self.path}, line {number}"
                 try:
-                    record = json.loads(text)
+                    record = parse_json(text.decode(), where)
                 except ValueError:  # not JSON, or not UTF-8
                     if number < last:
-                        raise ValueError(
-                            f"{self.path}, line {number} is no answer: {line[:80]!r}; use --resume never to answer again"
-                        ) from None
+                        raise ValueError(f"{where} is no answer: {short(text)}; {AGAIN}") from None
                     return
                 if not self.is_list and number == len(lines):  # its end of line is missing
                     return
-                self.records.append(record)
+                self.check_record(record, questions, each, where)
+                if sums is not None and zlib.crc32(text) not in sums[len(self.records) : len(self.records) + 1]:
+                    raise ValueError(f"{where} was changed after it was written; {AGAIN}")
+                self.add(record, text)
                 self.end = start + len(text) + (not self.is_list)
             start += len(line) + 1
 
-    def check_records(self, questions, each):
-        if len(self.records) > self.total:
+    def check_record(self, record, questions, each, where):
+        """Raises ValueError where `record` is not an answer to the question whose turn it is."""
+        number = len(self.records)
+        if number >= self.total:
             raise ValueError(
-                f"{self.path} has {len(self.records)} answers, expected at most {self.total} to these questions; choose another "
-                "--out, or use --resume never to answer again"
+                f"{self.path} has more than {self.total} answers, expected at most those to these questions; {AGAIN}"
             )
-        for i, record in enumerate(self.records):
-            question = questions[i // each]
-            is_record = isinstance(record, dict) and isinstance(record.get("answer"), str)
-            if not is_record or {key: record[key] for key in ("prompt", "input") if key in record} != question:
-                raise ValueError(
-                    f"{self.path}, answer {i} is not one to question {i // each} of the file; choose another --out, or use "
-                    "--resume never to answer again"
-                )
+        try:
+            check(record, RECORD, where)
+        except ValueError as error:
+            raise ValueError(f"{error}; {AGAIN}") from None
+        if {key: record[key] for key in ("prompt", "input") if key in record} != questions[number // each]:
+            raise ValueError(f"{where}: answer {number} is not one to question {number // each} of the file; {AGAIN}")
+
+    def add(self, record, line):
+        self.records.append(record)
+        self.sums.append(zlib.crc32(line))
+
+    def write_settings(self, more=()):
+        """With the checksums of the answers, and of the lines that come next: before them, so that a kill in between leaves
+        no answer without one."""
+        write_json(settings_path(self.path), self.settings | {SUMS: self.sums + [zlib.crc32(line) for line in more]})
 
     def write(self, records):
         """Append records. One write call: a kill leaves all of them or none, and so does a full disk (OSError)."""
-        lines = [json.dumps(record, ensure_ascii=False).encode() for record in records]
+        lines = [to_json(record).encode() for record in records]
         if self.is_list:
             body = b"," * bool(self.records) + b",".join(b"\n" + line for line in lines)
         else:
             body = b"".join(line + b"\n" for line in lines)
+        self.write_settings(lines)
         written = body + self.closing
         if os.pwrite(self.handle, written, self.end) < len(written):
             os.ftruncate(self.handle, self.end)
             os.pwrite(self.handle, self.closing, self.end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self.end += len(body)
-        self.records += records
+        for record, line in zip(records, lines, strict=True):
+            self.add(record, line)
 
     def progress(self):
         return f"{self.path} has {len(self.records):,} of {self.total:,} answers"

@@ -6,15 +6,15 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from minitune import screen
-from minitune.answer import Answerer, ModelConfig, Writer, show_anything
+from minitune.answer import Answerer, ModelConfig, Writer, out_of_memory_explained
 from minitune.config import arg
 from minitune.files import write_json
 from minitune.generate import decode
 from minitune.models.cache import Memory
 from minitune.prompts import conversation
+from minitune.screen import short
 
 LONGEST = 512  # tokens of an answer, where nothing else is asked for
 HELP = (
@@ -38,9 +38,8 @@ class Stopped(Exception):
     """Ctrl-C while an answer was being written."""
 
 
-def chat(config, ask=input, say=print):
+def chat(config, ask=input, say=screen.say):
     """Read questions and write answers until the input ends. Returns the turns [question, answer, ...]."""
-    show_anything()
     answerer = Answerer(config, screen.tell, max_new_tokens=LONGEST)
     if answerer.decoding.num_beams > 1 or answerer.decoding.num_return_sequences > 1:
         screen.tell("a chat streams one answer: num_beams and num_return_sequences of the model's files are not used")
@@ -77,10 +76,10 @@ def chat(config, ask=input, say=print):
             elif command == "/help":
                 say(HELP)
             elif question.startswith("/"):
-                say(f"there is no {command}. {HELP}")
+                say(f"there is no {short(command)}. {HELP}")
             elif question:
                 turns = [*turns, question, reply(answerer, [*turns, question], config.system, memory, say)]
-        except (ValueError, FloatingPointError) as error:  # a conversation beyond the context, for one
+        except (ValueError, FloatingPointError, MemoryError) as error:  # a conversation beyond the context, for one
             say(f"error: {error} (/reset forgets the conversation)")
         except Stopped as stopped:
             say(str(stopped))
@@ -113,7 +112,7 @@ def reply(answerer, turns, system, memory, say):
         min_new_tokens=min(room, decoding.min_new_tokens),
     )
     try:
-        with until_ctrl_c(stopped):
+        with until_ctrl_c(stopped), out_of_memory_explained(decoding, 1):
             [answer], _ = decode(answerer.model, [ids], decoding, answerer.tokenizer, on_token, memory)
     except Stopped as how:
         if how.args:  # in the middle of a step
@@ -162,10 +161,10 @@ def save(turns, system, path, say):
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
     try:
-        write_json(Path(path).expanduser(), {"messages": messages})
+        write_json(path, {"messages": messages})
     except OSError as error:
-        say(f"error: {path}: {error.strerror}")
-    except (ValueError, RuntimeError) as error:  # a name with a null byte, or ~ of nobody
-        say(f"error: {path!r} is no name of a file: {error}")
+        say(f"error: {short(path)} cannot be written: {error.strerror}")
+    except ValueError as error:
+        say(f"error: {error}")
     else:
         say(f"{len(turns)} turns in {path}")

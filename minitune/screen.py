@@ -51,9 +51,11 @@ def show(stream, text):
     end."""
     if stream is None:
         return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         with tqdm.external_write_mode(file=stream):
-            stream.write(printable(text))
+            stream.write(text)
             stream.flush()
     except BrokenPipeError:
         with open(os.devnull, "w") as nowhere:  # for what is left in the buffer: Python writes it at the end once more
