@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitune import answer_file, sampling
+from minitune import answer_file, sampling, screen
 from minitune.answer import (
     AnswerConfig,
     Answerer,
@@ -23,12 +23,15 @@ from minitune.answer import (
     adapter_folder,
     answer,
     choose_template,
+    print_json,
+    print_text,
     read_facts,
     read_questions,
 )
 from minitune.answer_file import open_answers
 from minitune.chat import ChatConfig, chat
-from minitune.config import parse, run_script, sigterm_as_ctrl_c
+from minitune.config import TrainConfig, parse, run_script, sigterm_as_ctrl_c
+from minitune.evaluate import EvaluateConfig, evaluate
 from minitune.files import read_json, write_json
 from minitune.hub import resolve
 from minitune.prompts import BOS, CHAT_TEMPLATES, EOS, conversation
@@ -44,8 +47,6 @@ def adapter(tmp_path_factory):
     """A tiny adapter on the embedded Mistral, trained for a few steps on Alpaca rows."""
     run = tmp_path_factory.mktemp("run") / "tiny"
     argv = ["--run", str(run), "--max-steps", "3", "--samples", "0", "--test-size", "0"]
-    from minitune.config import TrainConfig
-
     train(parse(TrainConfig, argv), say=QUIET)
     return run / "adapter"
 
@@ -66,6 +67,51 @@ def test_json_holds_every_token_with_its_logprob(adapter, script):
     assert len(first["logprobs"]) == first["tokens"] and all(entry["logprob"] <= 0 for entry in first["logprobs"])
     tokenizer = load_tokenizer(resolve("tiny-mistral"))
     assert tokenizer.decode([entry["id"] for entry in first["logprobs"]]) == first["answer"]
+
+
+def test_an_adapter_answers_as_its_run_was_evaluated_token_for_token(tmp_path, capsys):
+    rows = [{"instruction": f"What is {a} + 2?", "input": "", "output": str(a + 2)} for a in range(12)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    run, questions = tmp_path / "run", tmp_path / "q.json"
+    options = {"data": str(tmp_path / "rows.json"), "test_size": 8, "dtype": "bf16", "quantize": "nf4", "max_steps": 1}
+    train(TrainConfig(run=str(run), samples=0, batch_size=2, max_length=64, **options), QUIET)
+    config = EvaluateConfig(run=str(run), base=False, metrics="exact_match", resamples=20, max_new_tokens=40)
+    expected = evaluate(config, QUIET)["systems"]["tuned"]["examples"]
+    questions.write_text(json.dumps([{"instruction": example["prompt"]} for example in expected]))
+    asked = {"prompts": str(questions), "max_new_tokens": 40, "json": True}
+
+    def answers(said=None, **more):
+        found = answer(AnswerConfig(**asked | more), (said if said is not None else []).append)
+        return [entry["answer"] for entry in found] == [example["answer"] for example in expected]
+
+    for folder in (run, run / "adapter", run / "last"):
+        assert answers(said := [], adapter=str(folder))
+        assert "bfloat16 (as the adapter was trained), weights in nf4" in said[0]
+    assert answers(**vars_of(parse(AnswerConfig, ["--config", str(run / "config.json"), "--prompts", str(questions)])))
+    write_json(
+        run / "adapter" / "minitune.json", {"template": "alpaca", "base_model": "tiny-mistral"}
+    )  # of an older run
+    assert answers(adapter=str(run))
+    assert not answers(said := [], adapter=str(run), dtype="fp32", quantize="none")
+    assert "--quantize nf4" in said[0] and "--dtype bf16" in said[1]
+
+
+def vars_of(config):
+    return {"adapter": config.adapter, "dtype": config.dtype, "quantize": config.quantize}
+
+
+def test_no_answer_steers_a_terminal(monkeypatch, capsys):
+    """A question and an answer with an escape, a C1 control, marks that turn the direction, and half a surrogate pair."""
+    text = "a\x1b[2J\x9b1m\u202ex\udc80é"
+    with print_text(2) as write:
+        write([{"prompt": text, "answer": text}])
+    with print_json(1) as write:
+        write([{"prompt": text, "answer": text}])
+    writer = Writer(None)
+    writer.end(text)
+    shown, _ = capsys.readouterr()
+    assert not screen.UNSAFE.search(shown) and r"a\x1b[2J\x9b1m\u202ex" in shown and "é" in shown
+    assert json.loads(shown[shown.index("[\n") : shown.rindex("]") + 1]) == [{"prompt": text, "answer": text}]
 
 
 QUESTION_FILES = {
