@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minitune import checkpoint, data, hub, screen
 from minitune.answer_file import open_answers, settings_path
-from minitune.config import OUT_OF_MEMORY, arg
+from minitune.config import arg, is_out_of_memory
 from minitune.device import DTYPES, choose_device, choose_dtype
 from minitune.files import expand, prove_writable, read_json, to_json, write_json, write_whole
 from minitune.generate import decode, earlier_copies
@@ -341,8 +341,8 @@ def out_of_memory_explained(decoding, prompts):
     """Turns what torch raises where memory is short, of a GPU and of the CPU, into a MemoryError that names the options."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         sequences = max(decoding.num_beams, decoding.num_return_sequences)
         raise MemoryError(

@@ -228,8 +228,9 @@ def as_kind(text, kind):
         return text
 
 
-OUT_OF_MEMORY = re.compile(
-    "out of memory|can't allocate memory|cannot allocate memory|bad_alloc|can't start new thread", re.I
+OUT_OF_MEMORY = re.compile(  # what torch, the system and an import that was cut off say
+    "out of memory|allocate memory|bad_alloc|memory object|start new thread|failed to map segment|return without exception set",
+    re.IGNORECASE,
 )
 SMALLER = (
     "batch_size",
@@ -252,9 +253,10 @@ def run_script(cls, job, description):
         return
     except BrokenPipeError:
         code, text = 0, None
-    except (ValueError, FloatingPointError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        if "--debug" in sys.argv or isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
-            raise
+    except (Exception, KeyboardInterrupt) as error:
+        meant = ValueError, FloatingPointError, OSError, KeyboardInterrupt
+        if "--debug" in sys.argv or not (isinstance(error, meant) or is_out_of_memory(error)):
+            raise  # a fault of ours keeps its traceback
         error.__traceback__ = None  # which holds the memory of the job
         code, text = code_and_text(cls, error)
     with handled(leave):
@@ -263,16 +265,23 @@ def run_script(cls, job, description):
         sys.exit(code)
 
 
+def is_out_of_memory(error):
+    """Whether an exception, of Python, torch or the system, says that memory is short, of the machine or of a GPU."""
+    if isinstance(error, (RuntimeError, OSError, ImportError, SystemError)):
+        return bool(OUT_OF_MEMORY.search(str(error)))
+    return isinstance(error, MemoryError)
+
+
 def code_and_text(cls, error):
     """(exit code, line) of an exception that ended a job."""
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, f"stopped: {text or 'by Ctrl-C'}"
-    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+    if isinstance(error, OSError) and not is_out_of_memory(error):
         text = error.strerror or text
         where = f"{short(os.fspath(error.filename))[1:-1]}: " if isinstance(error.filename, str) else ""
         return 2 if error_is_of_a_path(error) else 1, f"error: {where}{text}"
-    if isinstance(error, (MemoryError, RuntimeError, OSError)):
+    if is_out_of_memory(error):
         names = [f.name for f in fields(cls)]
         options = [f"--{name.replace('_', '-')}" for name in SMALLER if name in names]
         ways = [f"lower {' or '.join(options)}"] * bool(options) + ["use --quantize nf4"] * ("quantize" in names)

@@ -22,7 +22,9 @@ def main(module, options, job, description):
         except (ImportError, MemoryError, OSError) as error:
             if "--debug" in sys.argv:
                 raise
-            text = " ".join(f"error: {module} cannot be imported: {str(error) or 'out of memory'}"[:480].split())
+            is_short = isinstance(error, MemoryError) or "failed to map segment" in str(error)
+            reason = "not enough memory" if is_short else str(error)
+            text = " ".join(f"error: {module} cannot be imported: {reason}"[:480].split())
             os.write(2, f"{text}\n".encode(errors="backslashreplace"))
             sys.exit(1)
     run_script(getattr(code, options), getattr(code, job), description)

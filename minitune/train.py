@@ -19,7 +19,7 @@ from dataclasses import asdict
 import torch
 
 from minitune import checkpoint, data, hub, lora, screen
-from minitune.config import TrainConfig
+from minitune.config import TrainConfig, is_out_of_memory
 from minitune.device import DTYPES, choose_device, choose_dtype, environment, peak_bytes, reset_peak
 from minitune.files import expand, to_json, write_json, write_whole
 from minitune.generate import GenerateConfig, generate
@@ -789,8 +789,6 @@ class Pulse:
 class out_of_memory_explained:
     """Turns running out of memory, of a GPU or of the machine, into an error that names the knobs."""
 
-    SIGNS = ("allocate memory", "bad_alloc", "memory object", "start new thread")  # in what torch and the system say
-
     def __init__(self, config):
         self.config = config
 
@@ -798,17 +796,12 @@ class out_of_memory_explained:
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, torch.OutOfMemoryError):
-            place = "GPU memory"
-        elif isinstance(error, MemoryError) or (
-            isinstance(error, (RuntimeError, OSError, ImportError)) and any(sign in str(error) for sign in self.SIGNS)
-        ):
-            place = "memory"
-        else:
+        if not is_out_of_memory(error):
             return
+        place = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
         c = self.config
         checkpointing = "" if c.checkpointing else "turn on --checkpointing, "
-        raise ValueError(
+        raise MemoryError(
             f"out of {place} with --batch-size {c.batch_size}, --max-length {c.max_length}, --quantize {c.quantize}: "
             f"{checkpointing}halve --batch-size and double --accumulation, shorten --max-length, or use --quantize nf4"
         ) from error

@@ -92,4 +92,4 @@ def test_a_reader_that_goes_away_ends_a_job_whose_result_is_what_it_prints(start
 def test_a_script_that_cannot_be_imported_is_one_line(start, tmp_path):
     (tmp_path / "fake.py").write_text("raise MemoryError")
     done = start()
-    assert (done.returncode, done.stderr) == (1, "error: fake cannot be imported: out of memory\n")
+    assert (done.returncode, done.stderr) == (1, "error: fake cannot be imported: not enough memory\n")

@@ -1122,7 +1122,7 @@ def test_running_out_of_gpu_memory_names_the_knobs(options, tmp_path, at_step):
 
     at_step(1, full)
     with pytest.raises(
-        ValueError, match="--batch-size 2, --max-length 512.* turn on --checkpointing, halve --batch-size"
+        MemoryError, match="--batch-size 2, --max-length 512.* turn on --checkpointing, halve --batch-size"
     ):
         quiet(options(tmp_path / "run", samples=0))
 
