@@ -18,7 +18,7 @@ from minitune.generate import decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
 from minitune.prompts import ADAPTER_TEMPLATES, BOS, CHAT_TEMPLATES, alpaca_prompt, conversation, for_tokenizer
 from minitune.run_folder import adapter_fingerprint, model_fingerprint
-from minitune.screen import short
+from minitune.screen import short, some
 from minitune.tokenizer import load_tokenizer
 
 ADAPTER_CONFIG = checkpoint.ADAPTER_CONFIG
@@ -219,7 +219,7 @@ def choose_template(config, trained, say):
     """The template of the options, of the adapter, or plain. trained: of read_facts(). Says where these do not agree."""
     names = [Path(hub.MODELS.get(name, name)).name for name in (trained["base"], config.model) if name is not None]
     if len(set(names)) > 1:
-        say(f"warning: the adapter was trained on {trained['base']}, not on {config.model}")
+        say(f"warning: the adapter was trained on {some([trained['base']])}, not on {config.model}")
     template = trained["template"]
     if config.adapter is not None and template is None and config.template is None:
         say("the adapter does not say which template it was trained with: questions go in as they are (--template)")
@@ -373,6 +373,12 @@ def check_lengths(answerer, prompts, places, say):
             f"{places[i]} has {len(prompts[i])} tokens, but the model's context is {context}, answer included; shorten it"
         )
     asked, both = answerer.decoding.max_new_tokens, answerer.decoding.max_length or 2**63
+    if longest >= both:
+        i = next(i for i, prompt in enumerate(prompts) if len(prompt) >= both)
+        raise ValueError(
+            f"{places[i]} has {len(prompts[i])} tokens, but max_length in the model's files is {both}, answer included; give "
+            "--max-new-tokens, or shorten it"
+        )
     if asked > context:
         say(f"an answer has at most {context} tokens, the model's context, and not {asked:,}")
     if (total := min(longest + min(asked, context), both)) > context:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from minitune.screen import short
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -17,7 +19,7 @@ def choose_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
+        raise ValueError(f"device is {short(name)}, expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(

@@ -290,24 +290,24 @@ class Run:
 
     def decode_batches(self, batches, is_tuned, decoding, file, found):
         """Decode the batches that have a row which is not `found`. A batch is the same one after a kill: so are its answers."""
-        answerer, tokens, started = self.answerer, 0, time.perf_counter()
+        answerer, tokens = self.answerer, 0
         answerer.decoding = decoding
+        model = answerer.model  # which loads: not a part of the time that is measured
+        started = time.perf_counter()
         done = sum(row in found for batch in batches for row in batch)
         every = [example.ids[: example.prompt_length] for example in self.examples]
         earlier = earlier_copies(every)
         bar = tqdm(
             total=len(self.examples), initial=done, unit="answer", desc=file.stem, disable=None, dynamic_ncols=True
         )
-        with nullcontext() if is_tuned else lora.switched_off(answerer.model), bar:
+        with nullcontext() if is_tuned else lora.switched_off(model), bar:
             for batch in batches:
                 if all(row in found for row in batch):
                     continue
                 prompts, copies = [every[row] for row in batch], [earlier[row] for row in batch]
                 try:
                     with self.prefix_of(is_tuned, batch) as prefix:
-                        answers, _ = decode(
-                            answerer.model, prompts, decoding, answerer.tokenizer, prefix=prefix, copies=copies
-                        )
+                        answers, _ = decode(model, prompts, decoding, answerer.tokenizer, prefix=prefix, copies=copies)
                 except ValueError as error:
                     raise ValueError(f"held-out rows {batch[0]} to {batch[-1]}: {error}") from None
                 losses = self.reference_losses(is_tuned, batch)

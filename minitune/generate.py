@@ -20,10 +20,11 @@ from minitune.models.layers import LayerNorm, Linear, RMSNorm
 from minitune.quant import NF4Linear
 
 BY_TOKEN = (nn.Embedding, RMSNorm, LayerNorm, nn.LayerNorm)  # modules that work token by token
-FREE_LOOKUP = 7  # tokens of a guess that nobody asked for: with the token before it, eight rows read the weights once
-PREFILL_TOKENS = 2048  # of prompts that go through the model at once
-NEVER = -1e9  # the score of a beam that is none, as in transformers
-EARLY = {False: "no", True: "yes"}
+# Default length of a guess: 7 guessed tokens and the last one are 8 rows, which cost one pass over the weights.
+FREE_LOOKUP = 7
+PREFILL_TOKENS = 2048  # largest number of prompt tokens in one call of the model
+NEVER = -1e9  # transformers' score of a beam that cannot be chosen
+EARLY = {False: "no", True: "yes"}  # transformers' spelling of early_stopping
 IN_FILE = {"is_option": False}
 
 
@@ -128,8 +129,8 @@ class Counts:
 
 @dataclass
 class Prefix:
-    """What the reading of some prompts left, for another decoding of the same prompts by the same model. decode() fills an empty
-    one, and takes a filled one in place of the reading."""
+    """Keys, values and logits of some prompts, for decoding the same prompts again with the same model. decode() fills an empty
+    Prefix, and uses a filled one instead of running the model over the prompts."""
 
     parts: list | None = None  # of each layer: {prompt: (keys, values)}
     logits: torch.Tensor | None = None  # (B, V) after each prompt
@@ -255,9 +256,10 @@ class Decoder:
         return cache, logits
 
     def calls(self, lengths, start):
-        """What of the prompts goes through the model at once, [(prompt, start, stop), ...]; the first begins at `start`.
+        """The calls of the model that read the prompts, each a list [(prompt, start, stop), ...]. The first prompt begins at
+        `start`.
 
-        Prompts share a call while their rows do not notice each other; a longer one has its calls for itself."""
+        Short prompts share a call as long as that changes no bit (steady_rows); a longer prompt has calls of its own."""
         most = self.steady if self.steady > 1 else PREFILL_TOKENS
         call, size = [], 0
         for i, length in enumerate(lengths):
@@ -344,8 +346,8 @@ class Decoder:
         return seen.to(self.device)
 
     def generators(self, prompts):
-        """A source of random numbers for each answer, made from the seed, its prompt and which answer to it it is: other
-        prompts in the batch change nothing."""
+        """A torch.Generator for each answer, seeded by the seed, the prompt and the number of the answer to it: other prompts in
+        the batch change nothing."""
         generators, n = [], self.config.num_return_sequences
         for prompt, copy in zip(prompts, self.copies, strict=True):
             for i in range(n):
@@ -436,7 +438,7 @@ class Decoder:
         return bool(ended) or len(answer.ids) == limit
 
     def lookup(self, prompts):
-        """A Lookup where the options ask for one, or where none is needed to ask: one greedy answer, and guesses are free."""
+        """A Lookup where the options ask for one; by default for one greedy answer, where guesses change no bit. Else None."""
         config = self.config
         at_most = config.lookup
         if at_most is None:
@@ -445,8 +447,8 @@ class Decoder:
         return Lookup(at_most) if at_most else None
 
     def guess(self, lookup, cache, history, answer, limit, on_token):
-        """A step of prompt lookup: guess some tokens, and check all of them at once. Appends those that greedy decoding takes
-        too. Returns the logits (1, V) after them, None where it is done."""
+        """A step of prompt lookup: guess some tokens, check all of them in one call, and append those that greedy decoding
+        chooses too. Returns the logits (1, V) after them, None where the answer is done."""
         room = limit - len(answer.ids)
         guess = lookup.guess(history, room - 1)
         tokens = torch.tensor([[history[-1], *guess]], device=self.device)
@@ -497,7 +499,8 @@ class Decoder:
         return [answer for s in searches for answer in s.answers(self, config.num_return_sequences)], self.counts
 
     def candidates(self, logits, searches, generators, count):
-        """The ways to go on, the best first or as drawn: (scores, beams, tokens, log-probabilities), lists (prompts, count)."""
+        """The next tokens to consider, the best first or in the order drawn: (scores, beams, tokens, log-probabilities), each
+        a list (prompts, count)."""
         n, length, config = self.config.num_beams, searches[0].length, self.config
         before = torch.tensor([search.scores for search in searches], device=self.device)[:, :, None]  # (prompts, n, 1)
         if config.samples or self.adjusts(length):
@@ -563,7 +566,8 @@ class Search:
         return [self.prompt + tokens for tokens in self.tokens]
 
     def advance(self, decoder, scores, beams, tokens, logprobs):
-        """Take in the candidates of a step, lists with the best first. Returns the old beam that each new one goes on from."""
+        """Choose the beams of the next step from the candidates, lists with the best first. Returns the old beam that each new
+        one continues."""
         config, n = decoder.config, self.beams
         full = self.length + 1 == self.limit
         ids = [[*self.tokens[beam], token] for beam, token in zip(beams, tokens, strict=True)]
@@ -587,7 +591,7 @@ class Search:
         return [beams[i] for i in chosen]
 
     def may_improve(self, config):
-        """Whether a running beam may still pass the worst that ended, by transformers' estimate."""
+        """Whether a running beam may still score above the worst ended one, by transformers' estimate."""
         if len(self.ended) < self.beams:
             return True
         length = self.length
@@ -605,8 +609,9 @@ class Search:
 
 @torch.no_grad()
 def steady_rows(model):
-    """Tokens that one call may bring without a change of any bit of what each would give alone: then a guess is free. 1 where
-    a library's products decide, whose sums depend on the number of rows."""
+    """Largest number of tokens per call for which every token's result is bit-identical to processing it alone.
+
+    1 where the matrix products of a library are used: their order of summation depends on the number of rows."""
     rope = getattr(model.config, "rope", None)
     stretches = rope is not None and rope.kind == "dynamic"  # with the last token of a call
     is_torch = getattr(model.config, "hidden_act", "silu") == "gelu"  # whose tails of vectors are computed otherwise
