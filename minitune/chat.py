@@ -16,7 +16,6 @@ from minitune.models.cache import Memory
 from minitune.prompts import conversation
 from minitune.screen import short
 
-LONGEST = 512  # tokens of an answer, where nothing else is asked for
 HELP = (
     "/reset forgets the conversation, /save FILE writes it as JSON, /help, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 )
@@ -24,7 +23,9 @@ HELP = (
 
 @dataclass(frozen=True)
 class ChatConfig(ModelConfig):
-    """How a conversation is held."""
+    """How a conversation is held. DEFAULTS: of decoding, in place of GenerateConfig's."""
+
+    DEFAULTS = {"max_new_tokens": 512}
 
     system: str | None = arg(None, "text before the conversation", group="conversation")
 
@@ -40,7 +41,7 @@ class Stopped(Exception):
 
 def chat(config, ask=input, say=screen.say):
     """Read questions and write answers until the input ends. Returns the turns [question, answer, ...]."""
-    answerer = Answerer(config, screen.tell, max_new_tokens=LONGEST)
+    answerer = Answerer(config, screen.tell, **config.DEFAULTS)
     if answerer.decoding.num_beams > 1 or answerer.decoding.num_return_sequences > 1:
         screen.tell("a chat streams one answer: num_beams and num_return_sequences of the model's files are not used")
         answerer.decoding = replace(answerer.decoding, num_beams=1, num_return_sequences=1)

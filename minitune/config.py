@@ -108,7 +108,7 @@ def parse(cls, argv=None, description=None):
     tracebacks. Raises ValueError on a value that `cls` refuses."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = {f.name: f for f in fields(cls) if f.metadata.get("is_option", True)}
-    values, shown = {}, description
+    values, shown = getattr(cls, "DEFAULTS", {}), description
     if {"-h", "--help"} & set(argv) and hasattr(cls, "recipe"):  # the defaults of the model that stands beside --help
         values, _ = make_parser(cls, {}, add_help=False).parse_known_args(
             [a for a in argv if a not in ("-h", "--help")]
@@ -145,7 +145,7 @@ def make_parser(cls, recipe, description=None, add_help=True):
         flags = ["--" + name.replace("_", "-") for name in (f.name, *f.metadata.get("aliases", ()))]
         kind, is_list, _ = field_type(cls, f)
         choices = f.metadata.get("choices")
-        meta = f"{{{','.join(choices)}}}" if choices else f.metadata.get("metavar", KINDS.get(kind))
+        meta = f"{{{','.join(choices)}}}" if are_short(choices, is_list) else f.metadata.get("metavar", KINDS.get(kind))
         common = {"default": argparse.SUPPRESS, "help": help_text(f, is_list, recipe)}
         if f.metadata.get("positional"):
             group.add_argument(f.name, nargs="*", metavar=f.metadata["metavar"], **common)
@@ -168,6 +168,11 @@ def make_parser(cls, recipe, description=None, add_help=True):
     return parser
 
 
+def are_short(choices, is_list):
+    """Whether the choices of an option stand beside its name in --help, or in its text."""
+    return bool(choices) and len(",".join(choices)) <= (15 if is_list else 40)
+
+
 def in_order(cls):
     """The fields of a dataclass as --help shows them: those of the class itself before those of its bases."""
     order, bases = [], [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
@@ -182,7 +187,9 @@ def help_text(f, is_list, recipe):
     value = recipe.get(f.name, f.metadata.get("otherwise", f.default))
     if is_list and value is not None:
         value = " ".join(map(str, value)) or None
-    text = f.metadata["help"]
+    text, choices = f.metadata["help"], f.metadata.get("choices")
+    if choices and not are_short(choices, is_list):
+        text += f"; {'some' if is_list else 'one'} of {', '.join(choices)}"
     shown = f" (default: {value})" if value is not None else "" if "not set" in text.lower() else " (default: not set)"
     return f"{text}{shown}".replace("%", "%%")
 

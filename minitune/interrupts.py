@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 
 SIGNALS = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}
@@ -46,7 +47,17 @@ def leave(number, frame):
 
 
 def interrupt(number, frame):
+    """Raise KeyboardInterrupt; after an import, where there is one: in the middle of it, it would end the process."""
+    if is_importing(frame):
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        return
     raise KeyboardInterrupt(SIGNALS[number] if number != signal.SIGINT else "")
+
+
+def is_importing(frame):
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
@@ -68,7 +79,7 @@ def handled(handler, signals=tuple(SIGNALS)):
 
 
 def sigterm_as_ctrl_c():
-    """While open, SIGTERM and SIGHUP raise KeyboardInterrupt with their name, as Ctrl-C does without words: a job that is ended
-    by its time limit says what is kept too. A training takes the signals for itself while its loop runs
-    (train.StopSignal), and gives them back."""
-    return handled(interrupt, tuple(number for number in SIGNALS if number != signal.SIGINT))
+    """While open, Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, the last two with their name: a job that is ended by its
+    time limit says what is kept too. A training takes the signals for itself while its loop runs (train.StopSignal), and
+    gives them back."""
+    return handled(interrupt)

@@ -36,7 +36,10 @@ AXES = [f for f in OPTIONS if f.name not in FIXED]
 AXES.sort(key=lambda f: list(STUDY).index(f.name) if f.name in STUDY else len(STUDY))  # the study's first
 Grid = make_dataclass(  # generate's options, with a list in place of each value
     "Grid",
-    [(f.name, tuple[f.type, ...], arg((CENTRE.get(f.name, f.default),), **f.metadata)) for f in AXES],
+    [
+        (f.name, tuple[f.type, ...], arg((CENTRE.get(f.name, f.default),), **f.metadata, **heading))
+        for f, heading in itertools.zip_longest(AXES, [{"group": "decoding: several values are varied"}], fillvalue={})
+    ],
     frozen=True,
 )
 PREFIX_BYTES = 2**29  # of the keys and values of prompts, which all points share

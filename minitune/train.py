@@ -23,6 +23,7 @@ from minitune.config import TrainConfig, is_out_of_memory
 from minitune.device import DTYPES, choose_device, choose_dtype, environment, peak_bytes, reset_peak
 from minitune.files import expand, to_json, write_json, write_whole
 from minitune.generate import GenerateConfig, generate
+from minitune.interrupts import is_importing
 from minitune.models.layers import chunked_cross_entropy
 from minitune.run_folder import (
     Curve,
@@ -753,12 +754,6 @@ class StopSignal:
     def __exit__(self, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def is_importing(frame):
-    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
-        frame = frame.f_back
-    return frame is not None
 
 
 class Pulse:

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from minitune import hub
+from minitune.chat import ChatConfig, chat
 from minitune.checkpoint import load_model
 from minitune.generate import generate
 from minitune.generation_config import DecodingOptions, settle
@@ -148,3 +149,13 @@ def test_a_wrong_value_is_named_with_its_file(folder, content, message):
         settle(DecodingOptions(), folder, load_tokenizer(folder), print)
     assert str(folder / "generation_config.json") in str(error.value) and len(str(error.value)) < 500
     assert message in str(error.value) or content == {"num_beams": 10**400}
+
+
+def test_a_chat_takes_one_stream_and_the_files_length(folder, capsys):
+    (folder / "generation_config.json").write_text(json.dumps(BASE | {"num_beams": 3, "max_new_tokens": 4}))
+    questions = iter(["What is 3 + 4?"])
+    turns = chat(ChatConfig(model=str(folder)), lambda mark: next(questions, "/quit"))
+    out, err = capsys.readouterr()
+    assert len(turns) == 2 and "(cut: --max-new-tokens)" in out
+    assert "num_beams 3, max_new_tokens 4" in err or "max_new_tokens 4, num_beams 3" in err
+    assert "a chat streams one answer" in err

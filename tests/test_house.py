@@ -155,9 +155,11 @@ def test_scripts_stay_short():
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "scripts").glob("*.py")))
-def test_every_script_has_help_and_one_clear_line_for_a_wrong_option(name, script):
+def test_every_script_has_help_and_one_clear_line_for_a_wrong_option(name, script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     shown = script(name, "--help")
-    assert shown.returncode == 0 and "usage:" in shown.stdout
+    assert shown.returncode == 0 and "usage:" in shown.stdout and max(map(len, shown.stdout.splitlines())) <= 80
+    assert script(name, "--version").stdout.startswith("minitune ")
     wrong = script(name, "--no-such-option")
     assert wrong.returncode == 2 and "--no-such-option" in wrong.stderr and wrong.stderr.count("\n") == 1
 

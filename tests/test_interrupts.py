@@ -20,6 +20,9 @@ def send(name):
         os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
         time.sleep(0.01)
 
+def wait():
+    time.sleep(0.2)  # for a signal that is sent again
+
 if "--at import" in " ".join(sys.argv):
     send("import")
 
@@ -29,6 +32,9 @@ class Options:
 
 def job(config):
     send("job")
+    if config.at == "lazy":
+        import lazy
+        wait()
     for i in range(3):
         screen.say(f"line {i}")
     open("made", "w").write("made")
@@ -64,6 +70,14 @@ def test_a_signal_ends_a_script_in_one_line_at_any_moment(start, at, name, tmp_p
     done = start("--at", at, name=name)
     words = "Ctrl-C" if name == "SIGINT" else name
     assert (done.returncode, done.stderr) == (130, f"stopped: by {words}\n") and not (tmp_path / "made").exists()
+
+
+def test_a_signal_within_a_late_import_waits_for_its_end(start, tmp_path):
+    (tmp_path / "lazy.py").write_text(
+        "import fake\nfake.sys.argv.append('lazy')\nfake.send('lazy')\nprint('imported')\n"
+    )
+    done = start("--at", "lazy")
+    assert (done.returncode, done.stderr) == (130, "stopped: by SIGTERM\n") and done.stdout == "imported\n"
 
 
 def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(start, tmp_path):
