@@ -104,6 +104,9 @@ def settle(options, folder, tokenizer, say, **weaker):
     stored = {name: value for name, value in stored.items() if name not in given}
     if "max_length" in stored:
         weaker = weaker | {"max_new_tokens": stored["max_length"]}
+    if "min_new_tokens" in stored:
+        longest = (weaker | stored | given).get("max_new_tokens", GenerateConfig.max_new_tokens)
+        stored["min_new_tokens"] = min(stored["min_new_tokens"], longest)
     try:
         found = GenerateConfig(**weaker | stored | given)
     except ValueError as error:

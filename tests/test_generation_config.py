@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from minitune import hub
+from minitune import hub, sampling
 from minitune.chat import ChatConfig, chat
 from minitune.checkpoint import load_model
 from minitune.generate import generate
@@ -62,6 +62,7 @@ def peer_answers(peer, content, ids, **options):
         {"min_new_tokens": 9, "eos_token_id": "first"},
         {"min_length": 28, "eos_token_id": "first"},
         {"min_length": 3000, "max_new_tokens": 7},
+        {"min_new_tokens": 3000, "max_new_tokens": 7},
         {"suppress_tokens": "first"},
         {"begin_suppress_tokens": "first"},
         {"bad_words_ids": "first"},
@@ -159,3 +160,11 @@ def test_a_chat_takes_one_stream_and_the_files_length(folder, capsys):
     assert len(turns) == 2 and "(cut: --max-new-tokens)" in out
     assert "num_beams 3, max_new_tokens 4" in err or "max_new_tokens 4, num_beams 3" in err
     assert "a chat streams one answer" in err
+
+
+@pytest.mark.parametrize("mass", [0.2, 0.9])
+def test_typical_tokens_are_those_of_transformers(mass):
+    scores = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)) * 3
+    for keep in (1, 3):
+        warper = transformers.TypicalLogitsWarper(mass, min_tokens_to_keep=keep)
+        assert torch.equal(sampling.warp(scores, typical_p=mass, keep=keep), warper(None, scores))
