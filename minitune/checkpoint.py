@@ -440,16 +440,17 @@ def say_left_out(tensors, net, prefix, left):
 # --- adapters in PEFT's format ------------------------------------------------------------------
 
 INDEX_OF_LAYER = Number(0, 2**31 - 1, is_whole=True)
+ALPHA = Number(-1e9, 1e9)  # far beyond use; the numbers of fp32 end soon after
 ADAPTER = {  # what the keys of adapter_config.json that are read must hold; null means PEFT's default
     "peft_type?": str,
     "r?": Number(1, 2**31 - 1, is_whole=True),
-    "lora_alpha?": Number(),
+    "lora_alpha?": ALPHA,
     "lora_dropout?": Number(0, 1),
     "use_rslora?": bool,
     "fan_in_fan_out?": bool,
     "target_modules?": (str, [str]),
     "rank_pattern?": {str: Number(1, 2**31 - 1, is_whole=True)},
-    "alpha_pattern?": {str: Number()},
+    "alpha_pattern?": {str: ALPHA},
     "bias?": {"none", "all", "lora_only"},
     "modules_to_save?": [str],
     "exclude_modules?": (str, [str]),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitune.schema import check
-from minitune.screen import short
+from minitune.screen import printable, short
 
 # --- writing ---
 
@@ -174,4 +174,4 @@ def differences(before, after):
 
 
 def brief(value):
-    return value[:12] if isinstance(value, str) else short(value)
+    return printable(value[:12]) if isinstance(value, str) else short(value)

