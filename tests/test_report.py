@@ -12,12 +12,13 @@ import pytest
 from minitune.metrics.correlation import correlate
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap
 from minitune.report import ReportConfig, default_out, report
-from minitune.reports import page
+from minitune.reports import figures, page
 from minitune.reports.results import read_results, sweep_lines
 from minitune.reports.runs import repeated_words
 from minitune.reports.study_files import GRADES, parse_name
 
 ROOT = Path(__file__).resolve().parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
 NASTY = '<script>alert(1)</script><img src="https://example.org/x.png" onerror=alert(2)> & | ` \u202e \x07 \ud800 ```'
 VOID = {"meta", "br", "wbr", "img", "input", "hr", "link"}
 
@@ -69,6 +70,12 @@ def check_page(text):
     charts = [a for tag, a in found.tags if tag == "svg" and a.get("class") != "key"]
     assert all(a["role"] == "img" and a["aria-label"] for a in charts)
     return found
+
+
+@pytest.fixture(autouse=True)
+def without_drawing(monkeypatch):
+    """PNG files are only begun, but in the report of the study, which is made once: a report draws for a second."""
+    monkeypatch.setattr(figures, "png", lambda figure: PNG)
 
 
 def put(path, value):
@@ -185,7 +192,7 @@ def test_the_figure_moves_one_option_at_a_time_through_the_published_scores(stud
             )
             assert point.scores["bleu"].low is None
     for name in ("table", "figure"):
-        assert (folder / "out" / f"r_{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert (folder / "out" / f"r_{name}.png").read_bytes()[:8] == PNG
 
 
 def test_the_page_of_the_study_opens_offline_and_is_well_formed(study_report):

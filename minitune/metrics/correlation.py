@@ -61,12 +61,13 @@ def exact_p_value(x, y, value, method):
     """How many of all orders of y give a correlation as large, either way: for few examples, where approximations fail."""
     orders = np.array(list(itertools.permutations(range(len(y)))))
     if method == "spearman":
-        found = spearman_of(np.broadcast_to(x, orders.shape), y[orders])
+        x, y = (stats.rankdata(v) - (len(v) + 1) / 2 for v in (x, y))
+        above, below = y[orders] @ x, math.sqrt((x @ x) * (y @ y))
     else:
-        signs = [np.sign(v[:, None] - v) for v in (x, y)]
-        above = np.array([(signs[0] * signs[1][np.ix_(order, order)]).sum() for order in orders])
-        found = above / math.sqrt((signs[0] ** 2).sum() * (signs[1] ** 2).sum())
-    return float((np.abs(found) >= abs(value) - 1e-12).mean())
+        x, y = (np.sign(v[:, None] - v) for v in (x, y))
+        above = np.einsum("ij,oij->o", x, y[orders[:, :, None], orders[:, None, :]])
+        below = math.sqrt((x**2).sum() * (y**2).sum())
+    return float((np.abs(above / below) >= abs(value) - 1e-12).mean())
 
 
 def fisher(x, y, value, method, level, resamples, seed):
