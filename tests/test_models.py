@@ -324,7 +324,8 @@ def test_a_config_that_transformers_takes_gives_the_same_logits(change, tmp_path
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits
     capsys.readouterr()
     ours = load_model(tmp_path)
-    torch.testing.assert_close(ours(ids), expected, rtol=0, atol=1e-5)
+    # Logits reach 6 with these large weights, and each side's fp32 is 1e-5 from its fp64, another 1e-5 on each kind of CPU.
+    torch.testing.assert_close(ours(ids), expected, rtol=0, atol=2.5e-5)
     line = capsys.readouterr().err
     assert line.count("\n") <= 1 and "\x1b" not in line and len(line) < 500
     if change in HARMLESS:
