@@ -613,7 +613,8 @@ def run_train(folder, work, capsys, monkeypatch, *options):
     (work / "rows.json").write_text(json.dumps([{"instruction": "Say a.", "input": "", "output": "a"}] * 4))
     before = set(work.rglob("*"))
     argv = ["train.py", "--model", str(folder), "--data", "rows.json", "--test-size", "0", "--run", "runs/it"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu", "--dtype", "fp32", "--max-steps", "1", *options])
+    argv += ["--device", "cpu", "--dtype", "fp32", "--max-steps", "1", "--max-length", "128"]  # the context
+    monkeypatch.setattr(sys, "argv", [*argv, *options])
     monkeypatch.chdir(work)
     capsys.readouterr()
     code = 0
