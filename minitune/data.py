@@ -184,9 +184,9 @@ def load_for(config, tokenizer, parts=("train", "test")):
     return load(source, tokenizer, parts=parts, **{name: getattr(config, name) for name in names})
 
 
-def read_rows(path, of_texts=False):
+def read_rows(path, of_texts=False, of_lists=False):
     """The rows of a .json (list of objects), .jsonl, .csv (with a header) or .parquet file, as a list of dicts; of_texts: a
-    row may be a text too.
+    row may be a text too; of_lists: or a list.
 
     Text is UTF-8, with or without a BOM. Raises ValueError with the file and the place on anything else."""
     path = expand(path)
@@ -202,7 +202,7 @@ def read_rows(path, of_texts=False):
     if not rows:
         raise ValueError(f"{path} has no rows")
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) and not (of_texts and isinstance(row, str)):
+        if not isinstance(row, dict) and not (of_texts and isinstance(row, str) or of_lists and isinstance(row, list)):
             expected = "a text or an object" if of_texts else "an object"
             raise ValueError(f"{path}, row {number} is a {type(row).__name__}, expected {expected}: {show(row)}")
     return rows

@@ -5,29 +5,41 @@ metrics are those of minitune/scoring.py. Point by point, the sweep does the sam
 
 import functools
 import json
+import math
+import os
+import shlex
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 
-from tqdm import tqdm
-
-from minitune import data, hub, lora, scoring
+from minitune import data, files, hub, lora, schema, scoring, screen
 from minitune.answer import Answerer, ModelConfig
 from minitune.config import TrainConfig, arg, from_file, positive
 from minitune.device import choose_device, choose_dtype, environment
-from minitune.files import differences, prove_writable, read_json, write_json, write_whole
-from minitune.generate import Prefix, decode, earlier_copies
+from minitune.files import differences, fingerprint, prove_writable, read_json, to_json, write_json, write_whole
+from minitune.generate import GenerateConfig, Prefix, decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
+from minitune.metrics.pairs import as_list
 from minitune.metrics.perplexity import sequence_nll
 from minitune.run_folder import adapter_fingerprint, append_line, hold, model_fingerprint, read_lines
+from minitune.schema import COUNT
 from minitune.scoring import ScoreConfig
+from minitune.screen import short
 from minitune.tokenizer import load_tokenizer
 
 ANSWER_KEYS = ("answer", "output", "completion", "text")  # of a row of predictions, the first that it has
 GROUP = 16  # held-out rows whose loss is computed together
-REFERENCE_KEYS = ("reference", "output", "completion", "answer", "text")
+REFERENCE_KEYS = ("reference", "references", "output", "completion", "answer", "text")
+ANSWER = {  # a line of generations/NAME.jsonl behind its first, which is {"settings": {...}}
+    "row": COUNT,
+    "answer": str,
+    "tokens": COUNT,
+    "ended_by": {"eos", "stop", "length"},
+    "reference_loss": [(float, None)],
+    "check": str,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class DecodeConfig(ScoreConfig):
     """What evaluate and sweep share where a run answers."""
 
     run: str | None = arg(None, "run folder of scripts/train.py", group="run")
-    batch_size: int = arg(16, "questions that are decoded together; changes no answer")
+    batch_size: int = arg(16, "questions that are decoded together; changes no answer", low=1, high=65_536)
     dtype: str | None = arg(
         None, "compute dtype; not set: as the run was trained", choices=("auto", "fp32", "bf16", "fp16")
     )
@@ -58,11 +70,17 @@ class EvaluateConfig(DecodeConfig, DecodingOptions):
     predictions: str | None = arg(
         None, "file of answers: .txt, one a line; .json or .jsonl of texts, or of rows with answer or output"
     )
-    references: str | None = arg(None, "file of right answers, in the same order: the same kinds, such as Alpaca rows")
+    references: tuple[str, ...] | None = arg(
+        None,
+        "file of right answers, in the same order: the same kinds, such as heldout.jsonl of a run. A list of texts in place of "
+        "one, or several files, give each answer several right ones",
+    )
     other: str | None = arg(None, "file of the answers of another system, to compare with")
     out: str | None = arg(None, "JSON file for everything; not set: evaluation.json in the run folder")
 
     def __post_init__(self):
+        if isinstance(self.references, (str, os.PathLike)):
+            object.__setattr__(self, "references", (str(self.references),))
         DecodingOptions.__post_init__(self)
         ScoreConfig.__post_init__(self)
         positive(self, "batch_size")
@@ -81,7 +99,7 @@ class EvaluateConfig(DecodeConfig, DecodingOptions):
             raise ValueError(f"{decoding[0]} is about decoding, and files are scored as they are; leave it out")
 
 
-def evaluate(config, say=print):
+def evaluate(config, say=screen.say):
     """Answer or read, score, write evaluation.json and print a table. Returns what evaluation.json holds.
 
     Raises ValueError on bad input, KeyboardInterrupt, with what is kept, after Ctrl-C or SIGTERM."""
@@ -105,7 +123,8 @@ def stopped(config, kept):
 
 def evaluate_files(config, say):
     systems, judges = read_systems(config), scoring.Judges(config, say)
-    settings = {"model": None, "adapter": None, "data": config.references, "decoding": None}
+    source = config.references[0] if len(config.references) == 1 else list(config.references)
+    settings = {"model": None, "adapter": None, "data": source, "decoding": None}
     try:
         result = assess(systems, config, judges, settings | score_settings(config))
     except KeyboardInterrupt:
@@ -114,7 +133,14 @@ def evaluate_files(config, say):
     if config.out is not None:
         write_json(config.out, result)
         say(f"written: {config.out}")
+        if Path(config.out).name == "evaluation.json":
+            say(next_command(Path(config.out).parent))
     return result
+
+
+def next_command(folder):
+    """The last line of a job that scored something: what to do next."""
+    return f"next: python scripts/report.py {shlex.quote(str(folder))} --out {shlex.quote(str(folder / 'report.html'))}"
 
 
 def assess(systems, config, judges, settings):
@@ -122,22 +148,35 @@ def assess(systems, config, judges, settings):
     records = {key: records for key, (_, records) in systems.items()}
     names = scoring.choose_metrics(config, judges, records.values())
     metrics, comparisons = scoring.score(records, names, judges, config.resamples, config.seed)
-    return {
-        "format": 1,
-        "date": date.today().isoformat(),
-        "environment": environment(choose_device(config.device)),
-        "settings": settings | {"metrics": names},
-        "systems": {
-            key: {"name": name, "metrics": metrics[key], "examples": [example(record) for record in records[key]]}
-            for key, (name, _) in systems.items()
-        },
-        "comparisons": comparisons,
-    }
+    first = next(iter(records.values()))
+    made = {"metrics": names, "examples": len(first), "signatures": scoring.signatures(first, names, config)}
+    return sealed(
+        {
+            "format": 1,
+            "date": date.today().isoformat(),
+            "environment": environment(choose_device(config.device)),
+            "settings": settings | made,
+            "systems": {
+                key: {"name": name, "metrics": metrics[key], "examples": [example(record) for record in records[key]]}
+                for key, (name, _) in systems.items()
+            },
+            "comparisons": comparisons,
+        }
+    )
+
+
+def sealed(content):
+    """A dict with a check: the fingerprint of the rest of it. Who edits a number in the file breaks it."""
+    rest = {key: value for key, value in content.items() if key != "check"}
+    return rest | {"check": fingerprint(rest)}
+
+
+SCORING = ("bleu_tokenize", "bleu_order", "bleu_weights", "rouge_tokenize")
 
 
 def score_settings(config):
-    names = ("resamples", "seed", "judge", "encoder", *scoring.ENCODER_OPTIONS, "limit")
-    return {name: getattr(config, name) for name in names}
+    names = ("resamples", "seed", "judge", "encoder", *scoring.ENCODER_OPTIONS, *SCORING, "limit")
+    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
 
 
 def example(record):
@@ -182,6 +221,7 @@ class Run:
         self.known = {}  # (is_tuned, meaning of a decoding) -> {row: its answer}: what another point need not decode again
         self.said = set()  # lines about decodings
         self.working_on = None  # the file of the answers that were asked for last
+        self.settings_check = None  # what it was made with
 
     @functools.cached_property
     def answerer(self):
@@ -214,7 +254,7 @@ class Run:
         base = Path(hub.MODELS.get(self.options.model, self.options.model)).name
         return (self.config.name or f"{base}-finetuned") if is_tuned else base
 
-    def evaluate(self, config, folder, judges, with_base, out=None, say=print, point=None):
+    def evaluate(self, config, folder, judges, with_base, out=None, say=screen.say, point=None):
         """Answer by the decoding options of `config`, score, and write `folder` or `out`. Returns what evaluation.json holds.
 
         point: the end of the names of the files, as in the study; None: made from the options."""
@@ -234,6 +274,8 @@ class Run:
             write_json(out or folder / "evaluation.json", result)
         say("\n".join(scoring.table(result["systems"], result["comparisons"])))
         say(f"written: {out or folder / 'evaluation.json'}; answers: {generations}")
+        if out is None:
+            say(next_command(folder))
         return result
 
     def settings(self, config):
@@ -242,6 +284,7 @@ class Run:
             "model": self.options.model,
             "adapter": str(self.adapter),
             "data": self.test.source,
+            "template": self.test.row_format,
             "decoding": json.loads(json.dumps(asdict(self.decoding(config)))),
             **score_settings(config),
             "facts": self.facts | {"adapter (sha256)": self.adapter_sha256},
@@ -262,13 +305,14 @@ class Run:
     def answers(self, is_tuned, decoding, file):
         """The records of one system, in order: those in `file`, and the others decoded and appended to it."""
         settings = self.answer_settings(is_tuned, decoding)
+        prove_writable(file)
         if self.config.resume == "never":
             file.unlink(missing_ok=True)
         found = self.known.setdefault((is_tuned, decoding.meaning()), {})
         done = read_answers(file, settings, len(self.test.examples))
         if not done:
-            write_whole(file, json.dumps({"settings": settings}, ensure_ascii=False) + "\n")
-        self.working_on = file
+            write_whole(file, to_json({"settings": settings}) + "\n")
+        self.working_on, self.settings_check = file, fingerprint(settings)
         for row in sorted(found.keys() - done.keys()):
             append_line(file, done.setdefault(row, found[row]))
         found |= done
@@ -297,9 +341,7 @@ class Run:
         done = sum(row in found for batch in batches for row in batch)
         every = [example.ids[: example.prompt_length] for example in self.examples]
         earlier = earlier_copies(every)
-        bar = tqdm(
-            total=len(self.examples), initial=done, unit="answer", desc=file.stem, disable=None, dynamic_ncols=True
-        )
+        bar = screen.progress(len(self.examples), "answer", initial=done, desc=file.stem)
         with nullcontext() if is_tuned else lora.switched_off(model), bar:
             for batch in batches:
                 if all(row in found for row in batch):
@@ -315,7 +357,9 @@ class Run:
                     tokens += len(answer.ids)
                     if row not in found:
                         found[row] = {"row": row, "answer": answerer.text(answer), "tokens": len(answer.ids)}
+                        loss = [value if math.isfinite(value) else None for value in loss]
                         found[row] |= {"ended_by": answer.ended_by, "reference_loss": loss}
+                        found[row] |= {"check": check_of(found[row], self.settings_check)}
                         append_line(file, found[row])
                         bar.update()
                 seconds = time.perf_counter() - started
@@ -375,46 +419,79 @@ def find_adapter(folder, say):
 
 
 def read_answers(file, settings, rows):
-    """{row: answer} of a file that an earlier start wrote. Raises ValueError where it holds those of other settings."""
+    """{row: answer} of a file that an earlier start wrote. Raises ValueError where it holds those of other settings, or was
+    changed since."""
     first, *records = read_lines(file) or [None]
     if first is None:
         return {}
     stored = first.get("settings") if isinstance(first, dict) else None
     if not isinstance(stored, dict):
         raise ValueError(f"{file}, line 1 has no settings: it is not a file of answers; move it, or use --resume never")
-    if changed := changes(stored, settings):
-        raise ValueError(
-            f"{file} holds answers of other settings: {'; '.join(changed)}. Use --resume never to answer again"
-        )
-    found = {}
+    if stored != settings:
+        raise ValueError(other_settings(file, stored, settings))
+    found, settings_check = {}, fingerprint(settings)
     for number, record in enumerate(records, 2):
-        try:
-            is_good = 0 <= record["row"] < rows and isinstance(record["answer"], str) and record["row"] not in found
-            record["tokens"], record["ended_by"], record["reference_loss"]
-        except (KeyError, TypeError):
-            is_good = False
-        if not is_good:
-            raise ValueError(f"{file}, line {number} is no answer, or one that is there twice; use --resume never")
+        where = f"{file}, line {number}"
+        schema.check(record, ANSWER, where)
+        if not record["row"] < rows or record["row"] in found:
+            raise ValueError(f"{where} answers row {short(record['row'])} again, or there is no such row; {ANEW}")
+        if record["check"] != check_of(record, settings_check):
+            raise ValueError(f"{where} was changed after it was written; {ANEW}")
         found[record["row"]] = record
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (first, *records))
+    content = "".join(to_json(line) + "\n" for line in (first, *records))
     if file.read_bytes() != content.encode():  # a torn last line, which the next one would be glued to
         write_whole(file, content)
     return found
 
 
-def changes(stored, settings):
-    """What differs, in words: {name: value}, of which `decoding` is another one."""
-    flat = [{k: v for k, v in s.items() if k != "decoding"} | (s.get("decoding") or {}) for s in (stored, settings)]
-    return differences(*flat)
+ANEW = "use --resume never to answer again"
+
+
+def check_of(record, settings_check):
+    """What a line of answers says of the rest of it, and of the settings that it was made with."""
+    rest = {key: value for key, value in record.items() if key != "check"}
+    return fingerprint([rest, settings_check])[:16]
+
+
+def other_settings(file, stored, settings):
+    """What is wrong with answers of other settings, in words."""
+    key = "adapter (sha256)"
+    if stored.get(key) != settings[key] and {**stored, key: None} == {**settings, key: None}:
+        return f"{file} holds answers of another adapter: the run was trained again since; {ANEW}"
+    flat = [{k: v for k, v in s.items() if k != "decoding"} | dict(s.get("decoding") or {}) for s in (stored, settings)]
+    return f"{file} holds answers of other settings: {screen.some(differences(*flat)) or 'a field is missing'}; {ANEW}"
 
 
 SHORT = {"top_k": "topk", "num_beams": "nb", "temperature": "t"}
+NAMED = (  # options that change answers and are named where they are not at their default
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "length_penalty",
+    "early_stopping",
+    "seed",
+)
 
 
 def point_name(config, others=()):
-    """The study's name of a decoding, topk50_nb5_t1, with further options that are varied behind it: _topp0.9."""
-    names = [*SHORT, *(name for name in others if name not in SHORT)]
-    return "_".join(f"{SHORT.get(name, name.replace('_', ''))}{written(getattr(config, name))}" for name in names)
+    """The name of a decoding: the study's, topk50_nb5_t1, where tokens are drawn; greedy or beam5 where none are. Behind it is
+    what is not at its default, topk50_nb1_t1_topp0.9, and what `others` names: options that are varied.
+
+    The longest answer is not in it: two files of one name are never mixed, since a file says its settings."""
+    named = SHORT if config.do_sample else {}
+    words = [f"{short_name}{written(getattr(config, name))}" for name, short_name in named.items()]
+    if not config.do_sample:
+        words = ["greedy" if config.num_beams == 1 else f"beam{config.num_beams}"]
+        named = {"num_beams": "nb"}
+    meaning, default = config.meaning(), {f.name: f.default for f in fields(GenerateConfig)}
+    set_apart = [name for name in NAMED if name in default and getattr(meaning, name) != default[name]]
+    extra = dict.fromkeys(name for name in (*set_apart, *others) if name not in named)
+    return "_".join(
+        [*words, *(f"{SHORT.get(name, name.replace('_', ''))}{written(getattr(config, name))}" for name in extra)]
+    )
 
 
 def written(value):
@@ -426,39 +503,90 @@ def written(value):
 
 def read_systems(config):
     """{key: (name, records)} of --predictions, and of --other where there is one, beside --references."""
-    references = read_texts(config.references, REFERENCE_KEYS)
+    paths = [path for path in (config.predictions, config.other) if path is not None]
+    references = read_references(config.references, paths)
     systems = {}
-    for key, path in (("predictions", config.predictions), ("other", config.other)):
-        if path is None:
-            continue
+    for key, path in zip(("predictions", "other"), paths, strict=False):
         found = read_texts(path, ANSWER_KEYS)
-        if len(found) != len(references):
-            raise ValueError(
-                f"{path} has {len(found)} answers and {config.references} has {len(references)} references, expected as many"
-            )
+        check_length(len(found), path, "answers", references, config.references[0])
         records = []
-        for (answer, row), (reference, given) in zip(found, references, strict=True):
-            prompt = next(
-                (r[k] for r in (given, row) for k in ("instruction", "prompt") if isinstance(r.get(k), str)), None
-            )
-            record = {"prompt": prompt, "input": given.get("input"), "reference": reference, "answer": answer}
-            for fact, kind in (("tokens", int), ("ended_by", str)):
-                if not isinstance(row.get(fact), kind | None) or isinstance(row.get(fact), bool):
-                    raise ValueError(
-                        f"{path}, row {len(records)}: {fact} is {row[fact]!r}, expected {kind.__name__} or null"
-                    )
+        for number, (answer, row) in enumerate(found):
+            reference, given = references[number]
+            schema.check(row, {"tokens?": (COUNT, None), "ended_by?": (str, None)}, f"{path}, row {number}")
+            asked = [r[k] for r in (given, row) for k in ("instruction", "prompt") if isinstance(r.get(k), str)]
+            record = {"prompt": asked[0] if asked else None, "reference": reference, "answer": answer}
+            record["input"] = given.get("input") if isinstance(given.get("input"), str) else None
             records.append(record | {"tokens": row.get("tokens"), "ended_by": row.get("ended_by")})
+        if all(record["answer"] in as_list(record["reference"]) for record in records) and len(records) > 1:
+            screen.warn(
+                f"every answer in {path} is the same as in {' '.join(config.references)}: if one was made from the other, these "
+                "scores say nothing"
+            )
         name = Path(path).stem
         systems[key] = path if any(name == other for other, _ in systems.values()) else name, records[: config.limit]
     return systems
 
 
-def read_texts(path, keys):
-    """[(text, row)] of a file; row: the object that the text is of, or {}. Raises ValueError with the file and the row."""
-    path = Path(path)
+def read_references(paths, answered):
+    """[(reference, row)] of one file, or of several side by side: a reference is then a list of texts. answered: the files of
+    answers. Raises ValueError where a file holds a model's answers, and a system would be scored against itself."""
+    files_read = []
+    for path in paths:
+        for other in answered:
+            if Path(path).exists() and Path(other).exists() and os.path.samefile(path, other):
+                refuse(path, "is the file of answers itself")
+        files_read.append(read_texts(path, REFERENCE_KEYS, several=True))
+        if is_answered(Path(path), files_read[-1]):
+            refuse(path, "holds answers of a model")
+        check_length(len(files_read[-1]), path, "references", files_read[0], paths[0])
+    if len(files_read) == 1:
+        return files_read[0]
+    side_by_side = zip(*files_read, strict=True)
+    return [([text for reference, _ in row for text in as_list(reference)], row[0][1]) for row in side_by_side]
+
+
+def check_length(count, path, what, references, first):
+    if count != len(references):
+        raise ValueError(
+            f"{path} has {count} {what} and {first} has {len(references)} references, expected as many (a blank line of a .txt "
+            "file counts)"
+        )
+
+
+def refuse(path, why):
+    folder = Path(path).absolute().parent
+    run = folder.parent if folder.name == "generations" else "RUN"
+    raise ValueError(
+        f"--references {path} {why}, not right answers: a system would be scored against itself. Give the right answers; "
+        f"those to the questions of a run are in {run}/heldout.jsonl"
+    )
+
+
+def is_answered(path, found):
+    """Whether a file of references is one of answers that minitune wrote: it says so in its head, in its rows, or the file
+    that it was made from lies beside it."""
+    made_by = {"ended_by", "reference_loss"}
+    if any("answer" in row and "reference" not in row and made_by & row.keys() for _, row in found):
+        return True
+    if files.expand(f"{path}.settings.json").is_file():  # of generate.py --out
+        return True
+    beside = path.with_suffix(".jsonl")
+    if not beside.is_file() or path.suffix.lower() not in (".json", ".jsonl"):
+        return False
+    with open(beside, "rb") as file:
+        return file.read(13) == b'{"settings": '
+
+
+def read_texts(path, keys, several=False):
+    """[(text, row)] of a file; row: the object that the text is of, or {}. several: a list of texts may stand in place of one.
+    Raises ValueError with the file and the row."""
+    path = files.expand(path)
     if path.suffix.lower() == ".txt":
-        return [(line.removesuffix("\r"), {}) for line in data.read_filled(path).removesuffix("\n").split("\n")]
-    rows = data.read_rows(path, of_texts=True)
+        text = files.read_text(path)
+        if not text:
+            raise ValueError(f"{path} is empty, expected a text a line")
+        return [(line.removesuffix("\r"), {}) for line in text.removesuffix("\n").split("\n")]
+    rows = data.read_rows(path, of_texts=True, of_lists=several)
     first = 1 if isinstance(rows[0], dict) and set(rows[0]) == {"settings"} else 0  # the head of generations/*.jsonl
     if len(rows) == first:
         raise ValueError(f"{path} has no answers")
@@ -467,12 +595,12 @@ def read_texts(path, keys):
         row = row if isinstance(row, dict) else {keys[0]: row}
         key = next((key for key in keys if key in row), None)
         if key is None:
-            raise ValueError(f"{path}, row {number} has none of {', '.join(keys)}: {data.show(row)}")
-        if not isinstance(row[key], str):
-            raise ValueError(f"{path}, row {number}: {key} is {data.show(row[key])}, expected a text")
-        try:
-            row[key].encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{path}, row {number}: {key} has half a character (a lone surrogate)") from None
-        found.append((row[key], row))
+            raise ValueError(f"{path}, row {number} has none of {', '.join(keys)}: {short(row)}")
+        schema.check(row, {key: (str, [str]) if several else str}, f"{path}, row {number}")
+        texts = as_list(row[key])
+        if not texts:
+            raise ValueError(f"{path}, row {number}: {key} is an empty list, expected a text or several")
+        if any(screen.LONE_SURROGATE.search(text) for text in texts):
+            raise ValueError(f"{path}, row {number}: {key} has half a character (a lone surrogate)")
+        found.append((texts[0] if len(texts) == 1 else texts, row))
     return found

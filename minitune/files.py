@@ -1,5 +1,6 @@
 """Files that are read whole and checked, and files that appear whole or not at all. Nothing here knows what they hold."""
 
+import hashlib
 import json
 import os
 import stat
@@ -73,6 +74,11 @@ def current_umask():
 def to_json(value, indent=None):
     """JSON text of a value: UTF-8 letters as they are, lone surrogates as escapes, so that it can always be written."""
     return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
+def fingerprint(value):
+    """sha256 of a value as JSON has it, whatever the order of its keys: the same before it is written and after it is read."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path, value):

@@ -1,7 +1,8 @@
 """References and answers to a table of metrics: a value an example, the score, its interval, and tests between two systems.
 
 METRICS says for each name what is summed over the examples; the formulas are those of minitune/metrics. A system is a list of
-records, one an example: {"reference", "answer", and perhaps "tokens", "ended_by", "reference_loss": [nats, tokens]}."""
+records, one an example: {"reference", "answer", and perhaps "tokens", "ended_by", "reference_loss": [nats, tokens]}. A reference
+is a text, or a list of texts of which each is right."""
 
 import math
 from dataclasses import dataclass
@@ -14,13 +15,27 @@ from minitune import checkpoint, hub
 from minitune.config import arg, check_types, not_empty, positive
 from minitune.device import choose_device
 from minitune.metrics.bertscore import bert_score, choose_layer, read_baseline
-from minitune.metrics.bleu import bleu_score, bleu_statistics, sentence_bleu
-from minitune.metrics.chrf import chrf_score, chrf_statistics
+from minitune.metrics.bleu import (
+    MAX_ORDER,
+    bleu_score,
+    bleu_signature,
+    bleu_statistics,
+    check_weights,
+    closest_length,
+    sentence_score,
+    sentence_statistics,
+)
+from minitune.metrics.bleu_tokens import TOKENIZERS, tokens
+from minitune.metrics.chrf import chrf_score, chrf_signature, chrf_statistics
 from minitune.metrics.exact_match import is_exact
+from minitune.metrics.pairs import as_list
 from minitune.metrics.perplexity import exp, judge_perplexity
+from minitune.metrics.rouge import TOKENIZERS as ROUGE_TOKENIZERS
 from minitune.metrics.rouge import rouge_l, rouge_lsum, rouge_n
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
 from minitune.metrics.token_f1 import token_f1
+from minitune.metrics.writing import is_outside_ascii, is_without_spaces
+from minitune.screen import short, some, table_lines, wrap
 from minitune.tokenizer import load_tokenizer
 
 
@@ -35,7 +50,7 @@ class Rows(NamedTuple):
 
 
 ENCODER_OPTIONS = ("encoder_layer", "encoder_prefix_space", "encoder_idf", "encoder_baseline")
-LEAST_RESAMPLES = 10
+LEAST_RESAMPLES, MOST_RESAMPLES = 10, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,21 @@ class ScoreConfig:
         "token_f1, length_ratio, ended, reference_perplexity, perplexity and perplexity_tokens (with --judge), bertscore "
         "(with --encoder). Not set: all that can be computed",
         group="metrics",
+    )
+    bleu_tokenize: str | None = arg(
+        None,
+        "tokeniser of BLEU, by sacrebleu's name: zh for Chinese, ja-mecab for Japanese, ko-mecab for Korean, char or flores200 "
+        "for any script. Not set: white space for sentence BLEU (nltk's, the study's), 13a for corpus BLEU (sacrebleu's)",
+        choices=tuple(TOKENIZERS),
+    )
+    bleu_order: int | None = arg(None, "longest n-gram of BLEU, in words; not set: 4")
+    bleu_weights: tuple[float, ...] | None = arg(
+        None, "weights of BLEU's n-grams of 1, 2, ... words, such as 0.5 0.5; not set: equal ones"
+    )
+    rouge_tokenize: str = arg(
+        "words",
+        "what ROUGE compares: words of a-z and 0-9, as rouge_score does, or characters, for any script",
+        choices=ROUGE_TOKENIZERS,
     )
     judge: str | None = arg(
         None, "GPT-2 that reads the answers for perplexity: a folder or a hub id, such as openai-community/gpt2"
@@ -76,15 +106,35 @@ class ScoreConfig:
         positive(self, "resamples", "limit")
         names = asked_metrics(self)
         if unknown := [name for name in names or () if name not in METRICS]:
-            raise ValueError(f"metrics: there is no {unknown[0]!r}; expected some of {', '.join(METRICS)}")
+            raise ValueError(f"metrics: there is no {short(unknown[0])}; expected some of {', '.join(METRICS)}")
         for name in names or ():
             if METRICS[name].needs in ("judge", "encoder") and getattr(self, METRICS[name].needs) is None:
                 raise ValueError(f"metrics: {name} needs --{METRICS[name].needs}, {NEEDS[METRICS[name].needs]}")
         for option in ENCODER_OPTIONS if self.encoder is None else ():
             if getattr(self, option) not in (None, False):
                 raise ValueError(f"{option} is about BERTScore, which needs --encoder, {NEEDS['encoder']}")
-        if self.resamples < LEAST_RESAMPLES:
-            raise ValueError(f"resamples is {self.resamples}, expected {LEAST_RESAMPLES} or more for an interval")
+        if not LEAST_RESAMPLES <= self.resamples <= MOST_RESAMPLES:
+            raise ValueError(
+                f"resamples is {short(self.resamples)}, expected {LEAST_RESAMPLES} to {MOST_RESAMPLES:,} for an interval"
+            )
+        check_bleu(self)
+
+
+def check_bleu(config):
+    """Raises ValueError where the options of BLEU do not work, before anything is decoded."""
+    if config.bleu_weights is not None and config.bleu_order not in (None, len(config.bleu_weights)):
+        raise ValueError(
+            f"bleu_weights has {len(config.bleu_weights)} weights and bleu_order is {short(config.bleu_order)}; give one of "
+            "them, or as many weights as the order"
+        )
+    bleu_weights(config)
+    if config.bleu_tokenize is not None:
+        tokens("", config.bleu_tokenize)
+
+
+def bleu_weights(config):
+    """The weight of each order of BLEU's n-grams, a list."""
+    return check_weights(MAX_ORDER if config.bleu_order is None else config.bleu_order, config.bleu_weights)
 
 
 def asked_metrics(config):
@@ -101,9 +151,11 @@ NEEDS = {
 
 
 class Judges:
-    """The models that the chosen metrics need, loaded once. A wrong folder or id is said here, before anything runs."""
+    """The models that the chosen metrics need, loaded once, and the options of the others. A wrong folder or id is said here,
+    before anything runs."""
 
     def __init__(self, config, say=lambda line: None):
+        self.config = config
         self.judge = self.encoder = None
         device, asked = choose_device(config.device), asked_metrics(config) or list(METRICS)
         wanted = lambda kind: any(METRICS[name].needs == kind for name in asked)
@@ -139,10 +191,11 @@ class Judges:
 # --- metrics ---
 
 
-def of_each(function, *options):
-    """A metric that is the mean of function(reference, answer) over the examples."""
+def of_each(function, note=lambda records, config: ""):
+    """A metric that is the mean of function(reference, answer, config) over the examples. note: function of the records."""
     return lambda records, judges: Rows(
-        np.array([float(function(r["reference"], r["answer"], *options)) for r in records])
+        np.array([float(function(r["reference"], r["answer"], judges.config)) for r in records]),
+        note=note(records, judges.config),
     )
 
 
@@ -150,8 +203,36 @@ def texts(records):
     return [r["reference"] for r in records], [r["answer"] for r in records]
 
 
+def sentence_bleu_rows(records, judges):
+    """minitune.metrics.bleu.sentence_bleu, with what it counted."""
+    config, weights = judges.config, bleu_weights(judges.config)
+    split = str.split if config.bleu_tokenize is None else lambda text: tokens(text, config.bleu_tokenize)
+    found = [
+        sentence_statistics([split(text) for text in as_list(r["reference"])], split(r["answer"]), len(weights))
+        for r in records
+    ]
+    empty = sum(row[2] > 0 and not row[1 + len(weights)] for row in found)
+    smoothed = f"{empty} of {len(records)} answers share no {len(weights)}-gram with their reference: a smoothed count stands in"
+    notes = [smoothed if empty else "", unread_by_bleu(records, config.bleu_tokenize)]
+    return Rows(np.array([sentence_score(row, weights) for row in found]), note="; ".join(filter(None, notes)))
+
+
 def corpus_bleu_rows(records, judges):
-    return Rows(bleu_statistics(*texts(records)), lambda total: bleu_score(total).score)
+    config, tokenize = judges.config, judges.config.bleu_tokenize or "13a"
+    orders = len(bleu_weights(config))
+    rows = bleu_statistics(*texts(records), tokenize, max_order=orders)
+    matches, totals = rows.sum(0)[2:].reshape(2, orders)
+    note = ""
+    if missing := [n for n in range(orders) if matches[0] and not matches[n]]:
+        order = missing[0] + 1
+        note = (
+            f"no answer shares a {order}-gram with its reference: a smoothed count stands in"
+            if totals[missing[0]]
+            else f"no answer has {order} words, so that corpus BLEU is 0; --bleu-order {order - 1} counts shorter n-grams only"
+        )
+    notes = [note, unread_by_bleu(records, tokenize)]
+    score = lambda total: bleu_score(total, weights=config.bleu_weights).score
+    return Rows(rows, score, note="; ".join(filter(None, notes)))
 
 
 def chrf_rows(records, judges):
@@ -160,9 +241,37 @@ def chrf_rows(records, judges):
 
 
 def length_ratio_rows(records, judges):
-    rows = np.array([[len(r["answer"].split()), len(r["reference"].split())] for r in records])
+    lengths = [(len(r["answer"].split()), [len(t.split()) for t in as_list(r["reference"])]) for r in records]
+    rows = np.array([[ours, closest_length(ours, theirs)] for ours, theirs in lengths])
     each = [ours / theirs if theirs else None for ours, theirs in rows.tolist()]
-    return Rows(rows, lambda total: total[0] / max(total[1], 1), each)
+    return Rows(rows, lambda total: total[0] / max(total[1], 1), each, note=unread_by_words(records))
+
+
+# what a metric cannot read
+
+
+def unread(records, is_unread, words):
+    """A note on how many examples have a text that is not read, "" where there is none."""
+    count = sum(any(map(is_unread, [*as_list(r["reference"]), r["answer"]])) for r in records)
+    return f"{count} of {len(records)} examples are {words}" if count else ""
+
+
+def unread_by_rouge(records, config):
+    words = "mostly in letters that ROUGE does not read (it reads a-z and 0-9): use --rouge-tokenize characters"
+    return unread(records, is_outside_ascii, words) if config.rouge_tokenize == "words" else ""
+
+
+def unread_by_bleu(records, tokenize):
+    if tokenize not in (None, "13a", "intl", "zh", "none"):
+        return ""  # the others cut every script
+    split = str.split if tokenize is None else lambda text: tokens(text, tokenize)
+    words = "in a script without spaces between words, which BLEU takes for one word: use --bleu-tokenize zh, ja-mecab or char"
+    return unread(records, lambda text: not text.isascii() and is_without_spaces(text, split(text)), words)
+
+
+def unread_by_words(records, config=None):
+    words = "in a script without spaces between words: a whole sentence counts as one word"
+    return unread(records, is_without_spaces, words)
 
 
 def ended_rows(records, judges):
@@ -203,10 +312,14 @@ def bertscore_rows(records, judges):
     return Rows(judges.encoder(*texts(records))[2].double().numpy())  # F1
 
 
-rouge_1 = lambda reference, answer: rouge_n(reference, answer, 1)[2]
-rouge_2 = lambda reference, answer: rouge_n(reference, answer, 2)[2]
-rouge_long = lambda reference, answer: rouge_l(reference, answer)[2]
-rouge_sum = lambda reference, answer: rouge_lsum(reference, answer)[2]
+def rouge(function, *options):
+    """A ROUGE of minitune/metrics: the mean of its F over the examples."""
+    measure = lambda reference, answer, config: function(reference, answer, *options, tokenize=config.rouge_tokenize)[2]
+    return of_each(measure, unread_by_rouge)
+
+
+exact = lambda reference, answer, config: is_exact(reference, answer)
+f1 = lambda reference, answer, config: token_f1(reference, answer)
 
 
 class Metric(NamedTuple):
@@ -218,15 +331,15 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "bleu": Metric("BLEU, sentences (0-1)", of_each(sentence_bleu), study="BLEU"),
+    "bleu": Metric("BLEU, sentences (0-1)", sentence_bleu_rows, study="BLEU"),
     "corpus_bleu": Metric("BLEU, corpus (0-100)", corpus_bleu_rows, is_mean=False),
     "chrf": Metric("chrF (0-100)", chrf_rows, is_mean=False),
-    "rouge_1": Metric("ROUGE-1 (0-1)", of_each(rouge_1)),
-    "rouge_2": Metric("ROUGE-2 (0-1)", of_each(rouge_2)),
-    "rouge_l": Metric("ROUGE-L (0-1)", of_each(rouge_long), study="ROUGE-L"),
-    "rouge_lsum": Metric("ROUGE-Lsum (0-1)", of_each(rouge_sum)),
-    "exact_match": Metric("exact match (share)", of_each(is_exact)),
-    "token_f1": Metric("token F1 (0-1)", of_each(token_f1)),
+    "rouge_1": Metric("ROUGE-1 (0-1)", rouge(rouge_n, 1)),
+    "rouge_2": Metric("ROUGE-2 (0-1)", rouge(rouge_n, 2)),
+    "rouge_l": Metric("ROUGE-L (0-1)", rouge(rouge_l), study="ROUGE-L"),
+    "rouge_lsum": Metric("ROUGE-Lsum (0-1)", rouge(rouge_lsum)),
+    "exact_match": Metric("exact match (share)", of_each(exact)),
+    "token_f1": Metric("token F1 (0-1)", of_each(f1, unread_by_words)),
     "bertscore": Metric("BERTScore F1", bertscore_rows, "encoder", "BERTScore"),
     "perplexity": Metric("perplexity of the judge", perplexity_rows, "judge", "Perplexity"),
     "perplexity_tokens": Metric("the same, by token", perplexity_tokens_rows, "judge", is_mean=False),
@@ -321,14 +434,25 @@ def compare(ours, theirs, resamples, seed):
     }
 
 
+def signatures(records, names, config):
+    """How the scores that sacrebleu knows were made, in its words: {name: signature}."""
+    references, tokenize = [r["reference"] for r in records], config.bleu_tokenize or "13a"
+    order, weights = len(bleu_weights(config)), config.bleu_weights
+    made = {
+        "corpus_bleu": lambda: bleu_signature(references, tokenize, max_order=order, weights=weights),
+        "chrf": lambda: chrf_signature(references),
+    }
+    return {name: sign() for name, sign in made.items() if name in names}
+
+
 def study_scores(metrics):
     """The metrics of one system under the study's keys, null where one was not computed."""
     keys = {METRICS[name].study: entry["value"] for name, entry in metrics.items()}
     return {key: keys.get(key) for key in STUDY_KEYS}
 
 
-def table(systems, comparisons):
-    """Lines of text. systems: {key: {"name", "metrics"}}, as evaluation.json has them."""
+def table(systems, comparisons, width=None):
+    """Lines of text. systems: {key: {"name", "metrics"}}, as evaluation.json has them. width: as for screen.table_lines()."""
     names = list(next(iter(systems.values()))["metrics"])
     head = ["", *(system["name"] for system in systems.values()), *(["difference", "p"] if comparisons else [])]
     rows, notes = [head], {}
@@ -338,28 +462,18 @@ def table(systems, comparisons):
             entry = system["metrics"][name]
             row.append(shown(entry["value"], entry["low"], entry["high"]))
             if entry["note"]:
-                notes.setdefault(entry["note"], []).append(f"{system['name']}: {METRICS[name].label}")
+                where = f"{METRICS[name].label} of {system['name']}" if len(systems) > 1 else METRICS[name].label
+                notes.setdefault(entry["note"], []).append(where)
         if comparisons:
             entry = comparisons[name]
             row.append(shown(entry["difference"], entry["low"], entry["high"], sign="+"))
             row.append("" if entry["p_permutation"] is None else f"{entry['p_permutation']:.4f}")
         rows.append(row)
-    lines = columns(rows)
     n = max(entry["n"] for system in systems.values() for entry in system["metrics"].values())
-    lines.append(
-        f"{n} examples; [95 % interval by bootstrap over them]{'; p: paired permutation test' if comparisons else ''}"
-    )
-    some = lambda where: ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
-    return lines + [f"{note} ({some(where)})" for note, where in notes.items()]
-
-
-def columns(rows):
-    """Lines of text from rows of cells, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    foot = [f"{n} examples. In brackets: 95 % bootstrap interval over them."]
+    foot += ["p: paired permutation test of the difference."] if comparisons else []
+    foot += [f"{note[0].upper()}{note[1:]}: {some(where, 4)}." for note, where in notes.items()]
+    return table_lines(rows, width) + [line for text in foot for line in wrap(text, width)]
 
 
 def shown(value, low, high, sign=""):

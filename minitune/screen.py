@@ -7,11 +7,14 @@ lacks a letter shows its escape, and one that was closed shows nothing."""
 import os
 import re
 import reprlib
+import shutil
 import sys
+import unicodedata
 
 from tqdm import tqdm
 
 # C0 and C1 but for newline and tab, line and paragraph separators, marks that turn the direction of writing, lone surrogates.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -104,3 +107,103 @@ def some(names, count=5):
     shown = ", ".join(printable(name if len(name) <= 100 else f"{name[:97]}...") for name in map(str, names[:count]))
     shown = shown.replace("\n", "\\n")
     return shown + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+# --- tables ---
+
+NARROWEST = 20  # cells; what is narrower is left to the terminal
+
+
+def screen_width(width=None):
+    """Cells of a line: `width` where it is given, COLUMNS, that of the terminal, or 80 where there is none."""
+    return max(NARROWEST, shutil.get_terminal_size((80, 24)).columns if width is None else width)
+
+
+def cells(text):
+    """How many cells of a terminal a text takes: two for a wide character, none for one that goes onto the one before."""
+    if text.isascii():
+        return len(text)
+    marks = ("Mn", "Me", "Cf")
+    return sum((unicodedata.category(c) not in marks) * (1 + (unicodedata.east_asian_width(c) in "WF")) for c in text)
+
+
+def wrap(text, width=None):
+    """A text as lines of at most `width` cells (as for screen_width), cut at spaces; a word that is longer is cut."""
+    width, lines = screen_width() if width is None else width, [""]
+    for word in text.split(" "):
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if cells(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines += [word] if lines[-1] else []
+        lines[-1] = word
+        while cells(lines[-1]) > width:
+            head = fitting(lines[-1], width)
+            lines[-1:] = [head, lines[-1][len(head) :]]
+    return lines
+
+
+def fitting(text, width):
+    """The longest beginning of a text that takes at most `width` cells, one character at least."""
+    end = min(len(text), width)
+    while end > 1 and cells(text[:end]) > width:
+        end -= 1
+    return text[:end]
+
+
+def shortened(text, width):
+    """A text without spaces in at most `width` cells: both ends, which tell names apart, with two points between them."""
+    if cells(text) <= width:
+        return text
+    head = fitting(text, (width - 1) // 2)
+    tail = fitting(text[::-1], width - 2 - cells(head))[::-1]
+    return f"{head}..{tail}"
+
+
+def table_lines(rows, width=None):
+    """Rows of cells as lines that fit a terminal: the first row is the head, the first column stands to the left, the others to
+    the right. Where they do not fit, the head is wrapped and its long names are shortened, columns follow below others, each
+    time behind the first one, and at last every cell is wrapped. width: as for screen_width()."""
+    width = screen_width(width)
+    rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+    first, *sizes = (max(map(cells, column)) for column in zip(*rows, strict=True))
+    if first + sum(2 + size for size in sizes) > width:
+        bodies = [max(map(cells, column[1:]), default=0) for column in list(zip(*rows, strict=True))[1:]]
+        room = [max(12, width // 4, body) for body in (0, *bodies)]
+        rows[0] = [
+            " ".join(shortened(word, n) for word in cell.split(" ")) for cell, n in zip(rows[0], room, strict=True)
+        ]
+        words = [max(min(cells(cell), 12), *map(cells, cell.split(" "))) for cell in rows[0][1:]]
+        sizes = list(map(max, words, bodies))
+        narrow = min(first, max(8, width // 3))
+        if len(beside(sizes, narrow, width)) < len(beside(sizes, first, width)):
+            first = narrow
+        first = min(first, max(8, width - 2 - max(sizes, default=0)))
+        sizes = [min(size, width - 2 - first) for size in sizes]
+    lines = []
+    for part in beside(sizes, first, width):
+        lines += [""] * bool(lines)
+        for row in rows:
+            lines += row_lines([row[0], *row[1:][part]], [first, *sizes[part]])
+    return lines
+
+
+def beside(sizes, first, width):
+    """Slices of the columns that fit beside each other, behind the first one: at least one each."""
+    starts, used = [0], first
+    for place, size in enumerate(sizes):
+        used += 2 + size
+        if used > width and place > starts[-1]:
+            starts, used = [*starts, place], first + 2 + size
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
+def row_lines(row, sizes):
+    """The lines of one row, each cell wrapped to its size."""
+    parts = [wrap(cell, size) for cell, size in zip(row, sizes, strict=True)]
+    lines = []
+    for i in range(max(map(len, parts))):
+        texts = [part[i] if i < len(part) else "" for part in parts]
+        gaps = [" " * (size - cells(text)) for text, size in zip(texts, sizes, strict=True)]
+        lines.append("  ".join([texts[0] + gaps[0], *map(str.__add__, gaps[1:], texts[1:])]).rstrip())
+    return lines

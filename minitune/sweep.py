@@ -13,13 +13,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitune import scoring
+from minitune import schema, scoring, screen
 from minitune.config import TrainConfig, arg, field_type, misfit, positive
-from minitune.evaluate import DecodeConfig, EvaluateConfig, Run, point_name, read_options, stopped, written
+from minitune.evaluate import (
+    DecodeConfig,
+    EvaluateConfig,
+    Run,
+    next_command,
+    point_name,
+    read_options,
+    sealed,
+    stopped,
+    written,
+)
 from minitune.files import read_json, write_json
 from minitune.generation_config import OPTIONS
 from minitune.run_folder import hold
 from minitune.scoring import METRICS, Rows, ScoreConfig
+from minitune.screen import table_lines, wrap
 from minitune.train import train
 
 # The study drew tokens within beam search: its answers change with top_k, and its two runs of one point differ.
@@ -43,6 +54,18 @@ Grid = make_dataclass(  # generate's options, with a list in place of each value
     frozen=True,
 )
 PREFIX_BYTES = 2**29  # of the keys and values of prompts, which all points share
+KINDS = {"training", "decoding"}
+MOST_POINTS = 10_000
+ENTRY = {"value": (float, None), "low": (float, None), "high": (float, None), "n": schema.COUNT, "note?": (str, None)}
+SYSTEM = {"name": str, "metrics": {str: ENTRY}, "examples": [{"scores": {str: float}}]}
+POINT = {  # evaluation.json of a point
+    "settings": {"decoding": dict, "facts": dict},
+    "systems": {"tuned": SYSTEM, "base?": SYSTEM},
+    "comparisons": dict,
+    "check": str,
+}
+LISTED = {"points": [{"name": str, "options": dict, "folder": str, "metrics?": {str: ENTRY}}], "kind?": KINDS}
+LISTED["other?"] = dict(LISTED)  # sweep.json
 SHOWN = ("bleu", "rouge_l", "bertscore", "perplexity", "exact_match", "ended")  # columns of the table
 
 
@@ -99,7 +122,7 @@ class SweepConfig(DecodeConfig, Grid):
             raise ValueError("--retry-failed is about trainings that failed; it belongs to --train")
 
 
-def sweep(config, say=print):
+def sweep(config, say=screen.say):
     """Do every point of the grid that is not done yet. Returns what sweep.json holds.
 
     Raises ValueError on bad input, KeyboardInterrupt, with what is kept, after Ctrl-C or SIGTERM."""
@@ -116,6 +139,7 @@ def sweep(config, say=print):
         raise ValueError(f"no point was finished; the first: {content.found[points[0][0]]['error']}")
     say("\n".join(table(content.written)))
     say(f"written: {folder / 'sweep.json'}")
+    say(next_command(folder.parent))
     return content.written
 
 
@@ -195,25 +219,30 @@ def read_list(path):
     """What sweep.json holds, {} where there is none. Raises ValueError where it is no list of points."""
     if not path.exists():
         return {}
-    stored = read_json(path)
-    of_other_kind = stored.get("other") if isinstance(stored, dict) else None
-    for content in (stored, of_other_kind or {"points": []}):
-        points = content.get("points") if isinstance(content, dict) else None
-        is_good = isinstance(points, list) and all(isinstance(point, dict) for point in points)
-        if not is_good or not all({"name", "options", "folder"} <= point.keys() for point in points):
-            raise ValueError(f"{path} is no list of points; remove it: what was done is in the folders beside it")
+    try:
+        stored = read_json(path, LISTED)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. It is no list of points; remove it: what was done is in the folders beside it"
+        ) from None
+    for entry in [*stored["points"], *stored.get("other", {}).get("points", [])]:
+        if Path(entry["folder"]).name != entry["folder"]:
+            raise ValueError(
+                f"{path}: the point {screen.short(entry['name'])} has the folder {screen.short(entry['folder'])}"
+            )
     return stored
 
 
 def read_point(folder):
-    """What evaluation.json of a point holds. Raises ValueError where it is none of a point."""
+    """What evaluation.json of a point holds. Raises ValueError where it is none of a point, or was changed since."""
     path = folder / "evaluation.json"
-    stored = read_json(path)
+    anew = "remove it: its answers are scored again"
     try:
-        stored["settings"]["decoding"].keys(), stored["systems"]["tuned"]["metrics"].keys()
-        stored["systems"]["tuned"]["examples"][0]["scores"].keys()
-    except (KeyError, TypeError, AttributeError, IndexError):
-        raise ValueError(f"{path} is not what a sweep writes; remove it: its answers are scored again") from None
+        stored = read_json(path, POINT)
+    except ValueError as error:
+        raise ValueError(f"{error}. It is not what a sweep writes; {anew}") from None
+    if stored != sealed(stored):
+        raise ValueError(f"{path} was changed after it was written; {anew}")
     return stored
 
 
@@ -411,8 +440,8 @@ def against(system, middle, resamples):
     return found
 
 
-def table(content):
-    """Lines of text: a point a line."""
+def table(content, width=None):
+    """Lines of text: a point a line. width: as for screen.table_lines()."""
     done = [point for point in content["points"] if "metrics" in point]
     if not done:
         return ["no point was finished"]
@@ -430,9 +459,12 @@ def table(content):
                 "failed " if entry is None else scoring.shown(*(entry[k] for k in ("value", "low", "high"))) + mark
             )
         rows.append(row)
-    lines = scoring.columns(rows)
     n = next(iter(done[0]["metrics"].values()))["n"]
-    return lines + [
-        f"{n} examples; [95 % interval by bootstrap over them]; *: differs from {content['centre']} with p < 0.05 in a paired "
-        f"permutation test; of {tests} such tests, {tests / 20:.0f} would by chance alone"
-    ]
+    foot = [f"{n} examples. In brackets: 95 % bootstrap interval over them."]
+    if tests:
+        foot.append(f"*: differs from {content['centre']} with p < 0.05 (paired permutation test).")
+        chance = f"{tests / 20:.1f}".removesuffix(".0")
+        foot.append(
+            f"With {tests} test{'s' * (tests > 1)}, about {chance} false alarm{'s' * (chance != '1')} are expected by chance."
+        )
+    return table_lines(rows, width) + [line for text in foot for line in wrap(text, width)]

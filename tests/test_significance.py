@@ -12,7 +12,13 @@ from scipy import stats
 from minitune.metrics import correlation, significance
 from minitune.metrics.bleu import bleu_score, bleu_statistics, corpus_bleu
 from minitune.metrics.correlation import correlate
-from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
+from minitune.metrics.significance import (
+    bootstrap_interval,
+    paired_bootstrap,
+    paired_permutation,
+    resample,
+    side_by_side,
+)
 
 WORDS = "the cat sat on a mat and saw one dog near two old trees in rain".split()
 
@@ -90,13 +96,13 @@ def test_few_or_equal_examples_are_not_given_more_certainty_than_they_have():
     one = bootstrap_interval([0.5])
     assert (one.value, one.low, one.high) == (0.5, None, None) and "one example" in one.note
     two = bootstrap_interval([0.0, 1.0])
-    assert (two.low, two.high) == (0.0, 1.0) and "only 2 examples" in two.note
+    assert (two.low, two.high) == (0.0, 1.0) and "2 examples are few" in two.note
     equal = bootstrap_interval([1.0] * 27)
-    assert equal.low is None and "all 27 examples agree" in equal.note
+    assert equal.low is None and "every example has the same score" in equal.note
     for method, level in itertools.product(("bca", "percentile"), (0.5, 0.999)):
         for n in (2, 3, 4, 9):  # skewed to the limit: the correction runs out of room
             found = bootstrap_interval([0.0] * (n - 1) + [1.0], level=level, method=method)
-            assert 0 <= found.low <= found.high <= 1 and f"only {n} examples" in found.note
+            assert 0 <= found.low <= found.high <= 1 and f"{n} examples are few" in found.note
 
 
 @pytest.mark.parametrize(
@@ -176,18 +182,27 @@ def test_paired_tests_see_a_difference_that_separate_intervals_hide():
     assert (back.difference, back.p_value) == (pytest.approx(-turned.difference), turned.p_value)
 
 
-def test_paired_tests_of_bleu_agree_with_sacrebleu():
+def peer_p(kind, systems, references):
+    """sacrebleu's p of a paired test: ar, approximate randomization, or bs, bootstrap."""
+    named = list(zip("ab", systems, strict=True))
+    _, results = PairedTest(named, {"BLEU": BLEU()}, [references], kind, n_samples=2000)()
+    return next(r.p_value for r in results["BLEU"] if r.p_value is not None)
+
+
+@pytest.mark.parametrize("share", [0.31, 0.36])
+def test_paired_tests_of_bleu_are_those_of_sacrebleu_where_they_ask_the_same(share):
     references, first = answers(60, 2, 0.3)
-    _, second = answers(60, 2, 0.36)
+    _, second = answers(60, 2, share)
     rows = [bleu_statistics(references, candidates) for candidates in (first, second)]
-    for kind, test, sides in (("ar", paired_permutation, 1), ("bs", paired_bootstrap, 2)):
-        peer = PairedTest([("a", first), ("b", second)], {"BLEU": BLEU()}, [references], kind, n_samples=2000)
-        _, results = peer()
-        want = next(r.p_value for r in results["BLEU"] if r.p_value is not None)
-        got = test(*rows, corpus_score, resamples=2000)
-        assert got.difference == pytest.approx(corpus_bleu(references, first) - corpus_bleu(references, second))
-        # other random numbers: four standard errors of either p are 0.04; its bootstrap counts one side only
-        assert 0.05 < got.p_value < 0.5 and got.p_value == pytest.approx(sides * want, abs=0.06)
+    turned = paired_permutation(*rows, corpus_score, resamples=2000)
+    assert turned.difference == pytest.approx(corpus_bleu(references, first) - corpus_bleu(references, second))
+    # other random numbers: four standard errors of either p are 0.045
+    assert turned.p_value == pytest.approx(peer_p("ar", (first, second), references), abs=0.06)
+    both, difference_of = side_by_side(*rows, corpus_score)
+    measured, drawn, _ = resample(both, difference_of, False, 2000, 0)
+    theirs = np.mean(np.abs(drawn) - np.abs(drawn).mean() > abs(measured))  # its bootstrap, as paired_bootstrap says
+    assert theirs == pytest.approx(peer_p("bs", (first, second), references), abs=0.06)
+    assert paired_bootstrap(*rows, corpus_score, resamples=2000).p_value > theirs + 0.02
 
 
 def test_one_example_or_equal_answers_show_no_difference():

@@ -1,52 +1,75 @@
 """BLEU (Papineni et al. 2002) in its two dialects, without their libraries.
 
 `sentence_bleu` gives nltk's numbers from 0 to 1 on str.split tokens, with the smoothing methods of Chen and Cherry (WMT 2014);
-the study averages it over answers. `corpus_bleu` and `segment_bleu` give sacrebleu's numbers from 0 to 100, with its tokenisers.
-The rows of `bleu_statistics` can be summed over any choice of answers: resampling a corpus needs no text."""
+the study averages it over answers. `corpus_bleu` and `segment_bleu` give sacrebleu's numbers from 0 to 100, with its tokenisers
+(bleu_tokens.py). The rows of `bleu_statistics` can be summed over any choice of answers: resampling a corpus needs no text."""
 
-import functools
-import itertools
 import math
-import re
 import sys
 from typing import NamedTuple
 
 import numpy as np
 
+from minitune.metrics.bleu_tokens import signature_of, tokens
 from minitune.metrics.ngrams import ngrams, overlap, overlaps
 from minitune.metrics.pairs import as_list, check_pairs, number_of_references
 
-MAX_ORDER = 4
+MAX_ORDER = 4  # of n-grams, where nothing else is asked for
+HIGHEST_ORDER = 20
 SACREBLEU = "2.6.0+minitune"  # the release whose numbers these are, and who computed them
 SMOOTHING_VALUES = {"exp": None, "floor": 0.1, "add-k": 1, "none": None}
 SMOOTHING_METHODS = tuple(f"method{k}" for k in range(8))
 EPSILON, ALPHA, K = 0.1, 5, 5  # nltk's, of methods 1, 6 and 4
 
 
-def sentence_bleu(reference, candidate, smoothing="method1"):
+def sentence_bleu(reference, candidate, smoothing="method1", weights=None, tokenize=None):
     """nltk's sentence BLEU of two texts, split at white space. Returns 0 to 1 (methods 5 and 7 can exceed 1, as nltk's do).
 
-    reference: str, or a list of str of which each n-gram may match any. smoothing: method0 (none) to method7.
-    Raises ValueError with method6 where no trigram matches, which it is not defined for."""
+    reference: str, or a list of str of which each n-gram may match any. smoothing: method0 (none) to method7. weights: of the
+    orders 1, 2, ..., as many as there are to be; None: four times 0.25. tokenize: a tokeniser of corpus_bleu, in place of the
+    split. Raises ValueError with method6 where no trigram matches, which it is not defined for."""
     if smoothing not in SMOOTHING_METHODS:
         raise ValueError(f"smoothing is {smoothing!r}, expected one of {', '.join(SMOOTHING_METHODS)}")
-    references = [text.split() for text in as_list(reference)]
-    words = candidate.split()
-    orders = MAX_ORDER + (smoothing in ("method5", "method7"))
-    matches = matches_in_any(references, words, orders)
+    weights = check_weights(MAX_ORDER, weights)
+    split = str.split if tokenize is None else lambda text: tokens(text, tokenize)
+    references, words = [split(text) for text in as_list(reference)], split(candidate)
+    return sentence_score(sentence_statistics(references, words, len(weights), smoothing), weights, smoothing)
+
+
+def sentence_statistics(references, words, orders, smoothing="method1"):
+    """[words of the candidate, words of the closest reference, matches of each order ...]; methods 5 and 7 read one order more,
+    the fifth. All texts are lists of words."""
+    matches = matches_in_any(references, words, max(orders, 5) if smoothing in ("method5", "method7") else orders)
+    return [len(words), closest_length(len(words), map(len, references)), *matches]
+
+
+def sentence_score(statistics, weights, smoothing="method1"):
+    """BLEU from 0 to 1 of sentence_statistics()."""
+    length, closest, *matches = statistics
     if not matches[0]:
         return 0.0
-    totals = [max(1, len(words) - n) for n in range(orders)]
-    precisions = smooth(matches, totals, len(words), smoothing)
-    closest = closest_length(len(words), map(len, references))
-    penalty = 1.0 if len(words) > closest else math.exp(1 - closest / len(words))
-    return penalty * math.exp(math.fsum(math.log(p) / MAX_ORDER for p in precisions if p > 0))
+    totals = [max(1, length - n) for n in range(len(matches))]
+    precisions = smooth(matches, totals, length, smoothing, len(weights))
+    penalty = 1.0 if length > closest else math.exp(1 - closest / length)
+    return penalty * math.exp(math.fsum(w * math.log(p) for w, p in zip(weights, precisions, strict=True) if p > 0))
 
 
-def smooth(matches, totals, length, method):
-    """Precisions of orders 1 to 4 from counts; methods 5 and 7 read the fifth as well. length: words of the candidate."""
+def check_weights(orders, weights):
+    """The weight of each order of n-grams: `weights` as floats, or 1 / orders each. Raises ValueError where there is none, or
+    too many, or one is no number from 0 to 1."""
+    if weights is None:
+        weights = [1 / orders] * orders if isinstance(orders, int) and 1 <= orders <= HIGHEST_ORDER else []
+    if not 1 <= len(weights) <= HIGHEST_ORDER:
+        raise ValueError(f"BLEU has n-grams of 1 to {HIGHEST_ORDER} orders, not of {len(weights) or orders}")
+    if not all(isinstance(w, (int, float)) and 0 <= w <= 1 for w in weights) or not any(weights):
+        raise ValueError(f"the weights of BLEU are {list(weights)}, expected numbers from 0 to 1, such as 0.5 0.5")
+    return [float(w) for w in weights]
+
+
+def smooth(matches, totals, length, method, orders=MAX_ORDER):
+    """Precisions of orders 1 to `orders` from counts; methods 5 and 7 read the fifth as well. length: words of the candidate."""
     precisions = [m / t for m, t in zip(matches, totals, strict=True)]
-    zeros = [n for n in range(MAX_ORDER) if not matches[n]]
+    zeros = [n for n in range(orders) if not matches[n]]
     if method == "method0":
         return [p or sys.float_info.min for p in precisions]
     if method == "method1":
@@ -61,21 +84,22 @@ def smooth(matches, totals, length, method):
         for k, n in enumerate(zeros, 1):
             precisions[n] = math.log(length) / (2**k * K) / totals[n]
     if method in ("method5", "method7"):
+        after = [*precisions[1:orders], matches[4] / totals[4]]  # behind the last one always comes the fifth
         before = precisions[0] + 1
-        for n in range(MAX_ORDER):
-            before = precisions[n] = (before + precisions[n] + precisions[n + 1]) / 3
+        for n in range(orders):
+            before = precisions[n] = (before + precisions[n] + after[n]) / 3
     elif method == "method6":
-        if not matches[2]:
+        if len(matches) < 3 or not matches[2]:
             raise ValueError("smoothing method6 needs a matching trigram, and there is none; take method1 or method4")
-        for n in (2, 3):
+        for n in range(2, orders):
             prior = precisions[n - 1] ** 2 / precisions[n - 2] if precisions[n - 2] else 0
             precisions[n] = (matches[n] + ALPHA * prior) / (max(0, length - n) + ALPHA)
-    return precisions[:MAX_ORDER]
+    return precisions[:orders]
 
 
 class BleuScore(NamedTuple):
     score: float  # 0 to 100
-    counts: tuple  # matching n-grams of orders 1 to 4, after add-k
+    counts: tuple  # matching n-grams of orders 1, 2, ..., after add-k
     totals: tuple  # n-grams of the candidates, after add-k
     precisions: tuple  # 0 to 100, smoothed
     brevity_penalty: float
@@ -83,59 +107,65 @@ class BleuScore(NamedTuple):
     reference_length: int  # tokens of the closest references
 
 
-def corpus_bleu(references, candidates, tokenize="13a", smoothing="exp", smoothing_value=None, lowercase=False):
+def corpus_bleu(references, candidates, tokenize="13a", smoothing="exp", smoothing_value=None, lowercase=False,
+                max_order=MAX_ORDER, weights=None):  # fmt: skip
     """sacrebleu's corpus BLEU, 0 to 100.
 
-    references: for each candidate a str, or a list of str. tokenize: 13a, intl, char or none. smoothing: exp, floor (value 0.1
-    where not given), add-k (1) or none. Raises ValueError where the lists do not fit together."""
-    statistics = bleu_statistics(references, candidates, tokenize, lowercase)
-    return bleu_score(statistics.sum(0), smoothing, smoothing_value).score
+    references: for each candidate a str, or a list of str. tokenize: a name in bleu_tokens.TOKENIZERS. smoothing: exp, floor
+    (value 0.1 where not given), add-k (1) or none. max_order: of n-grams, sacrebleu's max_ngram_order. weights: of the orders
+    1, 2, ..., in place of max_order; sacrebleu has equal ones only. Raises ValueError where the lists do not fit together."""
+    orders = len(check_weights(max_order, weights))
+    statistics = bleu_statistics(references, candidates, tokenize, lowercase, orders)
+    return bleu_score(statistics.sum(0), smoothing, smoothing_value, weights=weights).score
 
 
 def segment_bleu(reference, candidate, tokenize="13a", smoothing="exp", smoothing_value=None, lowercase=False,
-                 effective_order=True):  # fmt: skip
+                 effective_order=True, max_order=MAX_ORDER, weights=None):  # fmt: skip
     """sacrebleu's BLEU of one answer, 0 to 100. effective_order: leave out the orders that the answer is too short for."""
-    row = segment_statistics(as_list(reference), candidate, tokenize, lowercase)
-    return bleu_score(row, smoothing, smoothing_value, effective_order).score
+    orders = len(check_weights(max_order, weights))
+    row = segment_statistics(as_list(reference), candidate, tokenize, lowercase, orders)
+    return bleu_score(row, smoothing, smoothing_value, effective_order, weights).score
 
 
-def bleu_statistics(references, candidates, tokenize="13a", lowercase=False):
-    """What BLEU needs of each answer: int64 (answers, 10), tokens of the candidate and of its closest reference, four counts of
-    matching n-grams, four of n-grams of the candidate."""
+def bleu_statistics(references, candidates, tokenize="13a", lowercase=False, max_order=MAX_ORDER):
+    """What BLEU needs of each answer: int64 (answers, 2 + 2 * max_order), tokens of the candidate and of its closest reference,
+    of each order the matching n-grams, of each order the n-grams of the candidate."""
     check_pairs(references, candidates)
+    check_weights(max_order, None)
     if any(not isinstance(r, str) and len(r) != 1 for r in references):
-        rows = [segment_statistics(as_list(r), c, tokenize, lowercase)
+        rows = [segment_statistics(as_list(r), c, tokenize, lowercase, max_order)
                 for r, c in zip(references, candidates, strict=True)]  # fmt: skip
         return np.array(rows, np.int64)
     ours = [tokens(text, tokenize, lowercase) for text in candidates]
     theirs = [tokens(as_list(text)[0], tokenize, lowercase) for text in references]
     lengths = np.array([[len(c), len(r)] for c, r in zip(ours, theirs, strict=True)])
-    totals = np.maximum(lengths[:, :1] - np.arange(MAX_ORDER), 0)
-    return np.concatenate([lengths, overlaps(theirs, ours, MAX_ORDER), totals], axis=1)
+    totals = np.maximum(lengths[:, :1] - np.arange(max_order), 0)
+    return np.concatenate([lengths, overlaps(theirs, ours, max_order), totals], axis=1)
 
 
-def segment_statistics(references, candidate, tokenize, lowercase):
+def segment_statistics(references, candidate, tokenize, lowercase, max_order=MAX_ORDER):
     """One row of `bleu_statistics`, against any number of references."""
     ours, theirs = tokens(candidate, tokenize, lowercase), [tokens(text, tokenize, lowercase) for text in references]
-    totals = [max(len(ours) - n, 0) for n in range(MAX_ORDER)]
+    totals = [max(len(ours) - n, 0) for n in range(max_order)]
     closest = closest_length(len(ours), map(len, theirs))
-    return [len(ours), closest, *matches_in_any(theirs, ours, MAX_ORDER), *totals]
+    return [len(ours), closest, *matches_in_any(theirs, ours, max_order), *totals]
 
 
-def bleu_score(statistics, smoothing="exp", smoothing_value=None, effective_order=False):
-    """BLEU of one row, or of a sum of rows, of `bleu_statistics`. Returns a BleuScore."""
+def bleu_score(statistics, smoothing="exp", smoothing_value=None, effective_order=False, weights=None):
+    """BLEU of one row, or of a sum of rows, of `bleu_statistics`. Returns a BleuScore. weights: of the orders; None: equal."""
     if smoothing not in SMOOTHING_VALUES:
         raise ValueError(f"smoothing is {smoothing!r}, expected one of {', '.join(SMOOTHING_VALUES)}")
     added = SMOOTHING_VALUES[smoothing] if smoothing_value is None else smoothing_value
     ours, theirs, *rest = statistics.tolist() if isinstance(statistics, np.ndarray) else statistics
-    counts, totals, precisions = rest[:MAX_ORDER], rest[MAX_ORDER:], [0.0] * MAX_ORDER
+    max_order = len(rest) // 2
+    counts, totals, precisions = rest[:max_order], rest[max_order:], [0.0] * max_order
     penalty = 1.0 if ours >= theirs else math.exp(1 - theirs / ours) if ours else 0.0
     if not any(counts):
         return BleuScore(0.0, tuple(counts), tuple(totals), tuple(precisions), penalty, ours, theirs)
     if smoothing == "add-k":
         counts[1:], totals[1:] = [c + added for c in counts[1:]], [t + added for t in totals[1:]]
-    orders, halvings = MAX_ORDER, 1
-    for n in range(MAX_ORDER):
+    orders, halvings = max_order, 1
+    for n in range(max_order):
         if not totals[n]:
             break
         orders = n + 1 if effective_order else orders
@@ -148,72 +178,28 @@ def bleu_score(statistics, smoothing="exp", smoothing_value=None, effective_orde
             precisions[n] = 100.0 * added / totals[n]
     # sacrebleu's logarithm of zero is -9999999999, so that the score is zero
     logs = [math.log(p) if p else -9999999999 for p in precisions[:orders]]
-    score = penalty * math.exp(sum(logs) / orders)
+    if weights is None:
+        mean = sum(logs) / orders
+    else:
+        used = check_weights(max_order, weights)[:orders]
+        share = 1 if orders == max_order else sum(used) or 1  # of the weights that are left where orders are left out
+        mean = sum(w * log for w, log in zip(used, logs, strict=True)) / share
+    score = penalty * math.exp(mean)
     return BleuScore(score, tuple(counts), tuple(totals), tuple(precisions), penalty, ours, theirs)
 
 
 def bleu_signature(references, tokenize="13a", smoothing="exp", smoothing_value=None, lowercase=False,
-                   effective_order=False):  # fmt: skip
-    """How a score was made, in sacrebleu's words: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0+minitune."""
+                   effective_order=False, max_order=MAX_ORDER, weights=None):  # fmt: skip
+    """How a score was made, in sacrebleu's words: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0+minitune. Another
+    order or weights, which sacrebleu's signature leaves out, are named: order:2, weights:0.7,0.3."""
     value = SMOOTHING_VALUES[smoothing] if smoothing_value is None else smoothing_value
     shown = smoothing + (f"[{value:.2f}]" if SMOOTHING_VALUES[smoothing] is not None else "")
     case, effective = "lc" if lowercase else "mixed", "yes" if effective_order else "no"
     number = number_of_references(references)
-    return f"nrefs:{number}|case:{case}|eff:{effective}|tok:{tokenize}|smooth:{shown}|version:{SACREBLEU}"
-
-
-# tokenisers
-
-
-def tokens(text, tokenize="13a", lowercase=False):
-    """The tokens that sacrebleu's tokeniser of this name makes of a text: a list of str."""
-    if tokenize not in TOKENIZERS:
-        raise ValueError(f"tokenize is {tokenize!r}, expected one of {', '.join(TOKENIZERS)}")
-    text = text.lower() if lowercase else text
-    return TOKENIZERS[tokenize](text.rstrip())
-
-
-def tokens_13a(text):
-    """mteval-v13a's. Its rules never look past white space, so that a word's tokens are worked out once and kept."""
-    text = text.replace("<skipped>", "").replace("-\n", "")
-    if "&" in text:
-        text = text.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
-    return list(itertools.chain.from_iterable(map(tokens_of_word, text.split())))
-
-
-@functools.lru_cache(maxsize=2**18)
-def tokens_of_word(word):
-    word = re.sub(r"([!-&(-+/:-@\[-`{-~])", r" \1 ", f" {word} ")  # ASCII symbols but ' , - .
-    word = re.sub(r"([^0-9])([.,])", r"\1 \2 ", word)  # a point or comma, unless a digit stands before it
-    word = re.sub(r"([.,])([^0-9])", r" \1 \2", word)  # or behind it
-    word = re.sub(r"([0-9])(-)", r"\1 \2 ", word)  # a dash behind a digit
-    return tuple(word.split())
-
-
-@functools.cache
-def intl_rules():
-    import regex  # re has no Unicode classes, and unicodedata is of Python's Unicode version, not of sacrebleu's
-
-    return [
-        (regex.compile(r"(\P{N})(\p{P})"), r"\1 \2 "),
-        (regex.compile(r"(\p{P})(\P{N})"), r" \1 \2"),
-        (regex.compile(r"(\p{S})"), r" \1 "),
-    ]
-
-
-def tokens_intl(text):
-    """mteval-v14's international: every punctuation mark and symbol of Unicode is a token, but for a mark between digits."""
-    for pattern, replacement in intl_rules():
-        text = pattern.sub(replacement, text)
-    return text.split()
-
-
-TOKENIZERS = {
-    "13a": tokens_13a,
-    "intl": tokens_intl,
-    "char": lambda text: list("".join(text.split())),
-    "none": str.split,
-}
+    other = f"|order:{max_order}" if weights is None and max_order != MAX_ORDER else ""
+    other += "|weights:" + ",".join(f"{w:g}" for w in weights) if weights is not None else ""
+    tok = signature_of(tokenize)
+    return f"nrefs:{number}|case:{case}|eff:{effective}|tok:{tok}|smooth:{shown}{other}|version:{SACREBLEU}"
 
 
 # several references

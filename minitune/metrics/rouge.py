@@ -1,7 +1,9 @@
 """ROUGE-N, ROUGE-L and ROUGE-Lsum (Lin 2004), rouge_score's numbers: (precision, recall, fmeasure), each from 0 to 1.
 
-Words are runs of a-z and 0-9 after lowercasing, so that text in another script has none and scores zero. The longest common
-subsequence comes from bit vectors (Hyyro 2004): a row of the table is one integer, updated by one addition."""
+Words are runs of a-z and 0-9 after lowercasing, so that text in another script has none and scores zero; tokenize="characters"
+counts every character but white space instead. Of several references (a list of str) the one with the best fmeasure counts, as in
+rouge_score's score_multi. The longest common subsequence comes from bit vectors (Hyyro 2004): a row of the table is one integer,
+updated by one addition."""
 
 import functools
 import itertools
@@ -9,29 +11,47 @@ import re
 from collections import Counter
 
 from minitune.metrics.ngrams import ngrams
+from minitune.metrics.pairs import as_list
+from minitune.screen import short
+
+TOKENIZERS = ("words", "characters")
 
 
-def rouge_n(reference, candidate, n, use_stemmer=True):
+def rouge_n(reference, candidate, n, use_stemmer=True, tokenize="words"):
     """ROUGE-N of two texts: shared n-grams of words, n from 1 up. Returns (precision, recall, fmeasure)."""
     if n < 1:
         raise ValueError(f"n is {n}, expected 1 or more")
-    ours, theirs = ngrams(words(candidate, use_stemmer), n), ngrams(words(reference, use_stemmer), n)
-    shared = sum(min(ours[gram], theirs[gram]) for gram in ours.keys() & theirs.keys())
-    return scores(shared, sum(ours.values()), sum(theirs.values()))
+    ours = ngrams(words(candidate, use_stemmer, tokenize), n)
+
+    def against(text):
+        theirs = ngrams(words(text, use_stemmer, tokenize), n)
+        shared = sum(min(ours[gram], theirs[gram]) for gram in ours.keys() & theirs.keys())
+        return scores(shared, sum(ours.values()), sum(theirs.values()))
+
+    return best(against, reference)
 
 
-def rouge_l(reference, candidate, use_stemmer=True):
+def rouge_l(reference, candidate, use_stemmer=True, tokenize="words"):
     """ROUGE-L of two texts: the longest common subsequence of words. Returns (precision, recall, fmeasure)."""
-    ours, theirs = words(candidate, use_stemmer), words(reference, use_stemmer)
-    return scores(lcs_length(theirs, ours), len(ours), len(theirs))
+    ours = words(candidate, use_stemmer, tokenize)
+
+    def against(text):
+        theirs = words(text, use_stemmer, tokenize)
+        return scores(lcs_length(theirs, ours), len(ours), len(theirs))
+
+    return best(against, reference)
 
 
-def rouge_lsum(reference, candidate, use_stemmer=True):
+def rouge_lsum(reference, candidate, use_stemmer=True, tokenize="words"):
     """ROUGE-L of whole summaries, one sentence a line: each line of the reference against all lines of the candidate.
 
     Returns (precision, recall, fmeasure). A word counts no more often than either text has it."""
-    ours = [words(line, use_stemmer) for line in candidate.split("\n") if line]
-    theirs = [words(line, use_stemmer) for line in reference.split("\n") if line]
+    lines = lambda text: [words(line, use_stemmer, tokenize) for line in text.split("\n") if line]
+    ours = lines(candidate)
+    return best(lambda text: summary_scores(lines(text), ours), reference)
+
+
+def summary_scores(theirs, ours):
     left_ours, left_theirs = (Counter(itertools.chain.from_iterable(lines)) for lines in (ours, theirs))
     hits = 0
     for line in theirs:
@@ -45,6 +65,11 @@ def rouge_lsum(reference, candidate, use_stemmer=True):
     return scores(hits, sum(map(len, ours)), sum(map(len, theirs)))
 
 
+def best(against, reference):
+    """The scores against the reference, or the first of its list, with the highest fmeasure."""
+    return max(map(against, as_list(reference)), key=lambda found: found[2])
+
+
 def scores(shared, ours, theirs):
     precision, recall = shared / max(ours, 1), shared / max(theirs, 1)
     return precision, recall, 2 * precision * recall / (precision + recall) if shared else 0.0
@@ -53,8 +78,13 @@ def scores(shared, ours, theirs):
 # words
 
 
-def words(text, use_stemmer=True):
-    """The words of a text as ROUGE counts them; use_stemmer: by Porter's stem where longer than three letters."""
+def words(text, use_stemmer=True, tokenize="words"):
+    """The words of a text as ROUGE counts them; use_stemmer: by Porter's stem where longer than three letters. tokenize
+    "characters": each character but white space, in lowercase."""
+    if tokenize == "characters":
+        return list("".join(text.lower().split()))
+    if tokenize != "words":
+        raise ValueError(f"tokenize is {short(tokenize)}, expected one of {', '.join(TOKENIZERS)}")
     return list(itertools.chain.from_iterable(map(words_of_piece, text.lower().split(), itertools.repeat(use_stemmer))))
 
 

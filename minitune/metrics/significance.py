@@ -46,7 +46,12 @@ def bootstrap_interval(rows, score=None, of_rows=False, level=0.95, resamples=50
 
 def paired_bootstrap(rows_a, rows_b, score=None, level=0.95, resamples=5000, seed=0, method="bca", widen=True):
     """Two systems on the same examples: the interval of score(a) - score(b), and how often a drawn difference is as far from
-    the measured one as that is from zero (Koehn 2004, but two-sided, where sacrebleu counts one side: its p is about half).
+    the measured one, to either side, as that is from zero (Koehn 2004, two-sided).
+
+    sacrebleu's paired bootstrap asks something else: it takes each drawn difference without its sign, subtracts the mean of
+    these over all draws, and counts the draws where that is above the measured difference without its sign. That is one side of
+    a spread around another centre. Where all draws have one sign it is the upper side of ours; where they do not, no factor leads
+    from one p to the other. Its permutation test asks what ours does.
 
     rows and score: as for `bootstrap_interval`. Returns a Comparison."""
     both, difference_of = side_by_side(rows_a, rows_b, score)
@@ -81,7 +86,7 @@ def paired_permutation(rows_a, rows_b, score=None, resamples=9999, seed=0):
     p_value = extreme / draws if exact else (extreme + 1) / (draws + 1)
     note = "one example cannot show a difference" if n == 1 else ""
     if not turned.any():
-        note = f"the two are the same in each of {n} examples"
+        note = "both systems have the same score in every example"
     return Comparison(difference, None, None, p_value, n, note)
 
 
@@ -158,8 +163,8 @@ def limits(value, replicates, left_out, n, level, method, widen):
     if n == 1:
         return None, None, n, "one example has no interval"
     if np.ptp(replicates) <= rounding(replicates, value):
-        return None, None, n, f"all {n} examples agree: drawing them again shows no spread"
-    notes = [f"only {n} examples: such intervals hold the truth less often than they say"] if n < FEW else []
+        return None, None, n, "every example has the same score, so there is no interval"
+    notes = [f"{n} examples are few: the interval may be too narrow"] if n < FEW else []
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if widen:
         tails = ndtr(np.sqrt(n / (n - 1)) * student.ppf(tails, n - 1))
@@ -174,6 +179,6 @@ def limits(value, replicates, left_out, n, level, method, widen):
             room = 1 - acceleration * moved  # none: the limit is the last of all drawn scores
             tails = ndtr(np.where(room > 0, bias + moved / np.where(room > 0, room, 1), np.sign(moved) * np.inf))
         else:
-            notes.append("the score lies outside all drawn ones: percentile limits")
+            notes.append("the score is outside of all drawn scores, so the interval is a plain percentile one")
     low, high = np.quantile(replicates, tails)
     return float(low), float(high), n, "; ".join(notes)
