@@ -434,9 +434,9 @@ def read_answers(file, settings, rows):
         where = f"{file}, line {number}"
         schema.check(record, ANSWER, where)
         if not record["row"] < rows or record["row"] in found:
-            raise ValueError(f"{where} answers row {short(record['row'])} again, or there is no such row; {ANEW}")
+            raise ValueError(f"{where} answers row {short(record['row'])} again, or there is no such row. {ANEW}")
         if record["check"] != check_of(record, settings_check):
-            raise ValueError(f"{where} was changed after it was written; {ANEW}")
+            raise ValueError(f"{where} was changed after it was written. {ANEW}")
         found[record["row"]] = record
     content = "".join(to_json(line) + "\n" for line in (first, *records))
     if file.read_bytes() != content.encode():  # a torn last line, which the next one would be glued to
@@ -444,7 +444,7 @@ def read_answers(file, settings, rows):
     return found
 
 
-ANEW = "use --resume never to answer again"
+ANEW = "Use --resume never to answer again"
 
 
 def check_of(record, settings_check):
@@ -457,9 +457,9 @@ def other_settings(file, stored, settings):
     """What is wrong with answers of other settings, in words."""
     key = "adapter (sha256)"
     if stored.get(key) != settings[key] and {**stored, key: None} == {**settings, key: None}:
-        return f"{file} holds answers of another adapter: the run was trained again since; {ANEW}"
+        return f"{file} holds answers of another adapter: the run was trained again since. {ANEW}"
     flat = [{k: v for k, v in s.items() if k != "decoding"} | dict(s.get("decoding") or {}) for s in (stored, settings)]
-    return f"{file} holds answers of other settings: {screen.some(differences(*flat)) or 'a field is missing'}; {ANEW}"
+    return f"{file} holds answers of other settings: {screen.some(differences(*flat)) or 'a field is missing'}. {ANEW}"
 
 
 SHORT = {"top_k": "topk", "num_beams": "nb", "temperature": "t"}

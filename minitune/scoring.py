@@ -228,7 +228,7 @@ def corpus_bleu_rows(records, judges):
         note = (
             f"no answer shares a {order}-gram with its reference: a smoothed count stands in"
             if totals[missing[0]]
-            else f"no answer has {order} words, so that corpus BLEU is 0; --bleu-order {order - 1} counts shorter n-grams only"
+            else f"no answer has {order} words, so that corpus BLEU is 0 (--bleu-order {order - 1} counts shorter n-grams)"
         )
     notes = [note, unread_by_bleu(records, tokenize)]
     score = lambda total: bleu_score(total, weights=config.bleu_weights).score
@@ -461,9 +461,9 @@ def table(systems, comparisons, width=None):
         for system in systems.values():
             entry = system["metrics"][name]
             row.append(shown(entry["value"], entry["low"], entry["high"]))
-            if entry["note"]:
-                where = f"{METRICS[name].label} of {system['name']}" if len(systems) > 1 else METRICS[name].label
-                notes.setdefault(entry["note"], []).append(where)
+            where = f"{METRICS[name].label} of {system['name']}" if len(systems) > 1 else METRICS[name].label
+            for note in entry["note"].split("; ") if entry["note"] else ():
+                notes.setdefault(note, []).append(where)
         if comparisons:
             entry = comparisons[name]
             row.append(shown(entry["difference"], entry["low"], entry["high"], sign="+"))

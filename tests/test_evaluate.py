@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from minitune.metrics.rouge import rouge_l, rouge_lsum, rouge_n
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
 from minitune.metrics.token_f1 import token_f1
 from minitune.run_folder import read_lines
+from minitune.screen import cells
 from minitune.tokenizer import load_tokenizer
 from minitune.train import held_out_loss, train
 
@@ -61,7 +63,7 @@ def command(*argv):
     return [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, argv)]
 
 
-def answers_file(run, system="tiny-mistral-finetuned", point="topk50_nb1_t1"):
+def answers_file(run, system="tiny-mistral-finetuned", point="greedy"):
     return Path(run) / "generations" / f"{system}_{point}.jsonl"
 
 
@@ -173,7 +175,7 @@ def test_the_judge_and_the_encoder_give_their_metrics(run, tmp_path):
     assert result["metrics"]["perplexity_tokens"]["value"] == pytest.approx(judged["token_perplexity"], rel=1e-6)
     f1 = bert_score(references, answers, load_encoder(tmp_path / "bert"), load_tokenizer(tmp_path / "bert"), 2)[2]
     assert result["metrics"]["bertscore"]["value"] == pytest.approx(f1.double().mean().item(), abs=1e-12)
-    scores = read_json(run / "generations" / "tiny-mistral-finetuned_topk50_nb1_t1_score.json")
+    scores = read_json(run / "generations" / "tiny-mistral-finetuned_greedy_score.json")
     assert scores["Perplexity"] == result["metrics"]["perplexity"]["value"]
     assert scores["BERTScore"] == result["metrics"]["bertscore"]["value"]
 
@@ -198,8 +200,8 @@ def test_the_files_have_the_names_and_keys_of_the_study(evaluated, trained, data
     for key, name in (("tuned", "tiny-mistral-finetuned"), ("base", "tiny-mistral")):
         assert evaluated["systems"][key]["name"] == name
         answers = [e["answer"] for e in evaluated["systems"][key]["examples"]]
-        assert read_json(generations / f"{name}_topk50_nb1_t1.json") == answers
-        scores = read_json(generations / f"{name}_topk50_nb1_t1_score.json")
+        assert read_json(generations / f"{name}_greedy.json") == answers
+        scores = read_json(generations / f"{name}_greedy_score.json")
         assert list(scores) == list(read_json(study / "phi-2-finetuned_topk50_nb5_t1_score.json"))
         assert scores["BLEU"] == evaluated["systems"][key]["metrics"]["bleu"]["value"] and scores["BERTScore"] is None
     assert read_json(trained / "evaluation.json") == evaluated
@@ -213,7 +215,7 @@ def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run
     theirs = evaluate(EvaluateConfig(run=str(whole), do_sample=True, **options), QUIET)
     argv = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
     process = subprocess.Popen(command("--run", run, "--do-sample", *argv), stdout=subprocess.DEVNULL)
-    file = answers_file(run)
+    file = answers_file(run, point="topk50_nb1_t1_minnewtokens40")
     deadline = time.monotonic() + 60
     while not file.exists() or len(file.read_bytes().splitlines()) < 4:
         assert process.poll() is None and time.monotonic() < deadline
@@ -266,8 +268,17 @@ def test_other_settings_are_refused_by_name_and_resume_never_answers_again(run):
     evaluate(replace(config, max_new_tokens=7, top_p=0.5), QUIET)  # which greedy decoding does not read
     shutil.rmtree(run / "adapter")
     train(read_options(run).replace(max_steps=9, run=str(run), resume="never"), QUIET)
-    with pytest.raises(ValueError, match="adapter .sha256. .* -> "):
+    with pytest.raises(
+        ValueError, match="answers of another adapter: the run was trained again since. Use --resume never"
+    ):
         evaluate(replace(config, max_new_tokens=7), QUIET)
+    head, *rest = answers_file(run).read_text().split("\n", 1)
+    for missing in ("quantize", "adapter (sha256)", "decoding"):  # also where its value would be none
+        settings = json.loads(head)["settings"]
+        del settings[missing]
+        answers_file(run).write_text("\n".join([json.dumps({"settings": settings}), *rest]))
+        with pytest.raises(ValueError, match="other settings|another adapter"):
+            evaluate(replace(config, max_new_tokens=7), QUIET)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +286,13 @@ def test_other_settings_are_refused_by_name_and_resume_never_answers_again(run):
     [
         (
             b'{"row": 0, "answer": "a", "tokens": 1, "ended_by": "eos", "reference_loss": [1.0, 2]}\n' * 2,
-            "line 3 is no",
+            "line 2: check is missing, expected text",
         ),
-        (b'{"row": 99, "answer": "a", "tokens": 1, "ended_by": "eos", "reference_loss": [1.0, 2]}\n', "line 2 is no"),
-        (b'{"row": 0}\n', "line 2 is no answer"),
-        (b"[1]\n", "line 2 is no answer"),
-        (b'{"row": \n[1]\n', "line 2 is not JSON"),
+        (b'{"row": 0}\n', "line 2: answer is missing"),
+        (b'{"row": -1}\n', "line 2: row is -1, expected a whole number"),
+        (b"[1]\n", r"line 2: it is \[1\], expected an object"),
+        (b"[" * 100_000 + b"\n1\n", "line 2 is not"),
+        (b'{"row": \n[1]\n', "line 2 is not"),
     ],
 )
 def test_a_damaged_file_of_answers_is_said_with_its_line(run, content, message):
@@ -290,6 +302,30 @@ def test_a_damaged_file_of_answers_is_said_with_its_line(run, content, message):
     answers_file(run).write_bytes(head + content)
     with pytest.raises(ValueError, match=message):
         evaluate(config, QUIET)
+
+
+def test_answers_and_losses_that_were_edited_are_refused(run):
+    config = EvaluateConfig(run=str(run), max_new_tokens=6, resamples=20, base=False, limit=3)
+    evaluate(config, QUIET)
+    lines = read_lines(answers_file(run))
+    changes = ({"answer": "a better one"}, {"reference_loss": [0.1, 3]}, {"row": 2}, {"more": 1})
+    for changed in changes:
+        edited = [*lines[:1], lines[1] | changed, *lines[2:]]
+        answers_file(run).write_text("".join(json.dumps(line) + "\n" for line in edited))
+        with pytest.raises(ValueError, match="line 2 was changed after it was written. Use --resume never"):
+            evaluate(config, QUIET)
+    twice = [*lines[:2], lines[1]]
+    answers_file(run).write_text("".join(json.dumps(line) + "\n" for line in twice))
+    with pytest.raises(ValueError, match="line 3 answers row 0 again"):
+        evaluate(config, QUIET)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_stays(run):
+    answers_file(run).parent.mkdir(exist_ok=True)
+    os.mkfifo(answers_file(run))
+    with pytest.raises(ValueError, match="is a pipe, expected a regular file"):
+        evaluate(EvaluateConfig(run=str(run), limit=1), QUIET)
+    assert answers_file(run).is_fifo()
 
 
 def test_a_torn_last_line_is_answered_again(run):
@@ -348,7 +384,7 @@ def test_ctrl_c_says_what_is_there_and_a_prompt_without_room_its_rows(run, monke
 def test_sigterm_says_how_many_answers_are_kept_and_the_same_command_goes_on(run):
     argv = ["--run", run, "--max-new-tokens", 40, "--min-new-tokens", 40, "--batch-size", 2, "--resamples", 50]
     process = subprocess.Popen(command(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    file, deadline = answers_file(run), time.monotonic() + 60
+    file, deadline = answers_file(run, point="greedy_minnewtokens40"), time.monotonic() + 60
     while not file.exists() or len(file.read_bytes().splitlines()) < 4:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
@@ -383,8 +419,9 @@ def test_a_stop_outside_of_decoding_says_what_is_kept_too(run, tmp_path, monkeyp
     monkeypatch.undo()
     monkeypatch.setattr(scoring, "score", stop)
     write_json(tmp_path / "a.json", ["a"])
+    write_json(tmp_path / "r.json", ["a"])
     with pytest.raises(KeyboardInterrupt, match="^nothing was written; the same command starts again"):
-        evaluate(EvaluateConfig(predictions=str(tmp_path / "a.json"), references=str(tmp_path / "a.json")), QUIET)
+        evaluate(EvaluateConfig(predictions=str(tmp_path / "a.json"), references=str(tmp_path / "r.json")), QUIET)
 
 
 def test_a_value_that_is_not_finite_is_null_with_a_note():
@@ -441,7 +478,14 @@ def test_a_run_without_questions_is_refused(run, tmp_path):
         ),
         ({"run": "a", "encoder_prefix_space": True}, "encoder_prefix_space is about BERTScore, which needs --encoder"),
         ({"run": "a", "encoder_baseline": "b.tsv"}, "encoder_baseline is about BERTScore, which needs --encoder"),
-        ({"run": "a", "resamples": 1}, "resamples is 1, expected 10 or more"),
+        ({"run": "a", "resamples": 1}, "resamples is 1, expected 10 to 1,000,000"),
+        ({"run": "a", "resamples": 2**63 - 1}, "resamples is 9223372036854775807, expected 10 to 1,000,000"),
+        ({"run": "a", "batch_size": 2**63 - 1}, "batch_size is 9223372036854775807"),
+        ({"run": "a", "bleu_order": 0}, "n-grams of 1 to 20 orders, not of 0"),
+        ({"run": "a", "bleu_order": 2**63 - 1}, "n-grams of 1 to 20 orders"),
+        ({"run": "a", "bleu_weights": (0.5, -0.5)}, "expected numbers from 0 to 1"),
+        ({"run": "a", "bleu_weights": (0.5, 0.5), "bleu_order": 3}, "bleu_weights has 2 weights and bleu_order is 3"),
+        ({"run": "a", "bleu_tokenize": "flores101"}, "needs sacrebleu's model: download https://.* to "),
         ({"run": "a", "num_return_sequences": 2, "num_beams": 2}, "one answer a question"),
         ({"run": "a", "limit": 0}, "limit is 0, expected a number above 0"),
         ({"run": "a", "temperature": -1.0}, "temperature is -1.0"),
@@ -508,11 +552,12 @@ def test_two_files_are_compared_example_by_example(data_dir):
         ("p.json", '["a", "b", NaN, "d"]', "p.json, row 2 is a float, expected a text or an object: NaN"),
         ("p.json", '["a", "b", null, "d"]', "p.json, row 2 is a NoneType"),
         ("p.json", '[{"answer": "a"}, {"question": "b"}]', "p.json, row 1 has none of answer, output, .*question"),
-        ("p.json", '[{"answer": "a"}, {"answer": NaN}]', "p.json, row 1: answer is NaN, expected a text"),
-        ("p.json", '[{"answer": null}]', "p.json, row 0: answer is null, expected a text"),
+        ("p.json", '[{"answer": "a"}, {"answer": NaN}]', "p.json, row 1: answer is nan, expected text"),
+        ("p.json", '[{"answer": null}]', "p.json, row 0: answer is None, expected text"),
         ("p.json", "[]", "p.json has no rows"),
         ("p.json", "", "p.json is empty"),
-        ("p.txt", "\n", "p.txt is empty"),
+        ("p.txt", "", "p.txt is empty"),
+        ("p.txt", "\n\n", "p.txt has 2 answers and .*r.json has 4 references, expected as many .a blank line"),
         ("p.json", "{not json", "p.json is not valid JSON: line 1"),
         ("p.json", '{"a": 1}', "p.json holds a dict, expected a list"),
         ("p.jsonl", '"a"\n{"answer": \n', "p.jsonl, line 2 is not valid JSON: column"),
@@ -532,9 +577,10 @@ def test_a_wrong_file_is_one_line_with_the_file_and_the_row(name, content, messa
 
 def test_metrics_that_files_cannot_give_are_refused_by_name(tmp_path):
     write_json(tmp_path / "r.json", REFERENCES)
+    write_json(tmp_path / "p.json", ANSWERS)
     for name, why in (("ended", "how each answer ended"), ("reference_perplexity", "--run only")):
         with pytest.raises(ValueError, match=f"{name} needs .*{why}"):
-            files = {"predictions": str(tmp_path / "r.json"), "references": str(tmp_path / "r.json")}
+            files = {"predictions": str(tmp_path / "p.json"), "references": str(tmp_path / "r.json")}
             evaluate(EvaluateConfig(**files, metrics=name), QUIET)
 
 
@@ -547,23 +593,25 @@ def test_the_script_ends_with_2_and_one_line_on_bad_input(tmp_path, script):
 
 
 def test_the_table_has_a_line_for_each_metric_with_intervals_and_p(evaluated):
-    lines = scoring.table(evaluated["systems"], evaluated["comparisons"])
+    lines = scoring.table(evaluated["systems"], evaluated["comparisons"], 200)
     assert all(name in lines[0] for name in ("tiny-mistral-finetuned", "tiny-mistral", "difference", "p"))
     [line] = [line for line in lines if line.startswith("ROUGE-1")]
     metric, compared = (evaluated["systems"]["tuned"]["metrics"]["rouge_1"], evaluated["comparisons"]["rouge_1"])
     assert f"{metric['value']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]" in line
     assert line.endswith(f"{compared['p_permutation']:.4f}") and f"{compared['difference']:+.4f}" in line
-    assert any("all 14 examples agree" in line for line in lines)  # why a line has no interval
+    assert any("Every example has the same score, so there is no interval: " in line for line in lines)
+    for width in (40, 60, 80, 120):
+        found = scoring.table(evaluated["systems"], evaluated["comparisons"], width)
+        assert max(map(cells, found)) <= width and sum("difference" in line.split() for line in found) == 1
 
 
 def test_a_note_of_many_values_names_the_first_of_them(tmp_path):
     write_json(tmp_path / "a.json", ["a", "b"])
-    files = {"predictions": str(tmp_path / "a.json"), "references": str(tmp_path / "a.json")}
+    write_json(tmp_path / "r.json", ["a", "b"])
+    files = {"predictions": str(tmp_path / "a.json"), "references": str(tmp_path / "r.json")}
     system = evaluate(EvaluateConfig(**files), QUIET)["systems"]
-    [line] = [line for line in scoring.table(system, {}) if "agree" in line]
-    assert line.endswith(
-        "(a: BLEU, sentences (0-1), a: BLEU, corpus (0-100), a: chrF (0-100), a: ROUGE-1 (0-1) and 6 more)"
-    )
+    [line] = [line for line in scoring.table(system, {}, 200) if line.startswith("Every example")]
+    assert line.endswith("BLEU, sentences (0-1), BLEU, corpus (0-100), chrF (0-100), ROUGE-1 (0-1) and 6 more.")
 
 
 BAD_FACTS = {"tokens": ('"tokens": NaN', "tokens is nan"), "ended_by": ('"ended_by": 5', "ended_by is 5")}
@@ -601,5 +649,5 @@ def test_another_scaling_in_the_adapters_config_is_another_model(run):
     evaluate(config, QUIET)
     path = run / "adapter" / "adapter_config.json"
     write_json(path, read_json(path) | {"lora_alpha": 1})
-    with pytest.raises(ValueError, match=r"adapter \(sha256\)"):
+    with pytest.raises(ValueError, match="answers of another adapter"):
         evaluate(config, QUIET)
