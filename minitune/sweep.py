@@ -27,6 +27,7 @@ from minitune.evaluate import (
     written,
 )
 from minitune.files import read_json, write_json
+from minitune.generate import GenerateConfig
 from minitune.generation_config import OPTIONS
 from minitune.run_folder import hold
 from minitune.scoring import METRICS, Rows, ScoreConfig
@@ -291,8 +292,8 @@ def decoding_points(config):
     for point in points:
         options = evaluate_config(config, config.run, point)
         shown = {name: point[name] for name in dict.fromkeys(("top_k", "num_beams", "temperature", *varied))}
-        made.append((point_name(options, varied), shown, options))
-    return distinct(made), point_name(evaluate_config(config, config.run, middle), varied)
+        made.append((point_name(GenerateConfig(**options.given()), varied), shown, options))
+    return distinct(made), point_name(GenerateConfig(**evaluate_config(config, config.run, middle).given()), varied)
 
 
 def evaluate_config(config, run, decoding):
