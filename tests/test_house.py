@@ -77,6 +77,8 @@ GROUND = [  # what other modules of floor 1 may use; among themselves, those tha
     "minitune.config",
     "minitune.metrics.pairs",
     "minitune.metrics.ngrams",
+    "minitune.metrics.writing",
+    "minitune.metrics.bleu_tokens",
     "minitune.models.layers",
 ]
 PEERS = {"transformers", "peft", "bitsandbytes", "sacrebleu", "rouge_score", "bert_score", "hypothesis", "datasets"}
