@@ -177,14 +177,15 @@ def run(tmp_path, server):
     def run(code=f"attempt(hub.resolve, {REPO!r})", **variables):
         ours = re.compile("HF_|HUGGINGFACE|MINITUNE|.*_proxy$", re.IGNORECASE)
         kept = {key: value for key, value in os.environ.items() if not ours.match(key)}
-        home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
+        # This machine may be busy: only a server that trickles is to be too slow.
+        home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url, "HF_HUB_DOWNLOAD_TIMEOUT": "120"}
         done = subprocess.run(
             [sys.executable, "-c", PRELUDE + code],
             env={**kept, **home, "PYTHONPATH": str(ROOT), **variables},
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
@@ -579,8 +580,12 @@ def test_a_server_that_trickles_is_given_up_and_what_came_is_kept(server, run):
 def test_ctrl_c_says_how_to_go_on(server, run):
     server.trickles = {SHARDS[0]}
     code = f"""
-import os, signal, threading
-threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+import os, pathlib, signal, threading
+def stop():
+    while not list(pathlib.Path("home").rglob("*.incomplete")):
+        threading.Event().wait(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=stop).start()
 try:
     hub.resolve({REPO!r})
 except KeyboardInterrupt as stop:
