@@ -23,7 +23,7 @@ from minitune.generate import GenerateConfig, Prefix, decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
 from minitune.metrics.pairs import as_list
 from minitune.metrics.perplexity import sequence_nll
-from minitune.run_folder import adapter_fingerprint, append_line, hold, model_fingerprint, read_lines
+from minitune.run_folder import adapter_fingerprint, adapter_folder, append_line, hold, model_fingerprint, read_lines
 from minitune.schema import COUNT
 from minitune.scoring import ScoreConfig
 from minitune.screen import short
@@ -409,13 +409,13 @@ def read_options(folder):
 
 
 def find_adapter(folder, say):
-    """adapter/, which train.py writes in the end; of a run that did not end best/ or last/, and says so."""
-    for name in ("adapter", "best", "last"):
-        if (folder / name / "adapter_model.safetensors").is_file():
-            if name != "adapter":
-                say(f"{folder} did not end its training: {folder / name} is evaluated")
-            return folder / name
-    raise ValueError(f"{folder} has no adapter/, best/ or last/ with weights; train it first: scripts/train.py")
+    """The folder of a run's adapter. Says where the run did not end."""
+    found = adapter_folder(folder)
+    if found is None:
+        raise ValueError(f"{folder} has no adapter/, best/ or last/ with weights; train it first: scripts/train.py")
+    if found.name != "adapter":
+        say(f"{folder} did not end its training: {found} is evaluated")
+    return found
 
 
 def read_answers(file, settings, rows):

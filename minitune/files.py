@@ -1,6 +1,7 @@
 """Files that are read whole and checked, and files that appear whole or not at all. Nothing here knows what they hold."""
 
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -120,7 +121,10 @@ def parse_json(text, where):
     """The value of JSON text. Raises ValueError that begins with `where`, whatever is wrong: broken, nested too deeply,
     a number without end."""
     try:
-        return json.loads(text, parse_int=whole_number)
+        value = json.loads(text, parse_int=whole_number)
+        if text.count("[") + text.count("{") > LEVELS and is_deeper(value, LEVELS):
+            raise RecursionError
+        return value
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where} is not valid JSON: {place}: {error.msg}") from None
@@ -128,6 +132,18 @@ def parse_json(text, where):
         raise ValueError(f"{where} is not valid JSON for us: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON for us: {error}") from None
+
+
+LEVELS = 200  # of lists and objects within each other; whoever reads or writes the value calls itself as often
+
+
+def is_deeper(value, levels):
+    """Whether lists and objects lie more than `levels` deep within each other."""
+    row = [value]
+    for _ in range(levels):
+        inner = [one.values() if isinstance(one, dict) else one for one in row if isinstance(one, (dict, list))]
+        row = list(itertools.chain.from_iterable(inner))
+    return any(isinstance(one, (dict, list)) for one in row)
 
 
 def whole_number(digits):

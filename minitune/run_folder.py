@@ -176,7 +176,14 @@ def model_fingerprint(folder):
 
 def file_sha256(path):
     """sha256 of a file, or None where there is none."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).exists() else None
+    return hashlib.sha256(read_bytes(path)).hexdigest() if Path(path).exists() else None
+
+
+def adapter_folder(run):
+    """Where the adapter of a run lies: adapter/, which train.py writes in the end; of a run that did not end best/ or last/.
+    None where there is none."""
+    folders = (Path(run) / name for name in ("adapter", "best", "last"))
+    return next((folder for folder in folders if (folder / "adapter_model.safetensors").is_file()), None)
 
 
 def adapter_fingerprint(folder):

@@ -73,6 +73,7 @@ def test_lone_surrogates_survive_a_round_trip(tmp_path):
     [
         (b"[" * 100_000, "nested"),
         (b'{"a":' * 100_000, "nested"),
+        (b'[{"a":' * 150 + b"1" + b"}]" * 150, "nested"),
         (b"9" * 5_000, "digits"),
         (b"[" + b"9" * 400 + b"]", "digits"),
         (b"{", "line 1"),
