@@ -80,7 +80,7 @@ def test_lone_surrogates_survive_a_round_trip(tmp_path):
         (b"", "line 1"),
         (b"\xff\xfe", "UTF-8"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_broken_json_is_one_line_with_the_file(tmp_path, content, word):
     path = tmp_path / "x.json"
