@@ -1,26 +1,25 @@
-"""The operations of decoding on a CPU, in C (decode.c): what minitune/models/layers.py computes, in one call each.
+"""The operations of decoding on a CPU, in C (attend.c, linear.c, lora.c, rows.c): what minitune/models/layers.py computes, in
+one call each.
 
-A step of a 110 M model reads its weights in 7 ms on a machine where torch's small calls around them took as long again. Taken in
-fp32 and bf16 where no gradient is recorded (`takes`); elsewhere torch does the same. Letters: R sequences, B prompts, n sequences
-of each, H heads, H_kv key-value heads, T tokens of this call, D head dim."""
+A step of a 110 M model reads its weights in 7 ms on a machine where torch's small calls around them took as long again. Taken
+in fp32 and bf16 where no gradient is recorded (`takes`); elsewhere torch does the same. Letters: R sequences, B prompts, n
+sequences of each, H heads, H_kv key-value heads, T tokens of this call, D head dim."""
 
 import ctypes
 import functools
 import os
-from pathlib import Path
 
 import torch
-from minitune_kernels import c_library
+from minitune_kernels import built
 from minitune_kernels.nf4 import is_direct
 
-SOURCE = Path(__file__).with_name("decode.c")
 MAX_ROWS = 128  # of x in linear() and add_lora(): from there on torch's products are as fast
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 NO_LAYER = (None, None, None, 0)
 
 
 class Shape(ctypes.Structure):
-    """Where the tokens of a cache stand: decode.c's struct of this name, which says what the fields are."""
+    """Where the tokens of a cache stand: attend.c's struct of this name, which says what the fields are."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("lengths", "stored", "writers")] + [
         (name, ctypes.c_int64) for name in ("B", "n", "H", "H_kv", "T", "D", "P", "capacity", "new_tokens", "window")
@@ -30,16 +29,16 @@ class Shape(ctypes.Structure):
 def typed(lib):
     """A loaded library, with the types of its functions."""
     i, p, n, f = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    lib.decode_norm.argtypes, lib.decode_norm.restype = (i, i, i, p, p, p, n, n, f), None
-    lib.decode_layer_norm.argtypes, lib.decode_layer_norm.restype = (i, i, i, p, p, p, p, n, n, f), None
-    lib.decode_add.argtypes, lib.decode_add.restype = (i, i, i, p, p, p, n, n), None
-    lib.decode_turn.argtypes, lib.decode_turn.restype = (i, i, i, p, p, p, p, *[n] * 9), None
-    lib.decode_gate.argtypes, lib.decode_gate.restype = (i, i, i, p, p, p, n), None
-    lib.decode_gelu.argtypes, lib.decode_gelu.restype = (i, i, i, p, p, n), None
-    lib.decode_attend.argtypes = (i, i, i, *[p] * 9)
-    lib.decode_rank.argtypes, lib.decode_rank.restype = (i, i, i, p, p, p, n, n, n), None
-    lib.decode_lora.argtypes = (i, i, i, p, p, p, f, p, n, n, n, n)
-    lib.decode_linears.argtypes = (i, i, i, p, n, n, *(p, p, p, n) * 3)
+    lib.decode_norm.argtypes, lib.decode_norm.restype = (i, i, p, p, p, n, n, f), None
+    lib.decode_layer_norm.argtypes, lib.decode_layer_norm.restype = (i, i, p, p, p, p, n, n, f), None
+    lib.decode_add.argtypes, lib.decode_add.restype = (i, i, p, p, p, n, n), None
+    lib.decode_turn.argtypes, lib.decode_turn.restype = (i, i, p, p, p, p, *[n] * 9), None
+    lib.decode_gate.argtypes, lib.decode_gate.restype = (i, i, p, p, p, n), None
+    lib.decode_gelu.argtypes, lib.decode_gelu.restype = (i, i, p, p, n), None
+    lib.decode_attend.argtypes = (i, i, *[p] * 9)
+    lib.decode_rank.argtypes, lib.decode_rank.restype = (i, i, p, p, p, n, n, n), None
+    lib.decode_lora.argtypes = (i, i, p, p, p, f, p, n, n, n, n)
+    lib.decode_linears.argtypes = (i, i, p, n, n, *(p, p, p, n) * 3)
     lib.tape_new.argtypes, lib.tape_new.restype = (), p
     lib.tape_run.argtypes = lib.tape_free.argtypes = (p,)
     lib.tape_free.restype = None
@@ -49,8 +48,8 @@ def typed(lib):
 @functools.cache
 def library():
     """(the loaded library, its level). Raises NoCompiler."""
-    lib = typed(c_library.load(c_library.build(SOURCE)))
-    return lib, lib.decode_level()
+    lib, level = built.library()
+    return typed(lib), level
 
 
 @functools.cache
@@ -58,8 +57,13 @@ def runs_here(wanted):
     """Whether there is a compiler, and MINITUNE_KERNELS does not ask for another backend."""
     try:
         return wanted in (None, "", "cpu") and library()[1] >= 0
-    except c_library.NoCompiler:
+    except built.NoCompiler:
         return False
+
+
+def prepare():
+    """Build and load the C kernels where they are to run, before a clock starts that is not to count it."""
+    runs_here(os.environ.get("MINITUNE_KERNELS"))
 
 
 def takes(x):
@@ -130,52 +134,50 @@ def linears(x, *layers):
         out = x.new_empty(*rows, N)
         parts += weight.data_ptr(), bias if bias is None else bias.data_ptr(), out.data_ptr(), N
         outs.append(out)
-    lib, level = library()
+    lib, _ = library()
     none = NO_LAYER * (3 - len(layers))
-    lib.decode_linears(level, torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), x.numel() // K, K, *parts, *none)
+    lib.decode_linears(torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), x.numel() // K, K, *parts, *none)
     return outs
 
 
 def add_lora(out, x, A, B, scaling):
     """out (.., out) += x (.., in) A^T B^T * scaling, in place. A (r, in), B (out, r): fp32, rounded to x.dtype as they are read;
     what lies between them is rounded too. x: taken; up to MAX_ROWS rows."""
-    lib, level = library()
+    lib, _ = library()
     x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
     (N, r), K = B.shape, A.shape[1]
     pointers = x.data_ptr(), A.data_ptr(), B.data_ptr(), scaling, out.data_ptr()
-    if lib.decode_lora(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K, N, K, r):
+    if lib.decode_lora(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K, N, K, r):
         raise MemoryError(f"no memory for {x.numel() // K} x {r} numbers")
     return out
 
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; x: taken, weight in its dtype."""
-    lib, level = library()
+    lib, _ = library()
     x, K = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    lib.decode_norm(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
+    lib.decode_norm(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
     return out
 
 
 def layer_norm(x, weight, bias, eps):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis; x: taken, weight and bias in its dtype."""
-    lib, level = library()
+    lib, _ = library()
     x, K = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
-    lib.decode_layer_norm(
-        level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps
-    )
+    lib.decode_layer_norm(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
     return out
 
 
 def add(x, y, out=None):
     """x (.., K) + y, of the same shape or (K,), both contiguous and of one dtype; out: x itself, or None: a new tensor."""
     out = torch.empty_like(x) if out is None else out
-    lib, level = library()
+    lib, _ = library()
     pointers = x.data_ptr(), y.data_ptr(), out.data_ptr()
-    lib.decode_add(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel(), y.numel())
+    lib.decode_add(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel(), y.numel())
     return out
 
 
@@ -184,31 +186,31 @@ def rope(x, cos, sin):
     dims; the rest stays as it is. What comes back lies in memory as (B, T, H, D)."""
     B, H, T, D = x.shape
     out = x.new_empty(B, T, H, D)
-    lib, level = library()
+    lib, _ = library()
     row, head, token, _ = x.stride()
     half = cos.shape[-1]
     sizes = B, H, T, D, 2 * half, row, head, token, T * half if cos.shape[0] > 1 else 0
     pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()
-    lib.decode_turn(level, torch.get_num_threads(), DTYPES[x.dtype], *pointers, *sizes)
+    lib.decode_turn(torch.get_num_threads(), DTYPES[x.dtype], *pointers, *sizes)
     return out.transpose(1, 2)
 
 
 def swiglu(gate, up):
     """silu(gate) * up, two tensors of one shape and dtype."""
-    lib, level = library()
+    lib, _ = library()
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     pointers = gate.data_ptr(), up.data_ptr(), out.data_ptr()
-    lib.decode_gate(level, torch.get_num_threads(), DTYPES[gate.dtype], *pointers, gate.numel())
+    lib.decode_gate(torch.get_num_threads(), DTYPES[gate.dtype], *pointers, gate.numel())
     return out
 
 
 def gelu_tanh(x):
     """GELU with tanh for the error function."""
-    lib, level = library()
+    lib, _ = library()
     x = x.contiguous()
     out = torch.empty_like(x)
-    lib.decode_gelu(level, torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), x.numel())
+    lib.decode_gelu(torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), x.numel())
     return out
 
 
@@ -223,10 +225,10 @@ def attend(q, k, v, shape, caches):
     R, H, T, D = q.shape
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))  # (R, T, heads, D), where they mostly lie
     out = q.new_empty(R, T, H * D)
-    lib, level = library()
+    lib, _ = library()
     pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), ctypes.addressof(shape)
     caches = (t.data_ptr() for t in caches)
-    if lib.decode_attend(level, torch.get_num_threads(), DTYPES[q.dtype], *pointers, *caches):
+    if lib.decode_attend(torch.get_num_threads(), DTYPES[q.dtype], *pointers, *caches):
         raise MemoryError(f"no memory for the scores of {R} x {T} tokens over {shape.P} + {shape.new_tokens} keys")
     return out
 
@@ -238,7 +240,7 @@ def rank(logits, count):
     R, V = logits.shape
     logits = logits.contiguous()
     values, ids = logits.new_empty(R, count, dtype=torch.float32), logits.new_empty(R, count, dtype=torch.int64)
-    lib, level = library()
+    lib, _ = library()
     pointers = logits.data_ptr(), values.data_ptr(), ids.data_ptr()
-    lib.decode_rank(level, torch.get_num_threads(), DTYPES[logits.dtype], *pointers, R, V, count)
+    lib.decode_rank(torch.get_num_threads(), DTYPES[logits.dtype], *pointers, R, V, count)
     return values, ids

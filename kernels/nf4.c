@@ -4,6 +4,11 @@ Built and called by nf4_cpu.py. The format: blocks of 64 elements share an absma
 high half. */
 
 #include "common.h"
+#if LEVEL >= AVX512_BF16
+#include "bf16.h"
+#elif LEVEL >= AVX2
+#include <immintrin.h>
+#endif
 
 enum { BLOCK = 64, NESTED = 256 };
 
@@ -15,7 +20,7 @@ static const float CODE[16] __attribute__((aligned(64))) = {
 };
 
 struct Job {
-  int level, dtype;
+  int dtype;
   const void *x;          // weight to quantise (n), or rows to multiply (M, K), as packed for the kernel
   uint8_t *packed;        // (n / 2)
   float *absmax;          // (n / 64), NULL with double quantisation:
@@ -28,12 +33,10 @@ struct Job {
   int stream;             // write past the caches
 };
 
-int nf4_level(void) { return highest_level(); }
-
 INLINE float scale_of(const Job *j, int64_t block) {
   if (j->absmax) return j->absmax[block];
   float product = j->code2[j->q[block]] * j->absmax2[(uint64_t)block / NESTED];
-#if X86
+#ifdef __x86_64__
   __asm__("" : "+x"(product));  // rounded here: no FMA with the sum
 #else
   volatile float rounded = product;
@@ -42,9 +45,9 @@ INLINE float scale_of(const Job *j, int64_t block) {
   return product + j->offset;
 }
 
-// --- quantise: blocks begin .. end, written once and vectorised by the compiler for each instruction set ----------
+// --- quantise: blocks begin .. end, vectorised by the compiler ------------------------------------------------------
 
-INLINE void quantize_blocks(const Job *j, int64_t begin, int64_t end) {
+static void quantize_blocks(const Job *j, int64_t begin, int64_t end) {
   float middle[15];
   for (int i = 0; i < 15; i++) middle[i] = (CODE[i] + CODE[i + 1]) / 2;
   for (int64_t b = begin; b < end; b++) {
@@ -71,15 +74,6 @@ INLINE void quantize_blocks(const Job *j, int64_t begin, int64_t end) {
   }
 }
 
-static void quantize_portable(const Job *j, int64_t begin, int64_t end) { quantize_blocks(j, begin, end); }
-#if X86
-TARGET("avx2,fma,f16c") static void quantize_avx2(const Job *j, int64_t begin, int64_t end) {
-  quantize_blocks(j, begin, end);
-}
-TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,prefer-vector-width=512")
-static void quantize_avx512(const Job *j, int64_t begin, int64_t end) { quantize_blocks(j, begin, end); }
-#endif
-
 // --- decode: 64 elements of one block, code * absmax rounded to `dtype` ------------------------------------------
 
 /* Element i of a block of `count` to out[at + i]. `as` is the dtype in memory: a weight rounded to bf16 may be wanted in fp32. */
@@ -99,12 +93,10 @@ static void dequantize_portable(const Job *j, int64_t begin, int64_t end) {
   }
 }
 
-#if X86
-
-#define AVX512_INLINE static inline AVX512_TARGET __attribute__((always_inline))
+#if LEVEL == AVX2
 
 /* Eight fp32 rounded to 16 bits, as eight uint16. */
-AVX2_TARGET INLINE __m128i round_avx2(__m256 v, int dtype) {
+INLINE __m128i round_avx2(__m256 v, int dtype) {
   if (dtype == FP16) return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
   __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   __m256i h = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
@@ -113,11 +105,11 @@ AVX2_TARGET INLINE __m128i round_avx2(__m256 v, int dtype) {
   return _mm256_castsi256_si128(h);
 }
 
-AVX2_TARGET INLINE __m256 widen_avx2(__m128i h, int dtype) {
+INLINE __m256 widen_avx2(__m128i h, int dtype) {
   return dtype == FP16 ? _mm256_cvtph_ps(h) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-AVX2_TARGET INLINE void decode_avx2(const uint8_t *packed, float absmax, int dtype, int as, void *out) {
+INLINE void decode_avx2(const uint8_t *packed, float absmax, int dtype, int as, void *out) {
   __m256 low = _mm256_mul_ps(_mm256_load_ps(CODE), _mm256_set1_ps(absmax));
   __m256 high = _mm256_mul_ps(_mm256_load_ps(CODE + 8), _mm256_set1_ps(absmax));
   if (as == FP32) {
@@ -152,7 +144,7 @@ AVX2_TARGET INLINE void decode_avx2(const uint8_t *packed, float absmax, int dty
   }
 }
 
-AVX2_TARGET static void dequantize_avx2(const Job *j, int64_t begin, int64_t end) {
+static void dequantize_blocks(const Job *j, int64_t begin, int64_t end) {
   int64_t full = j->n / BLOCK < end ? j->n / BLOCK : end;
   for (int64_t b = begin; b < full; b++) {
     void *out = (char *)j->out + b * BLOCK * (j->dtype == FP32 ? 4 : 2);
@@ -163,8 +155,10 @@ AVX2_TARGET static void dequantize_avx2(const Job *j, int64_t begin, int64_t end
   if (full < end) dequantize_portable(j, full, end);
 }
 
+#elif LEVEL >= AVX512
+
 /* Sixteen fp32 rounded to 16 bits. Integer arithmetic for bf16: the instruction would flush subnormal numbers to 0. */
-AVX512_INLINE __m256i round_avx512(__m512 v, int dtype) {
+INLINE __m256i round_avx512(__m512 v, int dtype) {
   if (dtype == FP16) return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
   __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   __m512i h = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
@@ -173,17 +167,17 @@ AVX512_INLINE __m256i round_avx512(__m512 v, int dtype) {
 }
 
 /* The indices of 32 elements as words, from 16 bytes. Bits above the low 4 are left in: the table repeats. */
-AVX512_INLINE __m512i words_avx512(const uint8_t *packed) {
+INLINE __m512i words_avx512(const uint8_t *packed) {
   __m512i d = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)packed));
   return _mm512_or_si512(_mm512_srli_epi32(d, 4), _mm512_slli_epi32(d, 16));
 }
 
-AVX512_INLINE void put_avx512(void *out, __m512i v, int stream) {
+INLINE void put_avx512(void *out, __m512i v, int stream) {
   if (stream) _mm512_stream_si512((__m512i *)out, v);
   else _mm512_storeu_si512(out, v);
 }
 
-AVX512_INLINE void decode_avx512(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
+INLINE void decode_avx512(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
   __m512 table = _mm512_mul_ps(_mm512_load_ps(CODE), _mm512_set1_ps(absmax));
   if (as == FP32) {
     if (dtype == FP16) table = _mm512_cvtph_ps(round_avx512(table, FP16));
@@ -202,7 +196,7 @@ AVX512_INLINE void decode_avx512(const uint8_t *packed, float absmax, int dtype,
     put_avx512((uint16_t *)out + i, _mm512_permutexvar_epi16(words_avx512(packed + i / 2), words), stream);
 }
 
-AVX512_TARGET static void dequantize_avx512(const Job *j, int64_t begin, int64_t end) {
+static void dequantize_blocks(const Job *j, int64_t begin, int64_t end) {
   int64_t full = j->n / BLOCK < end ? j->n / BLOCK : end;
 #define EACH(dtype, stream) \
   for (int64_t b = begin; b < full; b++) \
@@ -219,57 +213,52 @@ AVX512_TARGET static void dequantize_avx512(const Job *j, int64_t begin, int64_t
   if (full < end) dequantize_portable(j, full, end);
 }
 
+#else
+
+static void dequantize_blocks(const Job *j, int64_t begin, int64_t end) { dequantize_portable(j, begin, end); }
+
 #endif
 
 // --- multiply: out (M, N) = x (M, K) times the transposed weight (N, K), for few rows; K is a multiple of 64 --------
 
 enum { CHUNK = 1024, MAX_ROWS = 128 };  // elements of a row of the weight that are decoded at a time; the largest M
 
-/* In fp32, for every dtype: a chunk of the weight is decoded into the L1 cache and multiplied with each row of x (fp32). */
-#define MULTIPLY(DECODE) \
-  for (int64_t n = begin; n < end; n++) { \
-    float w[CHUNK], sums[MAX_ROWS] = {0}; \
-    for (int64_t k = 0; k < j->K; k += CHUNK) { \
-      int64_t size = j->K - k < CHUNK ? j->K - k : CHUNK; \
-      for (int64_t i = 0; i < size; i += BLOCK) { \
-        int64_t b = (n * j->K + k + i) / BLOCK; \
-        DECODE(j->packed + b * BLOCK / 2, scale_of(j, b), w + i); \
-      } \
-      for (int64_t m = 0; m < j->M; m++) { \
-        const float *x = (const float *)j->x + m * j->K + k; \
-        float sum = 0; \
-        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < size; i++) sum += w[i] * x[i]; \
-        sums[m] += sum; \
-      } \
-    } \
-    for (int64_t m = 0; m < j->M; m++) store(j->out, j->dtype, m * j->N + n, sums[m]); \
-  }
-
-static void multiply_portable(const Job *j, int64_t begin, int64_t end) {
-#define DECODE(packed, absmax, w) decode_portable(packed, absmax, j->dtype, FP32, w, 0, BLOCK)
-  MULTIPLY(DECODE)
-#undef DECODE
-}
-
-#if X86
-
-AVX2_TARGET static void multiply_avx2(const Job *j, int64_t begin, int64_t end) {
-#define DECODE(packed, absmax, w) decode_avx2(packed, absmax, j->dtype, FP32, w)
-  MULTIPLY(DECODE)
-#undef DECODE
-}
-
-TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,prefer-vector-width=512")
-static void multiply_avx512(const Job *j, int64_t begin, int64_t end) {
+#if LEVEL >= AVX512
 #define DECODE(packed, absmax, w) decode_avx512(packed, absmax, j->dtype, FP32, w, 0)
-  MULTIPLY(DECODE)
-#undef DECODE
+#elif LEVEL >= AVX2
+#define DECODE(packed, absmax, w) decode_avx2(packed, absmax, j->dtype, FP32, w)
+#else
+#define DECODE(packed, absmax, w) decode_portable(packed, absmax, j->dtype, FP32, w, 0, BLOCK)
+#endif
+
+/* In fp32, for every dtype: a chunk of the weight is decoded into the L1 cache and multiplied with each row of x (fp32). */
+static void multiply_blocks(const Job *j, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; n++) {
+    float w[CHUNK], sums[MAX_ROWS] = {0};
+    for (int64_t k = 0; k < j->K; k += CHUNK) {
+      int64_t size = j->K - k < CHUNK ? j->K - k : CHUNK;
+      for (int64_t i = 0; i < size; i += BLOCK) {
+        int64_t b = (n * j->K + k + i) / BLOCK;
+        DECODE(j->packed + b * BLOCK / 2, scale_of(j, b), w + i);
+      }
+      for (int64_t m = 0; m < j->M; m++) {
+        const float *x = (const float *)j->x + m * j->K + k;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < size; i++) sum += w[i] * x[i];
+        sums[m] += sum;
+      }
+    }
+    for (int64_t m = 0; m < j->M; m++) store(j->out, j->dtype, m * j->N + n, sums[m]);
+  }
 }
+
+#if LEVEL >= AVX512_BF16
 
 /* bf16. 64 bytes hold 128 elements. Shifted by 0, 4, 8 and 12 bits, the low nibble of word i is element 4i + 1, 4i, 4i + 3 and
  * 4i + 2. So that nothing has to be interleaved, x lies in that order: for each 128 elements the 32 of each shift, zeros where
  * a row ends in the middle; and chunk by chunk, M rows each, since rows 8 KB apart would share their places in the cache. */
-BF16_TARGET static void permute_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t K, int64_t chunk) {
+static void permute_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t K, int64_t chunk) {
   static const int first[4] = {1, 0, 3, 2};
   const int64_t padded = (K + 127) / 128 * 128;
   for (int64_t start = 0; start < padded; start += chunk)
@@ -286,7 +275,7 @@ BF16_TARGET static void permute_x(const uint16_t *x, uint16_t *out, int64_t M, i
 }
 
 /* 128 elements of a row in that order, of two blocks that have these scales; is_half: only 64 are left. */
-BF16_INLINE void decode_blocks(const uint8_t *packed, int is_half, float scale, float next_scale, __m512bh w[4]) {
+INLINE void decode_blocks(const uint8_t *packed, int is_half, float scale, float next_scale, __m512bh w[4]) {
   const __m512 code = _mm512_load_ps(CODE);
   const __m512i nibble = _mm512_set1_epi16(15);
   const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);  // the table's other half
@@ -300,7 +289,7 @@ BF16_INLINE void decode_blocks(const uint8_t *packed, int is_half, float scale, 
 }
 
 /* The same from `block` on. */
-BF16_INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w[4]) {
+INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w[4]) {
   decode_blocks(j->packed + block * (BLOCK / 2), is_half, scale_of(j, block), is_half ? 0 : scale_of(j, block + 1), w);
 }
 
@@ -311,7 +300,7 @@ enum { STREAMS = 4, FEW = 8 };
 
 /* A step of 128 elements, from `block` on, of `rows` rows of the weight that lie `apart` blocks apart, and M rows of x. Two rows
  * of the weight at once: x is loaded for both. The numbers that are constants leave neither loops nor questions. */
-BF16_INLINE void few_step(const Job *j, int64_t block, const int rows, int64_t apart, const int M, const int is_nested,
+INLINE void few_step(const Job *j, int64_t block, const int rows, int64_t apart, const int M, const int is_nested,
                           const int is_half, const uint16_t *x, int64_t padded, __m512 sums[STREAMS][FEW]) {
 #pragma GCC unroll 4
   for (int first = 0; first < rows; first += 2) {
@@ -336,7 +325,7 @@ BF16_INLINE void few_step(const Job *j, int64_t block, const int rows, int64_t a
   }
 }
 
-BF16_INLINE void multiply_few(const Job *j, int64_t n, const int rows, int64_t stride, const int M, const int is_nested) {
+INLINE void multiply_few(const Job *j, int64_t n, const int rows, int64_t stride, const int M, const int is_nested) {
   const int64_t padded = (j->K + 127) / 128 * 128, whole = j->K / 128 * 128, apart = stride * (j->K / BLOCK);
   int64_t block = n * (j->K / BLOCK);
   const uint16_t *x = j->x;
@@ -359,7 +348,7 @@ BF16_INLINE void multiply_few(const Job *j, int64_t n, const int rows, int64_t s
   for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, streams, stride, M, is_nested); \
   for (int64_t n = begin + streams * stride; n < end; n++) multiply_few(j, n, 1, 0, M, is_nested);
 #define MULTIPLY_FEW(M) \
-  BF16_TARGET static void multiply_few_##M(const Job *j, int64_t begin, int64_t end) { \
+  static void multiply_few_##M(const Job *j, int64_t begin, int64_t end) { \
     if (j->absmax) { \
       MULTIPLY_ROWS(M, 0) \
     } else { \
@@ -381,7 +370,7 @@ static const Work FEW_ROWS[] = {NULL, multiply_few_1, multiply_few_2, multiply_f
  * once, so that 24 products need 10 loads. */
 enum { ROWS = 6, COLUMNS = 4 };
 
-BF16_TARGET static void multiply_many_bf16(const Job *j, int64_t begin, int64_t end) {
+static void multiply_many_bf16(const Job *j, int64_t begin, int64_t end) {
   uint16_t w[ROWS][CHUNK] __attribute__((aligned(64)));
   float sums[MAX_ROWS][ROWS][16] __attribute__((aligned(64)));
   const int64_t M = j->M, K = j->K, padded = (K + 127) / 128 * 128;
@@ -429,6 +418,8 @@ BF16_TARGET static void multiply_many_bf16(const Job *j, int64_t begin, int64_t 
   }
 }
 
+#if LEVEL >= AMX
+
 /* AMX, tens of rows: 16 rows of the weight and 128 of their elements become four tiles of 16 x 32, in the order of decode_128;
  * up to 64 rows of x lie in tiles of 16 x 32 with two elements of a row side by side (see tile_x). A tile of sums is 16 x 16. */
 #ifdef EMULATE_AMX  // for tests on a CPU without AMX: the five instructions, on a thread's own eight tiles
@@ -452,9 +443,6 @@ static void emulate_dpbf16ps(int t, int a, int b) {
     for (int c = 0; c < 16; c++)
       for (int k = 0; k < 32; k++) sums[i][c] += from_bf16(x[i][k]) * from_bf16(y[k / 2][2 * c + k % 2]);
 }
-#define AMX_TARGET BF16_TARGET
-#else
-#define AMX_TARGET TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c,amx-tile,amx-bf16")
 #endif
 
 /* x, already permuted row by row, as [128 elements][tile of 16 rows][part of 32][pair][row][2]; rows beyond M are 0. */
@@ -469,7 +457,7 @@ static void tile_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t padded) 
         }
 }
 
-AMX_TARGET static void multiply_amx(const Job *j, int64_t begin, int64_t end) {
+static void multiply_amx(const Job *j, int64_t begin, int64_t end) {
   struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -526,32 +514,23 @@ AMX_TARGET static void multiply_amx(const Job *j, int64_t begin, int64_t end) {
   _tile_release();
 }
 
-#endif
+#endif  // AMX
+#endif  // AVX512_BF16
 
 // --- the doors -----------------------------------------------------------------------------------------------------
 
-void nf4_quantize(int level, int threads, int dtype, const void *weight, uint8_t *packed, float *absmax, int64_t n) {
-  Job job = {.level = level, .dtype = dtype, .x = weight, .packed = packed, .absmax = absmax, .n = n};
-  Work work = quantize_portable;
-#if X86
-  if (level >= AVX2) work = quantize_avx2;
-  if (level >= AVX512) work = quantize_avx512;
-#endif
-  parallel(work, &job, (n + BLOCK - 1) / BLOCK, threads);
+void nf4_quantize(int threads, int dtype, const void *weight, uint8_t *packed, float *absmax, int64_t n) {
+  Job job = {.dtype = dtype, .x = weight, .packed = packed, .absmax = absmax, .n = n};
+  parallel(quantize_blocks, &job, (n + BLOCK - 1) / BLOCK, threads);
 }
 
 /* absmax is NULL with double quantisation, and q, absmax2, code2 and *offset count. stream: write past the caches. */
-void nf4_dequantize(int level, int threads, int dtype, const uint8_t *packed, const float *absmax, const uint8_t *q,
+void nf4_dequantize(int threads, int dtype, const uint8_t *packed, const float *absmax, const uint8_t *q,
                     const float *absmax2, const float *code2, const float *offset, void *out, int64_t n, int stream) {
-  Job job = {.level = level, .dtype = dtype, .packed = (uint8_t *)packed, .absmax = (float *)absmax, .q = q,
+  Job job = {.dtype = dtype, .packed = (uint8_t *)packed, .absmax = (float *)absmax, .q = q,
              .absmax2 = absmax2, .code2 = code2, .offset = offset ? *offset : 0, .out = out, .n = n,
              .stream = stream && (uintptr_t)out % 64 == 0};
-  Work work = dequantize_portable;
-#if X86
-  if (level >= AVX2) work = dequantize_avx2;
-  if (level >= AVX512) work = dequantize_avx512;
-#endif
-  parallel(work, &job, (n + BLOCK - 1) / BLOCK, threads);
+  parallel(dequantize_blocks, &job, (n + BLOCK - 1) / BLOCK, threads);
 }
 
 /* x (M, K) as the kernels read it, to out. All of it in one piece. */
@@ -559,41 +538,43 @@ static void widen_all(const Job *j, int64_t begin, int64_t end) {
   for (int64_t i = begin * j->M * j->K; i < end * j->M * j->K; i++) ((float *)j->out)[i] = load(j->x, j->dtype, i);
 }
 
-#if X86
-BF16_TARGET static void permute_all(const Job *j, int64_t begin, int64_t end) {
+#if LEVEL >= AVX512_BF16
+static void permute_all(const Job *j, int64_t begin, int64_t end) {
   if (begin < end) permute_x(j->x, j->out, j->M, j->K, j->n);
 }
+#endif
 
+#if LEVEL >= AMX
 static void tile_all(const Job *j, int64_t begin, int64_t end) {
   if (begin < end) tile_x(j->x, j->out, j->M, j->n);
 }
 #endif
 
 /* out (M, N) = x (M, K) times the transposed weight. 0, or -1 without memory. M <= 128, K a multiple of 64. */
-int nf4_matmul(int level, int threads, int dtype, const void *x, const uint8_t *packed, const float *absmax,
+int nf4_matmul(int threads, int dtype, const void *x, const uint8_t *packed, const float *absmax,
                const uint8_t *q, const float *absmax2, const float *code2, const float *offset, void *out, int64_t M,
                int64_t N, int64_t K) {
   const int64_t padded = (K + 127) / 128 * 128;
   float *scratch = borrow((M > 4 ? M + 16 : M) * padded * 4);
   if (!scratch) return -1;
-  const Job job = {.level = level, .dtype = dtype, .x = scratch, .packed = (uint8_t *)packed, .absmax = (float *)absmax,
+  const Job job = {.dtype = dtype, .x = scratch, .packed = (uint8_t *)packed, .absmax = (float *)absmax,
                    .q = q, .absmax2 = absmax2, .code2 = code2, .offset = offset ? *offset : 0, .out = out, .M = M, .N = N,
                    .K = K};
   Job first = {.dtype = dtype, .x = x, .out = scratch, .M = M, .K = K};
-  Step steps[3] = {{widen_all, &first, 1, 1, 0}, {multiply_portable, &job, N, threads, 0}};
+  Step steps[3] = {{widen_all, &first, 1, 1, 0}, {multiply_blocks, &job, N, threads, 0}};
   int64_t length = 2;
-#if X86
+#if LEVEL >= AVX512_BF16
+  if (dtype == BF16) {
+    const int is_few = M <= (has_amx ? 4 : FEW);
+    steps[0].work = permute_all, first.n = is_few || has_amx ? padded : CHUNK;
+    steps[1].work = is_few ? FEW_ROWS[M] : multiply_many_bf16;
+  }
+#endif
+#if LEVEL >= AMX
   Job tiles = {.out = scratch, .M = M, .n = padded};
-  if (level >= AVX2) steps[1].work = multiply_avx2;
-  if (level >= AVX512) steps[1].work = multiply_avx512;
-  if (level >= AVX512_BF16 && dtype == BF16) {
-    steps[0].work = permute_all;
-    steps[1].work = M <= (level == AMX ? 4 : FEW) ? FEW_ROWS[M] : level == AMX ? multiply_amx : multiply_many_bf16;
-    first.n = steps[1].work == multiply_many_bf16 ? CHUNK : padded;
-    if (steps[1].work == multiply_amx) {
-      first.out = (uint16_t *)scratch + (M + 15) / 16 * 16 * padded, tiles.x = first.out;
-      steps[2] = steps[1], steps[1] = (Step){tile_all, &tiles, 1, 1, 0}, length = 3;
-    }
+  if (dtype == BF16 && has_amx && M > 4) {
+    first.out = (uint16_t *)scratch + (M + 15) / 16 * 16 * padded, tiles.x = first.out;
+    steps[1] = (Step){tile_all, &tiles, 1, 1, 0}, steps[2] = (Step){multiply_amx, &job, N, threads, 0}, length = 3;
   }
 #endif
   perform(steps, length, sizeof job);

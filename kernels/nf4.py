@@ -19,12 +19,11 @@ import functools
 import importlib
 import math
 import os
-import sys
 import threading
 
 import torch
 import torch.nn.functional as F
-from minitune_kernels import reference
+from minitune_kernels import built, reference
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -117,7 +116,7 @@ def chosen(kind, index, wanted):
     else:
         raise ValueError(f"MINITUNE_KERNELS={wanted} does not run on {device}: {fault}")
     if module is reference and passed:
-        print(f"minitune: 4-bit weights in plain PyTorch, which is slow. {'; '.join(passed)}", file=sys.stderr)
+        built.tell(f"4-bit weights in plain PyTorch, which is slow. {'; '.join(passed)}")
     return module, "as MINITUNE_KERNELS asks" if wanted else "; not ".join([f"the fastest on {kind} here", *passed])
 
 

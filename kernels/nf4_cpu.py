@@ -2,14 +2,12 @@
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
-from minitune_kernels import c_library
-from minitune_kernels.c_library import LEVELS, NoCompiler
+from minitune_kernels import built
+from minitune_kernels.built import LEVELS, NoCompiler
 
 NAME = "cpu"
-SOURCE = Path(__file__).with_name("nf4.c")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STREAM_BYTES = 8 << 20  # an output of this size leaves the caches before it is read again: write past them
 
@@ -17,17 +15,17 @@ STREAM_BYTES = 8 << 20  # an output of this size leaves the caches before it is 
 def typed(lib):
     """A loaded library, with the types of its functions."""
     i, p, n = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-    lib.nf4_quantize.argtypes, lib.nf4_quantize.restype = (i, i, i, p, p, p, n), None
-    lib.nf4_dequantize.argtypes, lib.nf4_dequantize.restype = (i, i, i, p, p, p, p, p, p, p, n, i), None
-    lib.nf4_matmul.argtypes = (i, i, i, p, p, p, p, p, p, p, p, n, n, n)
+    lib.nf4_quantize.argtypes, lib.nf4_quantize.restype = (i, i, p, p, p, n), None
+    lib.nf4_dequantize.argtypes, lib.nf4_dequantize.restype = (i, i, p, p, p, p, p, p, p, n, i), None
+    lib.nf4_matmul.argtypes = (i, i, p, p, p, p, p, p, p, p, n, n, n)
     return lib
 
 
 @functools.cache
 def library():
     """(the loaded library, its level). Raises NoCompiler."""
-    lib = typed(c_library.load(c_library.build(SOURCE)))
-    return lib, lib.nf4_level()
+    lib, level = built.library()
+    return typed(lib), level
 
 
 def why_not(device):
@@ -55,21 +53,21 @@ def scale_arguments(scales):
 
 def quantize(weight):
     """weight (any shape) fp32, fp16 or bf16 -> (packed (ceil(n / 2),) uint8, absmax (ceil(n / 64),) fp32)."""
-    lib, level = library()
+    lib, _ = library()
     n = weight.numel()
     packed = weight.new_empty((n + 1) // 2, dtype=torch.uint8)
     absmax = weight.new_empty(-(-n // 64), dtype=torch.float32)
     pointers = weight.data_ptr(), packed.data_ptr(), absmax.data_ptr()
-    lib.nf4_quantize(level, torch.get_num_threads(), DTYPES[weight.dtype], *pointers, n)
+    lib.nf4_quantize(torch.get_num_threads(), DTYPES[weight.dtype], *pointers, n)
     return packed, absmax
 
 
 def dequantize(packed, scales, out):
     """Write the weight into `out`. scales: (absmax,), or (q, absmax2, code2, offset) with double quantisation."""
-    lib, level = library()
+    lib, _ = library()
     stream = out.nbytes >= STREAM_BYTES
     arguments = packed.data_ptr(), *scale_arguments(scales), out.data_ptr(), out.numel(), stream
-    lib.nf4_dequantize(level, torch.get_num_threads(), DTYPES[out.dtype], *arguments)
+    lib.nf4_dequantize(torch.get_num_threads(), DTYPES[out.dtype], *arguments)
     return out
 
 
@@ -88,8 +86,8 @@ def steady_rows(shape, dtype):
 
 def matmul(x, packed, scales, shape, out):
     """out (.., out) = x (.., in) @ weight.T, M rows, summed in fp32; the weight is rounded to x.dtype as dequantize does."""
-    (lib, level), M = library(), x.shape[:-1].numel()
+    (lib, _), M = library(), x.shape[:-1].numel()
     arguments = x.data_ptr(), packed.data_ptr(), *scale_arguments(scales), out.data_ptr(), M, *shape
-    if lib.nf4_matmul(level, torch.get_num_threads(), DTYPES[x.dtype], *arguments):
+    if lib.nf4_matmul(torch.get_num_threads(), DTYPES[x.dtype], *arguments):
         raise MemoryError(f"no memory for {M} rows of {shape[1]} elements")
     return out

@@ -2,18 +2,17 @@
 
 The cubins of sm_70 (V100) and sm_75 (T4) are stored in kernels/cubin, for no current toolkit builds sm_70 any more (NVRTC
 12 does, 13 does not). `python -m minitune_kernels.nvrtc` rewrites them. Those of other chips are built on first use and
-kept in the cache folder (see cache.py)."""
+kept in the cache folder (see built.py)."""
 
 import ctypes
 import functools
 import hashlib
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import torch
-from minitune_kernels import cache
+from minitune_kernels import built
 
 FOLDER = Path(__file__).resolve().parent
 SOURCE = FOLDER / "nf4.cu"
@@ -108,22 +107,16 @@ def cubin(architecture):
     """The machine code of nf4.cu for `architecture`: stored, from the cache folder, or built now and kept there.
 
     The cache file's name has the hash of all that goes in, and it appears whole: processes that build at once write the
-    same. Where the folder cannot be written, that is said in a warning and each process builds for itself."""
+    same. Where the folder cannot be used, built.folder() says it and each process builds for itself."""
     if path := stored_cubin(architecture):
         return path.read_bytes()
     compiler, source = compiler_for(architecture), SOURCE.read_text()
     key = hashlib.sha256("\0".join([source, architecture, compiler.version, *OPTIONS]).encode()).hexdigest()[:16]
-    path = cache.folder() / f"nf4.{architecture}.{key}.cubin"
-    try:
+    name = f"nf4.{architecture}.{key}"
+    if path := built.kept(name, ".cubin"):
         return path.read_bytes()
-    except OSError:
-        image, _ = compiler.build(source, architecture)
-    try:
-        cache.keep(path, image)
-    except OSError as error:
-        warnings.warn(
-            f"{path} cannot be written ({error.strerror}): the kernels are built anew each time", stacklevel=2
-        )
+    image, _ = compiler.build(source, architecture)
+    built.keep(name, ".cubin", image)
     return image
 
 

@@ -1,18 +1,17 @@
 """The operations of one decoding step, recorded once and played again without the Python between them, in which a step of a
 small model spends a quarter of its time: on a GPU a CUDA graph, on a CPU a tape.
 
-The C operations write themselves down (perform() in common.h) with the addresses that they were given; Watch sees to it that
+The C operations write themselves down (perform() in tape.c) with the addresses that they were given; Watch sees to it that
 nothing else happened to the numbers meanwhile. A record is believed after one step that was computed too. A function that is
 played does not run its Python: what it prints is that of the first steps. A module that counts its calls, or keeps what it
 saw, is noticed and runs at every step (see Parts). MINITUNE_KERNELS=torch makes no tapes."""
 
 import copy
-import functools
-import sys
 import weakref
 
 import torch
-from minitune_kernels import c_library, decode
+from minitune_kernels import decode
+from minitune_kernels.built import tell
 from torch.overrides import TorchFunctionMode
 
 # Methods of tensors that may stand between C operations: those that ask for a form, those that look at the same numbers in
@@ -57,7 +56,7 @@ class Repeated:
         played, computed = played.clone(), function(*inputs)
         if not torch.equal(played, computed):
             self.fault = "what is played is not what was computed"
-            say_once(f"minitune: decoding steps are not played, which is slower: {self.fault}")
+            tell(f"decoding steps are not played, which is slower: {self.fault}")
         return computed
 
 
@@ -72,19 +71,15 @@ class Tape(Repeated):
 
     def record(self, function, *inputs):
         """function(*inputs), written down. inputs: tensors that play() reads, to be written to before."""
-        libraries = list(c_library.loaded)
+        library, _ = decode.library()
         watch = Watch()
         try:
-            for library in libraries:
-                library.record(self.address)
+            library.record(self.address)
             with watch:
                 output = function(*inputs)
         finally:
-            for library in libraries:
-                library.record(None)
+            library.record(None)
         self.fault = watch.fault
-        if len(libraries) < len(c_library.loaded):
-            self.fault = "a library was loaded meanwhile"
         self.inputs, self.output, self.kept = inputs, output, watch.kept
         return output
 
@@ -98,8 +93,6 @@ class Tape(Repeated):
 
 def free(address):
     """End a tape, also one that an interrupt left open."""
-    for library in c_library.loaded:
-        library.forget(address)
     decode.library()[0].tape_free(address)
 
 
@@ -114,7 +107,7 @@ class Graph(Repeated):
                 self.output = function(*inputs)
         except RuntimeError as error:
             self.fault = str(error).splitlines()[0]
-            say_once(f"minitune: decoding steps are not played, which is slower: {self.fault}")
+            tell(f"decoding steps are not played, which is slower: {self.fault}")
             return function(*inputs)
         return self.play()  # the capture computed nothing
 
@@ -145,11 +138,6 @@ class Parts:
 def apart(value):
     """A copy of what may be changed where it lies."""
     return copy.copy(value) if isinstance(value, (dict, list, set)) else value
-
-
-@functools.cache
-def say_once(line):
-    print(line, file=sys.stderr)
 
 
 class Watch(TorchFunctionMode):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import torch
-from minitune_kernels import nf4
+from minitune_kernels import decode, nf4
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -62,6 +62,8 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     elif own is not None and expand(adapter).resolve() != own.resolve():
         tell(f"{folder} holds an adapter of its own, which is left out: {adapter} is asked for.")
     device = torch.device(device)
+    if device.type == "cpu":
+        decode.prepare()
     net, stored_4bit = build_empty(folder)
     if quantize != "none" and not architecture(read_config(folder))[2]:
         raise ValueError(f"{folder} holds a GPT-2, which minitune does not quantise; use --quantize none")

@@ -1,13 +1,13 @@
 """Runs every C kernel on exact-sized buffers from malloc; tests/test_nf4_cpu.py starts it under sanitizers.
-usage: sanitized.py NF4_LIBRARY DECODE_LIBRARY"""
+usage: sanitized.py LIBRARY LEVEL"""
 
 import ctypes
 import sys
 
-from minitune_kernels import c_library, decode, nf4_cpu
+from minitune_kernels import built, decode, nf4_cpu
 
 BYTES = {0: 4, 1: 2, 2: 2}  # of a value, by the number of the dtype
-lib, steps = nf4_cpu.typed(c_library.load(sys.argv[1])), decode.typed(c_library.load(sys.argv[2]))
+lib = steps = decode.typed(nf4_cpu.typed(built.load(sys.argv[1])))
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 
@@ -19,15 +19,15 @@ def buffer(size):
     return address
 
 
-def run(level, dtype):
+def run(dtype):
     for n in (1, 63, 64, 130, 640):
         weight, packed, absmax = buffer(n * BYTES[dtype]), buffer((n + 1) // 2), buffer(-(-n // 64) * 4)
         q, absmax2, code2, offset = buffer(-(-n // 64)), buffer(4), buffer(1024), buffer(4)
         out = buffer(n * BYTES[dtype])
-        lib.nf4_quantize(level, 2, dtype, weight, packed, absmax, n)
+        lib.nf4_quantize(2, dtype, weight, packed, absmax, n)
         for stream in (0, 1):
-            lib.nf4_dequantize(level, 2, dtype, packed, absmax, None, None, None, None, out, n, stream)
-            lib.nf4_dequantize(level, 2, dtype, packed, None, q, absmax2, code2, offset, out, n, stream)
+            lib.nf4_dequantize(2, dtype, packed, absmax, None, None, None, None, out, n, stream)
+            lib.nf4_dequantize(2, dtype, packed, None, q, absmax2, code2, offset, out, n, stream)
         for address in (weight, packed, absmax, q, absmax2, code2, offset, out):
             libc.free(address)
     for N, K in ((1, 64), (7, 192), (17, 1088)):
@@ -35,47 +35,47 @@ def run(level, dtype):
         q, absmax2, code2, offset = buffer(N * K // 64), buffer(-(-N * K // 64 // 256) * 4), buffer(1024), buffer(4)
         for M in (1, 2, 3, 4, 5, 6, 7, 8, 33, 70, 128):
             x, out = buffer(M * K * BYTES[dtype]), buffer(M * N * BYTES[dtype])
-            assert lib.nf4_matmul(level, 2, dtype, x, packed, absmax, None, None, None, None, out, M, N, K) == 0
-            assert lib.nf4_matmul(level, 2, dtype, x, packed, None, q, absmax2, code2, offset, out, M, N, K) == 0
+            assert lib.nf4_matmul(2, dtype, x, packed, absmax, None, None, None, None, out, M, N, K) == 0
+            assert lib.nf4_matmul(2, dtype, x, packed, None, q, absmax2, code2, offset, out, M, N, K) == 0
             libc.free(x), libc.free(out)
         for address in (packed, absmax, q, absmax2, code2, offset):
             libc.free(address)
 
 
-def run_linears(level, dtype):
+def run_linears(dtype):
     size = BYTES[dtype]
     for N, K in ((1, 32), (7, 96), (17, 1056)):
         weight, bias = buffer(N * K * size), buffer(N * size)
         for M in (*range(1, 20), 127, 128):
             x, first, second = buffer(M * K * size), buffer(M * N * size), buffer(M * N * size)
             layers = weight, bias, first, N, weight, None, second, N, *decode.NO_LAYER
-            assert steps.decode_linears(level, 2, dtype, x, M, K, *layers) == 0
+            assert steps.decode_linears(2, dtype, x, M, K, *layers) == 0
             for address in (x, first, second):
                 libc.free(address)
         libc.free(weight), libc.free(bias)
 
 
-def run_lora(level, dtype):
+def run_lora(dtype):
     size = BYTES[dtype]
     for M, N, K, r in ((1, 1, 1, 1), (3, 70, 50, 17), (2, 700, 512, 16), (13, 33, 63, 70), (128, 15, 32, 3)):
         x, A, B, out = buffer(M * K * size), buffer(r * K * 4), buffer(N * r * 4), buffer(M * N * size)
-        assert steps.decode_lora(level, 2, dtype, x, A, B, 0.5, out, M, N, K, r) == 0
+        assert steps.decode_lora(2, dtype, x, A, B, 0.5, out, M, N, K, r) == 0
         for address in (x, A, B, out):
             libc.free(address)
 
 
-def run_steps(level, dtype):
+def run_steps(dtype):
     size = BYTES[dtype]
     for M, K in ((1, 1), (3, 70), (128, 31), (2, 8192)):
         x, y, weight, out = buffer(M * K * size), buffer(M * K * size), buffer(K * size), buffer(M * K * size)
-        steps.decode_norm(level, 2, dtype, x, weight, out, M, K, 1e-5)
-        steps.decode_layer_norm(level, 2, dtype, x, weight, weight, out, M, K, 1e-5)
-        steps.decode_add(level, 2, dtype, x, weight, out, M * K, K)
-        steps.decode_add(level, 2, dtype, x, y, x, M * K, M * K)
-        steps.decode_gelu(level, 2, dtype, x, out, M * K)
-        steps.decode_gate(level, 2, dtype, x, y, out, M * K)
+        steps.decode_norm(2, dtype, x, weight, out, M, K, 1e-5)
+        steps.decode_layer_norm(2, dtype, x, weight, weight, out, M, K, 1e-5)
+        steps.decode_add(2, dtype, x, weight, out, M * K, K)
+        steps.decode_add(2, dtype, x, y, x, M * K, M * K)
+        steps.decode_gelu(2, dtype, x, out, M * K)
+        steps.decode_gate(2, dtype, x, y, out, M * K)
         values, ids = buffer(M * 4), buffer(M * 8)
-        steps.decode_rank(level, 2, dtype, x, values, ids, M, K, 1)
+        steps.decode_rank(2, dtype, x, values, ids, M, K, 1)
         for address in (x, y, weight, out, values, ids):
             libc.free(address)
     for rows, H, T, D in ((1, 1, 1, 2), (3, 5, 2, 20), (40, 12, 1, 64)):
@@ -85,8 +85,8 @@ def run_steps(level, dtype):
             buffer(rows * T * D // 2 * size),
         )
         out = buffer(rows * H * T * D * size)
-        steps.decode_turn(level, 2, dtype, x, cos, sin, out, rows, H, T, D, D, H * T * D, T * D, D, T * D // 2)
-        steps.decode_turn(level, 2, dtype, x, cos, sin, out, rows, H, T, D, D // 4 * 2, H * T * D, T * D, D, T * D // 2)
+        steps.decode_turn(2, dtype, x, cos, sin, out, rows, H, T, D, D, H * T * D, T * D, D, T * D // 2)
+        steps.decode_turn(2, dtype, x, cos, sin, out, rows, H, T, D, D // 4 * 2, H * T * D, T * D, D, T * D // 2)
         for address in (x, cos, sin, out):
             libc.free(address)
     for lengths, n, H, H_kv, T, D, capacity, new, window in (
@@ -107,32 +107,28 @@ def run_steps(level, dtype):
         prompts = [buffer(B * H_kv * P * D * size) for _ in range(2)]
         fresh = [buffer(R * H_kv * capacity * D * size) for _ in range(2)]
         pointers = q, k, v, out, ctypes.addressof(shape), *prompts, *fresh
-        assert steps.decode_attend(level, 2, dtype, *pointers) == 0
+        assert steps.decode_attend(2, dtype, *pointers) == 0
         for address in (q, out, k, v, *prompts, *fresh):
             libc.free(address)
 
 
-def run_tape(level, dtype):
-    """Steps of both libraries on one tape, with scratch memory, run after what they were recorded from is gone."""
+def run_tape(dtype):
+    """Steps of several files on one tape, with scratch memory, run after what they were recorded from is gone."""
     M, K, r = 3, 192, 7
     tape, size = steps.tape_new(), BYTES[dtype]
     x, weight, low, out = buffer(M * K * size), buffer(K * size), buffer(r * K * 4), buffer(M * K * size)
     packed, absmax = buffer(K * K // 2), buffer(K * K // 64 * 4)
-    for library in (lib, steps):
-        library.record(tape)
-    steps.decode_norm(level, 2, dtype, x, weight, out, M, K, 1e-5)
+    lib.record(tape)
+    steps.decode_norm(2, dtype, x, weight, out, M, K, 1e-5)
     for _ in range(2):  # the second borrows what the first gave back
-        assert lib.nf4_matmul(level, 2, dtype, out, packed, absmax, None, None, None, None, x, M, K, K) == 0
-        assert steps.decode_lora(level, 2, dtype, out, low, low, 0.5, x, M, K, K, r) == 0
-    steps.decode_add(level, 2, dtype, x, weight, x, M * K, K)
-    for library in (lib, steps):
-        library.record(None)
+        assert lib.nf4_matmul(2, dtype, out, packed, absmax, None, None, None, None, x, M, K, K) == 0
+        assert steps.decode_lora(2, dtype, out, low, low, 0.5, x, M, K, K, r) == 0
+    steps.decode_add(2, dtype, x, weight, x, M * K, K)
+    lib.record(None)
     left_open = steps.tape_new()  # and forgotten before it goes
-    for library in (lib, steps):
-        library.record(left_open)
-        library.forget(left_open)
+    lib.record(left_open)
     steps.tape_free(left_open)
-    steps.decode_layer_norm(level, 2, dtype, x, weight, weight, out, M, K, 1e-5)
+    steps.decode_layer_norm(2, dtype, x, weight, weight, out, M, K, 1e-5)
     for _ in range(3):
         assert steps.tape_run(tape) == 0
     steps.tape_free(tape)
@@ -140,14 +136,14 @@ def run_tape(level, dtype):
         libc.free(address)
 
 
-highest = lib.nf4_level()
-for level in range(5 if highest >= 3 else highest + 1):  # 4 is emulated
-    for dtype in BYTES:
-        run(level, dtype)
-        if dtype != 1:
-            run_steps(level, dtype)
-            run_lora(level, dtype)
-            run_tape(level, dtype)
-        if dtype == 0 or dtype == 2 and level >= 3:
-            run_linears(level, dtype)
+level = int(sys.argv[2])
+assert lib.kernel_level() == level
+for dtype in BYTES:
+    run(dtype)
+    if dtype != 1:
+        run_steps(dtype)
+        run_lora(dtype)
+        run_tape(dtype)
+    if dtype == 0 or dtype == 2 and level >= 3:
+        run_linears(dtype)
 print("clean")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from minitune_kernels import c_library, decode
+from minitune_kernels import built, decode
 from torch.nn import functional as F
 
 from minitune.lora import LoRALinear
@@ -24,9 +24,12 @@ with_bf16 = pytest.mark.skipif(
 def level(request, monkeypatch):
     """Runs a test on one instruction set. Skips those that this CPU lacks."""
     library, highest = decode.library()
-    if LEVELS[request.param] > highest:
-        pytest.skip(f"this CPU has {c_library.LEVELS[highest]}, not {request.param}")
-    monkeypatch.setattr(decode, "library", lambda: (library, LEVELS[request.param]))
+    wanted = LEVELS[request.param]
+    if wanted > highest:
+        pytest.skip(f"this CPU has {built.LEVELS[highest]}, not {request.param}")
+    if wanted < highest:
+        library = decode.typed(built.load(built.build(wanted)))
+    monkeypatch.setattr(decode, "library", lambda: (library, wanted))
 
 
 @pytest.fixture(autouse=True)

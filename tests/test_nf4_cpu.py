@@ -4,12 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from minitune_kernels import c_library, decode, nf4, nf4_cpu, reference
+from minitune_kernels import built, nf4, nf4_cpu, reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3, "AMX": 4, "AMX emulated": 4}
@@ -23,22 +22,24 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated():
     """The library with AMX's five instructions written out in C."""
-    folder = tmp_path_factory.mktemp("emulated")
-    path = c_library.build(nf4_cpu.SOURCE, (*c_library.FLAGS, "-DEMULATE_AMX"), folder)
-    return nf4_cpu.typed(c_library.load(path))
+    library = nf4_cpu.typed(built.load(built.build(4, ("-DEMULATE_AMX",))))
+    assert library.kernel_level() == 4
+    return library
 
 
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
     """Runs a test on one instruction set. Skips those that this CPU lacks."""
-    library, highest = nf4_cpu.library()
+    own, highest = nf4_cpu.library()
     wanted = LEVELS[request.param]
     if request.param == "AMX emulated" and highest >= 3:
         library = request.getfixturevalue("emulated")
     elif wanted > highest:
-        pytest.skip(f"this CPU has {c_library.LEVELS[highest]}, not {request.param}")
+        pytest.skip(f"this CPU has {built.LEVELS[highest]}, not {request.param}")
+    else:
+        library = own if wanted == highest else nf4_cpu.typed(built.load(built.build(wanted)))
     monkeypatch.setattr(nf4_cpu, "library", lambda: (library, wanted))
     return wanted
 
@@ -155,64 +156,7 @@ def test_rows_beyond_the_fused_ones_are_exactly_the_dense_product(monkeypatch):
     assert torch.equal(nf4.matmul(x, packed, absmax, (48, 128)), torch.nn.functional.linear(x, weight))
 
 
-# Building and choosing
-
-
-def run_python(code, tmp_path, **environment):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-
-
-QUANTIZE = """
-import torch; from minitune_kernels import nf4
-print(nf4.describe(torch.device('cpu')))
-nf4.quantize(torch.ones(4, 64))"""
-
-
-def test_two_processes_that_build_at_once_share_one_library(tmp_path):
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(run_python(QUANTIZE, tmp_path))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [done.returncode for done in results] == [0, 0], results[0].stderr + results[1].stderr
-    assert all(done.stdout.startswith("cpu (C kernels, ") for done in results)
-    assert [path.suffix for path in (tmp_path / "minitune").iterdir()] == [".so"]
-
-
-def test_without_a_compiler_it_says_so_once_and_computes_in_torch(tmp_path):
-    done = run_python(f"{QUANTIZE}\nnf4.quantize(torch.ones(4, 64))", tmp_path, CC="no-such-compiler")
-    assert done.returncode == 0 and done.stdout.startswith("torch (plain PyTorch")
-    assert "there is no C compiler 'no-such-compiler'" in done.stdout
-    assert done.stderr.count("there is no C compiler") == 1
-
-
-def test_a_compiler_that_fails_is_named_with_its_last_line(tmp_path):
-    done = run_python(QUANTIZE, tmp_path, CC="cc -no-such-flag")
-    assert done.returncode == 0 and "cc -no-such-flag -O3" in done.stderr and "no-such-flag" in done.stderr
-    assert not (tmp_path / "minitune").exists()
-
-
-def test_a_library_that_is_none_is_said_and_torch_computes(tmp_path):
-    assert run_python(QUANTIZE, tmp_path).returncode == 0
-    [library] = (tmp_path / "minitune").iterdir()
-    library.write_bytes(b"no library")
-    done = run_python(QUANTIZE, tmp_path)
-    assert done.returncode == 0 and "cannot be loaded" in done.stderr and done.stdout.startswith("torch ")
-
-
-def test_a_cache_that_cannot_be_written_is_said(tmp_path):
-    (tmp_path / "minitune").write_text("a file where the folder should be")
-    done = run_python(QUANTIZE, tmp_path)
-    assert done.returncode == 0 and "cannot be used" in done.stderr and done.stdout.startswith("torch ")
-
-
-@pytest.mark.parametrize("compiler", [" ", "cc '", "/"])
-def test_a_compiler_that_cannot_be_called_is_said(tmp_path, compiler):
-    done = run_python(QUANTIZE, tmp_path, CC=compiler)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert done.stdout.startswith("cpu " if compiler == " " else "torch ")
+# Choosing
 
 
 def test_a_backend_that_was_asked_for_and_does_not_run_is_an_error(monkeypatch):
@@ -227,12 +171,12 @@ def test_a_backend_that_was_asked_for_and_does_not_run_is_an_error(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcc"), reason="the sanitizers' library is asked of gcc")
 def test_the_c_kernels_are_clean_under_sanitizers(tmp_path):
-    flags = ("-O1", "-g", "-fopenmp", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-             "-DEMULATE_AMX")  # fmt: skip
-    libraries = [str(c_library.build(source, flags, tmp_path)) for source in (nf4_cpu.SOURCE, decode.SOURCE)]
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DEMULATE_AMX")
     runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    highest = nf4_cpu.library()[1]
+    level = 4 if highest >= 3 else highest  # AMX is emulated
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sanitized.py")), *libraries],
+        [sys.executable, str(Path(__file__).with_name("sanitized.py")), str(built.build(level, flags)), str(level)],
         capture_output=True,
         text=True,
         env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"},

@@ -1,0 +1,171 @@
+/* out (M, N) = x (M, K) times the transposed weight (N, K), for few rows of x. See decode.py's linears(). Sums in fp32. */
+
+#include "common.h"
+#include "vectors.h"
+#if LEVEL >= AVX512_BF16
+#include "bf16.h"
+#endif
+
+struct Job {
+  int dtype;
+  const void *x, *weight, *bias;  // (M, K), (N, K), (N) or NULL
+  void *out;
+  int64_t M, N, K;
+};
+
+// --- out (M, N) = x (M, K) times the transposed weight (N, K): rows begin .. end of the weight ----------------------------
+
+/* fp32, in the same order for every M too: tiles of four rows of the weight and up to four of x, K a multiple of 16. */
+INLINE void multiply_tile_fp32(const Job *j, const int64_t *at, int rows, int64_t m, const int columns) {
+  const float *weight = j->weight, *x = (const float *)j->x + m * j->K, *bias = j->bias;
+  Float16 sums[4][4];
+  for (int t = 0; t < columns; t++)
+    for (int r = 0; r < 4; r++) sums[t][r] = (Float16){0};
+  for (int64_t k = 0; k < j->K; k += 16)
+    for (int r = 0; r < 4; r++) {
+      const Float16 values = load_16(weight, FP32, at[r] * j->K + k);
+      __builtin_prefetch(weight + at[r] * j->K + k + 256, 0, 2);
+      for (int t = 0; t < columns; t++) sums[t][r] += values * load_16(x, FP32, t * j->K + k);
+    }
+  for (int t = 0; t < columns; t++)
+    for (int r = 0; r < rows; r++)
+      ((float *)j->out)[(m + t) * j->N + at[r]] = sum_16(sums[t][r]) + (bias ? bias[at[r]] : 0);
+}
+
+INLINE void multiply_fp32(const Job *j, int64_t begin, int64_t end, int dtype) {
+  (void)dtype;
+  const int64_t stride = (end - begin) / 4;  // four long streams come faster than one
+  for (int64_t n = 0; n < stride + (end - begin) % 4; n++) {
+    const int64_t first = n < stride ? begin + n : begin + 4 * stride + n - stride, step = n < stride ? stride : 0;
+    const int64_t at[4] = {first, first + step, first + 2 * step, first + 3 * step};
+    const int rows = n < stride ? 4 : 1;
+    int64_t m = 0;
+    for (; m + 4 <= j->M; m += 4) multiply_tile_fp32(j, at, rows, m, 4);
+    switch (j->M - m) {
+      case 3: multiply_tile_fp32(j, at, rows, m, 3); break;
+      case 2: multiply_tile_fp32(j, at, rows, m, 2); break;
+      case 1: multiply_tile_fp32(j, at, rows, m, 1);
+    }
+  }
+}
+EACH_DTYPE(multiply_fp32)
+
+#if LEVEL >= AVX512_BF16
+
+/* Few rows of x: as fast as the memory delivers the weight. STREAMS rows of it at once, `stride` rows apart: four long streams
+ * come faster than one. A row's sum is taken in the same order in all these functions, so that it does not depend on M. */
+enum { STREAMS = 4, FEW = 8 };
+
+INLINE void put_four(const Job *j, int64_t m, const int64_t *rows, int count, __m512 a, __m512 b, __m512 c, __m512 d) {
+  uint16_t *out = (uint16_t *)j->out + m * j->N;
+  __m128 sums = sum_of_four(a, b, c, d);
+  if (j->bias) {
+    const uint16_t *bias = j->bias;
+    sums = _mm_add_ps(sums, _mm_setr_ps(from_bf16(bias[rows[0]]), from_bf16(bias[rows[1]]), from_bf16(bias[rows[2]]),
+                                        from_bf16(bias[rows[3]])));
+  }
+  // As to_bf16 rounds; the instruction for it would flush subnormal numbers to 0.
+  __m128i u = _mm_castps_si128(sums), odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
+  __m128i h = _mm_srli_epi32(_mm_add_epi32(u, _mm_add_epi32(odd, _mm_set1_epi32(0x7FFF))), 16);
+  h = _mm_mask_mov_epi32(h, _mm_cmp_ps_mask(sums, sums, _CMP_UNORD_Q), _mm_set1_epi32(0x7FC0));
+  uint16_t four[4];
+  _mm_storel_epi64((__m128i *)four, _mm_cvtepi32_epi16(h));
+  if (count == 4 && rows[3] - rows[0] == 3) memcpy(out + rows[0], four, sizeof four);
+  else for (int i = 0; i < count; i++) out[rows[i]] = four[i];
+}
+
+INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride, int M) {
+  const uint16_t *weight = j->weight, *x = j->x;
+  const int64_t at[STREAMS] = {n, n + stride, n + 2 * stride, n + 3 * stride};  // a single row: four times the same
+  __m512 sums[STREAMS][FEW];
+  for (int r = 0; r < STREAMS; r++)
+    for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < j->K; k += 32)
+    for (int r = 0; r < rows; r++) {
+      const uint16_t *w = weight + at[r] * j->K + k;
+      _mm_prefetch((const char *)w + (M < 5 ? 1024 : 2048), _MM_HINT_T1);  // into L1 it would be up to a quarter slower
+      const __m512bh values = (__m512bh)_mm512_loadu_si512(w);
+      for (int m = 0; m < M; m++)
+        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], values, (__m512bh)_mm512_loadu_si512(x + m * j->K + k));
+    }
+  for (int m = 0; m < M; m++) put_four(j, m, at, rows, sums[0][m], sums[1][m], sums[2][m], sums[3][m]);
+}
+
+/* Numbers of rows as constants keep the sums in registers. */
+#define MULTIPLY(M) \
+  static void multiply_##M(const Job *j, int64_t begin, int64_t end) { \
+    const int64_t stride = (end - begin) / STREAMS; \
+    for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, STREAMS, stride, M); \
+    for (int64_t n = begin + STREAMS * stride; n < end; n++) multiply_few(j, n, 1, 0, M); \
+  }
+MULTIPLY(1)
+MULTIPLY(2)
+MULTIPLY(3)
+MULTIPLY(4)
+MULTIPLY(5)
+MULTIPLY(6)
+MULTIPLY(7)
+MULTIPLY(8)
+static const Work FEW_ROWS[] = {NULL, multiply_1, multiply_2, multiply_3, multiply_4,
+                                multiply_5, multiply_6, multiply_7, multiply_8};
+
+/* More rows of x: tiles of four rows of the weight and up to six of x, so that 24 products need 10 loads. The rows of the weight
+ * that the next tiles need come meanwhile: the arithmetic of one and the memory of the other overlap. */
+enum { ROWS = 4, COLUMNS = 6 };
+
+INLINE void multiply_tile(const Job *j, const int64_t *at, int rows, int64_t m, const int columns, int64_t n) {
+  const uint16_t *weight = j->weight, *x = (const uint16_t *)j->x + m * j->K, *next = weight + (n + ROWS) * j->K;
+  const int tile = (int)(m / COLUMNS), tiles = (int)((j->M + COLUMNS - 1) / COLUMNS);
+  __m512 sums[COLUMNS][ROWS];
+  for (int t = 0; t < columns; t++)
+    for (int r = 0; r < ROWS; r++) sums[t][r] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < j->K; k += 32) {
+    __m512bh values[ROWS];
+    for (int r = tile; r < ROWS; r += tiles) _mm_prefetch((const char *)(next + r * j->K + k), _MM_HINT_T1);
+    for (int r = 0; r < ROWS; r++) values[r] = (__m512bh)_mm512_loadu_si512(weight + at[r] * j->K + k);
+    for (int t = 0; t < columns; t++) {
+      const __m512bh row = (__m512bh)_mm512_loadu_si512(x + t * j->K + k);
+      for (int r = 0; r < ROWS; r++) sums[t][r] = _mm512_dpbf16_ps(sums[t][r], values[r], row);
+    }
+  }
+  for (int t = 0; t < columns; t++) put_four(j, m + t, at, rows, sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+}
+
+static void multiply_many(const Job *j, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; n += ROWS) {
+    const int rows = end - n < ROWS ? (int)(end - n) : ROWS;
+    int64_t at[ROWS], m = 0;
+    for (int r = 0; r < ROWS; r++) at[r] = n + (r < rows ? r : 0);
+    for (; m + COLUMNS <= j->M; m += COLUMNS) multiply_tile(j, at, rows, m, COLUMNS, n);
+    switch (j->M - m) {
+      case 5: multiply_tile(j, at, rows, m, 5, n); break;
+      case 4: multiply_tile(j, at, rows, m, 4, n); break;
+      case 3: multiply_tile(j, at, rows, m, 3, n); break;
+      case 2: multiply_tile(j, at, rows, m, 2, n); break;
+      case 1: multiply_tile(j, at, rows, m, 1, n);
+    }
+  }
+}
+
+#endif
+
+/* Up to three products of the same x, all of one dtype: N_i is 0 for those that there are not. bias: (N) or NULL; K a multiple of 32 in bf16, of 16 in
+ * fp32. 0, or -1 where this CPU has no instruction for it. */
+int decode_linears(int threads, int dtype, const void *x, int64_t M, int64_t K, const void *weight_0,
+                   const void *bias_0, void *out_0, int64_t N_0, const void *weight_1, const void *bias_1, void *out_1,
+                   int64_t N_1, const void *weight_2, const void *bias_2, void *out_2, int64_t N_2) {
+  const Job jobs[3] = {{.x = x, .weight = weight_0, .bias = bias_0, .out = out_0, .M = M, .N = N_0, .K = K},
+                       {.x = x, .weight = weight_1, .bias = bias_1, .out = out_1, .M = M, .N = N_1, .K = K},
+                       {.x = x, .weight = weight_2, .bias = bias_2, .out = out_2, .M = M, .N = N_2, .K = K}};
+  Work work = dtype == FP32 ? multiply_fp32_work : NULL;
+#if LEVEL >= AVX512_BF16
+  if (dtype == BF16) work = M <= FEW ? FEW_ROWS[M] : multiply_many;
+#endif
+  if (!work) return -1;
+  Step steps[3];
+  int64_t length = 0;
+  for (int i = 0; i < 3; i++)
+    if (jobs[i].N) steps[length++] = (Step){work, &jobs[i], jobs[i].N, threads, i < 2 && jobs[i + 1].N};
+  perform(steps, length, sizeof jobs[0]);
+  return 0;
+}
