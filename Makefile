@@ -2,7 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
+PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
+# What pip does, a line a package: not the hundred lines on what is there already. A failure stays one: pipefail.
+SHOW := | awk '/^ *(Downloading|Using cached|Processing|Installing|Successfully)/ { print; fflush() }'
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 
 .PHONY: demo train test test-gpu lint bench bench-kernels bench-gpu clean
 
@@ -39,18 +43,20 @@ bench-gpu: $(VENV)/.installed-test
 # torch first and by itself. Where the index has builds with CUDA only, they are gigabytes: PIP_EXTRA="--index-url URL"
 # takes another index, such as PyTorch's for CPUs.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) "setuptools>=64" wheel "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --no-build-isolation --editable .
-	touch $@
+	@echo "Installing into $(VENV): torch first, which is large. This takes a minute or a few."
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "setuptools>=64" wheel "$$(grep '^torch==' constraints.txt)" $(SHOW)
+	@$(PIP) --no-build-isolation --editable . $(SHOW)
+	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable ".[test]"
-	touch $@
+	@echo "Installing what the tests compare with: transformers, PEFT, bitsandbytes and others."
+	@$(PIP) --no-build-isolation --editable ".[test]" $(SHOW)
+	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable ".[lint]"
-	touch $@
+	@$(PIP) --no-build-isolation --editable ".[lint]" $(SHOW)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info
