@@ -1,18 +1,28 @@
 """The report: what the results of runs, or of the study's files, say. One HTML file, and Markdown and PNG files beside it."""
 
 import datetime
+import re
+import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitune.config import arg, check_types, not_empty, positive
+from minitune import screen
+from minitune.config import arg, check_types, not_empty
 from minitune.files import prove_writable, write_whole
 from minitune.reports import figures, page
 from minitune.reports.page import Section
 from minitune.reports.results import read_results
-from minitune.reports.runs import answers_section, curves_section, environment_section, sweep_section
+from minitune.reports.runs import (
+    answers_section,
+    curves_section,
+    differences_section,
+    environment_section,
+    sweep_section,
+)
 from minitune.reports.scores import comparisons_section, correlation_section, grades_section, scores_section
 from minitune.reports.words import count
+from minitune.screen import short, some
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,14 @@ class ReportConfig:
     def __post_init__(self):
         check_types(self)
         not_empty(self)
-        positive(self, "resamples")
+        if not 10 <= self.resamples <= 1_000_000:
+            raise ValueError(f"resamples is {short(self.resamples)}, expected 10 to 1,000,000 for an interval")
         if not self.folders:
             raise ValueError("no folder is given; name at least one run folder, or a folder with results in it")
         if self.answers < 0 or self.seed < 0:
-            raise ValueError(f"answers is {self.answers} and seed {self.seed}, expected 0 or more")
+            raise ValueError(f"answers is {short(self.answers)} and seed {short(self.seed)}, expected 0 or more")
         if self.out is not None and Path(self.out).suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"out is {self.out!r}, expected a name that ends with .html")
+            raise ValueError(f"out is {short(self.out)}, expected a name that ends with .html")
 
 
 def default_out(folders):
@@ -53,14 +64,15 @@ def default_out(folders):
     return (run if is_run else Path()) / "report.html"
 
 
-def report(config, say=print):
+def report(config, say=screen.say):
     """Write the report that `config` asks for; returns the Path of the HTML file.
 
     Raises ValueError, with the file and the row, where results cannot be read or there are none."""
     results = read_results(config.folders)
-    sections = write_sections(results, config)
     out = Path(config.out or default_out(config.folders))
     prove_writable(out)
+    prove_writable(out.with_suffix(".md"))
+    sections, missing = write_sections(results, config)
     found = (
         (len(results.systems), "evaluated model"),
         (len(results.points), "sweep point"),
@@ -72,31 +84,44 @@ def report(config, say=print):
         f"{', '.join(f'`{name}`' for name in config.folders)} on {datetime.date.today()}.",
         *results.notes,
     ]
+    pictures = {out.with_name(f"{out.stem}_{name}.png"): figure for name, figure in page.pictures(sections).items()}
+    for path in pictures:
+        prove_writable(path)
     write_whole(out, page.as_html(title, summary, sections))
     write_whole(out.with_suffix(".md"), page.as_markdown(title, summary, sections, out.stem))
-    written = [out, out.with_suffix(".md")]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for name, figure in page.pictures(sections).items():
-            written.append(out.with_name(f"{out.stem}_{name}.png"))
-            write_whole(written[-1], figures.png(figure))
+        for path, figure in pictures.items():
+            write_whole(path, figures.png(figure))
     for warning in {str(w.message) for w in caught if "missing from font" not in str(w.message)}:
         say(f"while drawing: {warning}")
     if any("missing from font" in str(w.message) for w in caught):
         say("the PNG files show boxes for letters that matplotlib's font does not have; the page shows them")
     for note in results.notes:
-        say(page.one_line(note))
-    for path in results.not_understood:
-        say(page.one_line(f"not understood, left out: {path}"))
-    say(f"wrote {', '.join(map(str, written))}")
+        say(page.one_line(note).replace("`", ""))
+    if results.not_understood:
+        say(f"not understood, left out: {some(results.not_understood)}")
+    say(f"written: {', '.join(map(str, [out, out.with_suffix('.md'), *pictures]))}")
+    say(next_command(out, results, missing))
     return out
 
 
+def next_command(out, results, missing):
+    """The last line: what to do next."""
+    whole = [
+        found for line in missing for found in re.findall(r"`(python [^`]*)`", line) if not re.search("DIR|FILE", found)
+    ]
+    commands = [*results.commands, *whole]
+    more = f", or fill what it lacks: {commands[0]}" if commands else ""
+    return page.one_line(f"next: open {shlex.quote(str(out))} in a browser{more}")
+
+
 def write_sections(results, config):
-    """The Sections of the report for some Results. What has no data is one line of the last section."""
+    """(the Sections of the report for some Results, what they lack). What has no data is one line of the last section."""
     missing = []
     found = [
         scores_section(results, config, missing),
+        differences_section(results),
         grades_section(results, config, missing),
         comparisons_section(results, missing),
         sweep_section(results, missing),
@@ -107,4 +132,4 @@ def write_sections(results, config):
     ]
     if missing:
         found.append(Section("Not in this report", missing))
-    return [section for section in found if section]
+    return [section for section in found if section], missing

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from minitune.files import fingerprint
 from minitune.metrics.correlation import correlate
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap
 from minitune.report import ReportConfig, default_out, report
@@ -16,6 +17,7 @@ from minitune.reports import figures, page
 from minitune.reports.results import read_results, sweep_lines
 from minitune.reports.runs import repeated_words
 from minitune.reports.study_files import GRADES, parse_name
+from minitune.run_folder import adapter_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -249,7 +251,7 @@ def test_a_run_folder_gives_every_section(run, tmp_path):
     assert re.search(r"ROUGE-L, BERTScore: `python scripts/evaluate.py --run \S+ --encoder DIR`", markdown)
     assert {7.25, 0.2} <= set(found.values) and "base 0.125" in text and "[6.50, 8.12]" in text
     assert "&lt; 0.001" in text and "0.012" in text and "+0.200" in text
-    assert "all 8 examples agree" in text and "300 draws, seed 4" in text
+    assert "All 8 examples agree." in text and "300 draws, seed 4" in text
     assert any("5 of the 6 points" in line for line in lines) and "2.13" in text and "a CPU" in text
     assert (
         len([t for t, a in found.tags if t == "svg" and a.get("class") != "key"]) == 4
@@ -270,7 +272,7 @@ def test_correlation_with_human_grades_is_that_of_correlation(run, tmp_path):
 def test_answers_cannot_become_markup(run, tmp_path):
     text, markdown, _ = write([run], tmp_path)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "tiny &lt;b&gt;" in text
-    assert "\u202e" not in text and "\x07" not in text and "\u2407" in text
+    assert "\u202e" not in text and "\x07" not in text and r"\x07" in text
     inside = markdown.split("````text\n")  # the answer holds three backticks, so its fence has four
     assert len(inside) > 1 and inside[1].startswith("<script>") and "<script>" not in inside[0]
 
@@ -364,7 +366,7 @@ def test_two_files_that_were_compared_are_told_their_own_command_and_share_their
     markdown = write([tmp_path / "files"], tmp_path)[1]
     assert "`python scripts/evaluate.py --predictions FILE --references FILE --encoder DIR`" in markdown
     assert "--run DIR" in markdown and f"--run {tmp_path}" not in markdown
-    assert "BLEU, chrF: the two are alike." in markdown
+    assert "The two are alike: BLEU, chrF." in markdown
     spaced = run.rename(run.parent / "my run")
     assert f"evaluate.py --run '{spaced}' --encoder DIR" in write([spaced], tmp_path)[1]
 
@@ -376,7 +378,7 @@ def test_scores_that_were_not_computed_are_left_out(run, tmp_path):
     tuned(stored)["metrics"]["perplexity"]["value"] = None
     put(run / "evaluation.json", stored)
     text, markdown, _ = write([run], tmp_path)
-    assert "| BLEU ↑ | – | – | – | 8 |" in markdown.replace("\u00a0", " ") and "BLEU: nothing in both." in text
+    assert "| BLEU ↑ | – | – | – | 8 |" in markdown.replace("\u00a0", " ") and "Nothing in both: BLEU." in text
     put(tmp_path / "in" / SCORED, {"Perplexity": None, "BLEU": 0.25, "ROUGE-L": None, "BERTScore": None})
     assert Page(write([tmp_path / "in"], tmp_path)[0]).values == [0.25]
 
@@ -399,43 +401,46 @@ base = lambda stored: stored["systems"]["base"]
 BAD_RUNS = {  # the file, its new text or how its value is spoiled, words of the error
     "an empty file": (EVALUATION, "", "evaluation.json", "line 1"),
     "not JSON": (EVALUATION, '{"systems": ', "evaluation.json", "not valid JSON"),
-    "a list": (EVALUATION, "[]", "evaluation.json", "list"),
+    "a list": (EVALUATION, "[]", "evaluation.json", "expected an object"),
     "no systems": (EVALUATION, lambda e: e.pop("systems"), "evaluation.json", "systems"),
     "no system": (EVALUATION, lambda e: e["systems"].clear(), "evaluation.json", "systems is empty"),
-    "no answer": (EVALUATION, lambda e: base(e)["examples"][3].pop("answer"), "base, row 3", "answer"),
+    "no answer": (
+        EVALUATION,
+        lambda e: base(e)["examples"][3].pop("answer"),
+        "systems.'base'.examples[3].answer is missing",
+    ),
     "NaN in a metric": (
         EVALUATION,
         lambda e: tuned(e)["metrics"]["bleu"].update(low=math.nan),
-        "tuned: bleu.low",
+        "systems.'tuned'.metrics.'bleu'.low",
         "nan",
     ),
     "NaN in a row": (
         EVALUATION,
         lambda e: tuned(e)["examples"][2]["scores"].update(bleu=math.nan),
-        "tuned, row 2: bleu",
+        "systems.'tuned'.examples[2].scores.'bleu'",
         "nan",
     ),
     "text for a score": (
         EVALUATION,
         lambda e: tuned(e)["examples"][2]["scores"].update(bleu="high"),
-        "row 2",
+        "examples[2].scores.'bleu'",
         "'high'",
     ),
     "other lengths": (EVALUATION, lambda e: base(e)["examples"].pop(), "tuned 8, base 7", "evaluation.json"),
     "a comparison": (
         EVALUATION,
         lambda e: e["comparisons"]["bleu"].pop("p_bootstrap"),
-        "comparisons.bleu",
-        "p_bootstrap",
+        "comparisons.'bleu'.p_bootstrap is missing",
     ),
     "another format": (EVALUATION, lambda e: e.update(format=2), "evaluation.json", "format 2"),
     "a point": ("sweep/point1/evaluation.json", "{}", "point1", "settings"),
-    "no step": (LOSSES, '{"step": 1}\n{"loss": 2}\n', "metrics.jsonl, row 1", "step"),
-    "infinite loss": (LOSSES, '{"step": 1, "loss": Infinity, "lr": 1}\n', "row 0: loss", "inf"),
+    "no step": (LOSSES, '{"step": 1}\n{"loss": 2}\n', "metrics.jsonl, line 2", "step"),
+    "infinite loss": (LOSSES, '{"step": 1, "loss": Infinity, "lr": 1}\n', "line 1", "loss", "inf"),
     "no losses": (LOSSES, "", "metrics.jsonl", "empty"),
     "fewer grades": (GRADED, lambda grades: grades.pop(), "7 grades", "8 answers"),
-    "a grade missing": (GRADED, lambda grades: grades[5].pop("coherence"), "row 5", "coherence"),
-    "a grade twice": (GRADED, lambda grades: grades[5].update(index=5), "row 5", "expected 6"),
+    "a grade missing": (GRADED, lambda grades: grades[5].pop("coherence"), "[5].coherence is missing"),
+    "a grade twice": (GRADED, lambda grades: grades[5].update(index=5), "[5].index", "expected 6"),
 }
 
 
@@ -456,10 +461,10 @@ def test_a_broken_run_is_one_line_with_file_and_row(case, run, tmp_path):
 
 SCORED = "m_topk50_nb5_t1_score.json"
 BAD_STUDIES = {
-    "a missing score": ({SCORED: {"BLEU": 0.1}}, "m_topk50_nb5_t1_score.json", "Perplexity, ROUGE-L, BERTScore"),
+    "a missing score": ({SCORED: {"BLEU": 0.1}}, "m_topk50_nb5_t1_score.json", "Perplexity is missing"),
     "NaN": ({SCORED: {"Perplexity": math.nan, "BLEU": 0.1, "ROUGE-L": 0, "BERTScore": 0}}, "Perplexity is nan"),
-    "an answer that is a number": ({"m_topk50_nb5_t1.json": ["a", 3]}, "m_topk50_nb5_t1.json, row 1", "3"),
-    "no answers": ({"m_topk50_nb5_t1.json": []}, "m_topk50_nb5_t1.json", "one at least"),
+    "an answer that is a number": ({"m_topk50_nb5_t1.json": ["a", 3]}, "m_topk50_nb5_t1.json", "[1] is 3"),
+    "no answers": ({"m_topk50_nb5_t1.json": []}, "m_topk50_nb5_t1.json", "one entry at least"),
     "other prompts": ({"m_topk50_nb5_t1.json": ["a", "b"], "instructions3.json": ["a", "b", "c"]}, "2 answers", "3 prompts"),
     "nothing": ({}, "has no results", "evaluation.json"),
     "nothing understood": ({"other.json": {}}, "has no results", "_score.json"),
@@ -489,6 +494,181 @@ def test_the_script_takes_folders_before_and_after_its_options_and_exits_2_on_ba
     assert "folders is empty" in call("").stderr
 
 
+# What may be compared, and what is out of date
+
+
+def train_again(folder, content=b"weights"):
+    """An adapter in a run folder."""
+    put(folder / "adapter" / "adapter_config.json", {"r": 8})
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(content)
+
+
+def mark(path, changes, **settings):
+    """Change the settings of an evaluation.json: its facts, or others."""
+    stored = json.loads(path.read_text())
+    stored["settings"] |= settings
+    stored["settings"].setdefault("facts", {}).update(changes)
+    put(path, stored)
+
+
+def of_adapter(run):
+    """Have everything in a run folder made from the adapter that is in it."""
+    for path in [run / "evaluation.json", *run.glob("sweep/*/evaluation.json")]:
+        mark(path, {"adapter (sha256)": adapter_fingerprint(run / "adapter")})
+
+
+def test_what_was_made_from_another_adapter_is_left_out_with_the_command_that_makes_it_anew(run, tmp_path):
+    train_again(run)
+    of_adapter(run)
+    text, _, lines = write([run], tmp_path)
+    assert "another adapter" not in text and "7.25" in text
+    train_again(run, b"other weights")
+    text, markdown, lines = write([run], tmp_path)
+    said = [line for line in lines if "is of another adapter than the one that the run folder holds now" in line]
+    assert len(said) == 2 and f"evaluate.py --run {run}" in said[0] and "--num-beams 5" in said[0]
+    assert f"sweep.py --run {run}" in said[1] and all("--resume never" in line for line in said)
+    assert "7.25" not in text and "Decoding options" not in markdown and "Training" in markdown
+    assert lines[-1].startswith("next: open ") and f"evaluate.py --run {run}" in lines[-1]
+    path = run / "sweep" / "point3" / "evaluation.json"  # one point was made anew
+    mark(path, {"adapter (sha256)": adapter_fingerprint(run / "adapter")})
+    assert any("4 of the 5 points of the sweep in" in line for line in write([run], tmp_path)[2])
+    assert [p.source for p in read_results([run]).points] == [path, path]
+
+
+def test_where_nothing_says_which_adapter_it_was_that_is_said_and_shown(run, tmp_path):
+    assert not read_results([run]).notes[1:], "no adapter, no fingerprint: a folder of results"
+    train_again(run)
+    assert any("does not say which adapter" in line for line in write([run], tmp_path)[2])
+    of_adapter(run)
+    shutil.rmtree(run / "adapter")
+    (run / "best").mkdir()
+    text, _, lines = write([run], tmp_path)
+    assert any("has no adapter that the scores" in line for line in lines) and "7.25" in text
+
+
+def test_an_edited_evaluation_is_said(run, tmp_path):
+    stored = json.loads((run / "evaluation.json").read_text())
+    whole = stored | {"check": fingerprint(stored)}
+    put(run / "evaluation.json", whole)
+    assert not any("was changed" in line for line in write([run], tmp_path)[2])
+    whole["systems"]["tuned"]["metrics"]["perplexity"]["value"] = 1.5
+    put(run / "evaluation.json", whole)
+    assert any("evaluation.json was changed after it was written" in line for line in write([run], tmp_path)[2])
+
+
+def other_run(run, count=8, **settings):
+    """A run beside `run`, evaluated on `count` prompts."""
+    stored = evaluation({"top_k": 50, "num_beams": 5, "temperature": 1.0, "seed": 0}, count)
+    stored["settings"] |= settings
+    put(run.parent / "other" / "evaluation.json", stored)
+    return run.parent
+
+
+def test_models_that_answered_other_prompts_have_tables_of_their_own(run, tmp_path):
+    assert write([other_run(run)], tmp_path)[1].count("Scores of the answers to") == 1
+    markdown = write([other_run(run, 5)], tmp_path)[1]
+    tables = re.findall(r"^Scores of the answers to (.*?) \\\(|^Scores of the answers to (.*?) \(", markdown, re.M)
+    assert len(tables) == 2 and "8 prompts" in tables[0][1] and "5 prompts" in tables[1][1]
+    assert "do not compare a score of one with a score of another" in markdown
+    assert (tmp_path / "out" / "r_table_2.png").exists()
+    stored = json.loads((run.parent / "other" / "evaluation.json").read_text())
+    for system in stored["systems"].values():
+        system["examples"] = examples(8)
+        system["examples"][7]["reference"] = "another one"
+    put(run.parent / "other" / "evaluation.json", stored)  # as many prompts, one with another answer
+    assert "of rows.json, set 2" in write([run.parent], tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"judge": "gpt2"}, "judge gpt2"),
+        ({"bleu_tokenize": "char"}, "bleu_tokenize char"),
+        ({"template": "llama2"}, "template llama2"),
+        ({"facts": {"compute dtype": "float16"}}, "compute dtype float16"),
+        ({"facts": {"quantize": "nf4"}}, "quantize nf4"),
+        (
+            {"decoding": {"top_k": 50, "num_beams": 5, "temperature": 1.0, "repetition_penalty": 1.5}},
+            "repetition_penalty 1.5",
+        ),
+        ({"decoding": {"top_k": 50, "num_beams": 5, "temperature": 1.0, "max_new_tokens": 7}}, "max_new_tokens 7"),
+    ],
+)
+def test_a_row_says_what_sets_it_apart(change, word, run, tmp_path):
+    table = write([other_run(run, **change)], tmp_path)[0].split("</table>")[0]
+    assert f"<small>{word}</small>" in table or f"{word}</small>" in table, table
+    assert "say how it was answered or scored" in write([run.parent], tmp_path)[1]
+
+
+def test_points_of_other_prompts_are_no_line_of_one_sweep(run, tmp_path):
+    put(run / "sweep" / "point3" / "evaluation.json", evaluation({"top_k": 50, "num_beams": 5, "temperature": 0.0}, 5))
+    shutil.copytree(run, run.parent / "other")
+    for path in (run.parent / "other").glob("sweep/*/evaluation.json"):
+        moved = json.loads(path.read_text())["settings"]["decoding"]
+        put(path, evaluation(moved, 5))
+    lines = sweep_lines(read_results([run]).points)
+    assert all(len(p.examples) == 8 for line in lines for p in line.all_points)
+    markdown = write([run.parent], tmp_path)[1]
+    assert "Not all lines answer the same prompts" in markdown and "(other), 5 prompts of rows.json" in markdown
+
+
+def test_a_table_says_which_options_of_training_differ(run, tmp_path):
+    put(run / "config.json", {"model": "tiny", "lora_rank": 16, "learning_rate": 1e-3, "run": "a"})
+    put(other_run(run) / "other" / "config.json", {"model": "tiny", "lora_rank": 4, "learning_rate": 1e-3, "run": "b"})
+    markdown = write([run.parent], tmp_path)[1]
+    assert "| Run | lora\\_rank |" in markdown and "| mine | 16 |" in markdown and "| other | 4 |" in markdown
+    put(run.parent / "other" / "config.json", {"model": "tiny", "lora_rank": 16, "learning_rate": 1e-3})
+    shutil.copy(run / "environment.json", run.parent / "other")
+    assert "The 2 runs were trained with the same options" in write([run.parent], tmp_path)[1]
+
+
+# Files and paths that are not what they should be
+
+DEEP = "[" * 150 + "]" * 150
+ODD_FILES = {  # the file, its text
+    "config.json": "[]",
+    "environment.json": "5",
+    "sweep/sweep.json": '{"points": [{"folder": "../..", "options": {}}]}',
+    "sweep/sweep.json ": '{"points": [{"folder": "point1", "options": {"a\\n": 1}}]}',
+    "sweep/sweep.json  ": '{"points": 5, "other": 5}',
+    "evaluation.json": '{"settings": {"decoding": null}, "systems": {"t": {"name": "x"}}, "comparisons": {}}',
+    "evaluation.json ": f'{{"settings": {DEEP}}}',
+    "metrics.jsonl": '{"step": 2, "loss": 1, "lr": 1}\n{"step": 1, "loss": 1, "lr": 1}\n',
+    "metrics.jsonl ": '{"step": 1, "loss": 1}\n{"step": 2}\n',
+    "metrics.jsonl  ": '{"step": 1, "loss": 1e200, "lr": 1}\n{"step": 2}\n',
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_a_file_of_another_shape_is_one_line_that_names_it(name, run, tmp_path):
+    (run / name.strip()).write_text(ODD_FILES[name])
+    with pytest.raises(ValueError) as error:
+        write([run], tmp_path)
+    assert "\n" not in str(error.value) and name.strip() in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["r.html", "r.md", "r_table.png"])
+def test_no_device_is_written_over(name, run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to("/dev/null")
+    with pytest.raises(ValueError, match="is a device"):
+        write([run], tmp_path)
+    assert not any(path.is_file() for path in (tmp_path / "out").iterdir())
+    with pytest.raises(ValueError, match="ends with .html"):
+        ReportConfig((str(run),), "/dev/null")
+
+
+def test_long_names_and_large_numbers_are_shown_short(run, tmp_path):
+    stored = evaluation({"top_k": 50})
+    tuned(stored)["name"] = "n" * 100_000
+    tuned(stored)["metrics"]["bleu"] |= {"value": 1e99, "low": None, "high": None}
+    stored["settings"]["data"] = "d" * 100_000
+    put(run / "evaluation.json", stored)
+    text, markdown, lines = write([run], tmp_path)
+    assert "n" * 61 not in text and "1e+99" in text and len(markdown) < 100_000
+    assert all(len(line) < 500 for line in lines)
+
+
 CONTROLS = "\x1b[31mred\x1b[0m \x00 \x08 `code\x1b|\x00\n\x7f` \x9b \u202e \ud800 \x1c ` odd"
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -516,13 +696,13 @@ def test_no_control_character_of_any_text_reaches_the_page_the_markdown_or_the_t
     check_page(text)
     for written in (text, markdown, *lines):
         assert not UNSEEN.search(written)
-    assert "␛[31mred␛[0m ␀ ␈" in markdown and "␛[31mred␛[0m ␀ ␈" in text
+    assert r"\x1b[31mred\x1b[0m \x00 \x08" in text and r"\x1b\[31mred" in markdown.replace("\\\\", "\\")
     for rows in re.findall(r"(?:^\|.*\n)+", markdown, re.M):  # a bar within a cell would make one more
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows.splitlines()}) == 1, rows
 
 
 def test_visible_keeps_what_can_be_written():
-    assert page.visible("a\r\n\tb\x00\ud800\u2066é漢😀") == "a\n\tb␀\ufffd\ufffdé漢😀"
+    assert page.visible("a\r\n\tb\x00\ud800\u2066é漢😀") == "a\n\tb\\x00\\ud800\\u2066é漢😀"
     page.escape(NASTY).encode()
 
 

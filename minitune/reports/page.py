@@ -5,13 +5,14 @@ Nothing here knows what the page is about. Every text is escaped here: answers o
 import html
 import re
 import string
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 from minitune.reports import figures
+from minitune.screen import printable
 
 LONG = 700  # characters of an answer that are shown at once
+MOST = 100  # rows of a table in a picture
 SHORT = 20  # rows of a table that a phone shows one below the other
 
 
@@ -189,16 +190,8 @@ def long_html(text):
 
 
 def visible(text):
-    """text without what cannot be written or would disturb the page: control characters become U+2400 pictures, lone
-    surrogates and characters that turn the direction of the text U+FFFD."""
-    kept = []
-    for c in text:
-        if ord(c) < 32 and c not in "\n\t":
-            c = "" if c == "\r" else chr(0x2400 + ord(c))
-        elif unicodedata.category(c) in ("Cc", "Cs") or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069":
-            c = c if c in "\n\t" else "\ufffd"
-        kept.append(c)
-    return "".join(kept)
+    """text with what cannot be written or would disturb the page as its escape, as on a terminal."""
+    return printable(text.replace("\r", ""))
 
 
 def one_line(text):
@@ -228,9 +221,11 @@ def pictures(sections):
                     "\n".join(map(one_line, [cell] if isinstance(cell, str) else [cell.text, *cell.below]))
                     for cell in row
                 ]
-                for row in [block.header, *block.rows]
+                for row in [block.header, *block.rows[:MOST]]
             ]
-            found[block.picture] = figures.table_figure(header, rows, one_line(f"{block.caption}. {block.note}"))
+            more = f" {len(block.rows) - MOST} more rows are in the page." if len(block.rows) > MOST else ""
+            words = one_line(f"{block.caption}. {block.note}{more}")
+            found[block.picture] = figures.table_figure(header, rows, words)
         if isinstance(block, Chart) and block.picture:
             found[block.picture] = block.whole or block.drawings[0]
     return found

@@ -1,7 +1,8 @@
 """What run folders and the study's files hold, read and checked for a report. Nothing is drawn or computed here.
 
 A run folder has evaluation.json, sweep/*/evaluation.json, metrics.jsonl, environment.json, any of them; any other folder is
-searched for run folders and for files of the study (see study_files.py)."""
+searched for run folders and for files of the study (see study_files.py). Each file has one shape, and what was made from
+another adapter than the one in the run folder is left out, with a note."""
 
 import os
 from collections import Counter
@@ -9,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from minitune.files import read_json
+from minitune.files import fingerprint, paths_explained, read_json, to_json
 from minitune.metrics.significance import Interval
 from minitune.reports import study_files
-from minitune.reports.study_files import PARAMETERS, Grades, need, number, show
-from minitune.run_folder import read_lines
+from minitune.reports.commands import evaluate_again, sweep_again
+from minitune.reports.study_files import PARAMETERS, SCORE, Grades
+from minitune.run_folder import STEPS, adapter_fingerprint, adapter_folder, read_lines
+from minitune.schema import COUNT, Number, check
+from minitune.screen import short, some
 
 RUN_FILES = ("evaluation.json", "metrics.jsonl", "environment.json", "sweep")
 KNOWN = {
@@ -25,6 +29,64 @@ KNOWN = {
     "minitune.json",
     "adapter_config.json",
 }
+
+# --- the shapes of files ---
+
+MAYBE = (SCORE, None)
+METRIC = {"value": MAYBE, "low?": MAYBE, "high?": MAYBE, "n?": (COUNT, None), "note?": (str, None)}
+EXAMPLE = {
+    "answer": str,
+    **{f"{key}?": (str, None) for key in ("prompt", "input", "ended_by")},
+    "reference?": (str, [str], None),
+    "scores?": ({str: MAYBE}, None),
+}
+COMPARISON = {
+    "difference": MAYBE,
+    **{f"{key}?": MAYBE for key in ("low", "high")},
+    **{key: (Number(0, 1), None) for key in ("p_bootstrap", "p_permutation")},
+    "n?": (COUNT, None),
+    "note?": (str, None),
+}
+EVALUATION = {
+    "format?": COUNT,
+    "settings": {
+        "decoding": ({f"{name}?": MAYBE for name in PARAMETERS}, None),
+        "facts?": ({"adapter (sha256)?": (str, None)}, None),
+        **{f"{key}?": (str, None) for key in ("model", "data", "template", "judge", "encoder")},
+        **{f"{key}?": (COUNT, None) for key in ("resamples", "seed", "limit")},
+    },
+    "systems": {str: {"name": str, "metrics": {str: METRIC}, "examples": [EXAMPLE]}},
+    "comparisons": {str: COMPARISON},
+    "environment?": (dict, None),
+    "check?": str,
+}
+POINTS = {
+    "points": [{"folder": str, "options": dict, "error?": str, "pending?": bool}],
+    "kind?": (str, None),
+    "grid?": (str, None),
+}
+SWEEP = {**POINTS, "other?": (POINTS, None)}  # sweep.json
+STEP = {"loss?": MAYBE, "lr?": MAYBE, "eval_loss?": MAYBE}  # of metrics.jsonl, beyond run_folder.STEPS
+
+NOT_COMPARED = {  # of evaluation.json's settings: what is scored, not how, or what is shown elsewhere
+    *(
+        "model",
+        "adapter",
+        "data",
+        "decoding",
+        "facts",
+        "metrics",
+        "examples",
+        "signatures",
+        "resamples",
+        "seed",
+        "limit",
+    ),
+    *("adapter (sha256)", "model files (sha256)", "held-out rows (sha256)"),
+    *("lookup", "eos_ids", "num_return_sequences"),
+}
+OF_DRAWING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "seed"}
+OF_BEAMS = {"length_penalty", "early_stopping"}
 
 
 @dataclass
@@ -41,7 +103,24 @@ class System:
         default_factory=list
     )  # of {prompt, reference, answer, scores, ...}; prompt, reference may be None
     grades: Grades | None = None
-    decoding: dict = field(default_factory=dict)  # all its options, where they are known
+    settings: dict = field(default_factory=dict)  # of evaluation.json
+    asked: str = ""  # the same prompts and references, the same text: only then can scores be compared
+
+    @property
+    def decoding(self):
+        """All its options of decoding, where they are known."""
+        return self.settings.get("decoding") or {}
+
+    def terms(self):
+        """{name: value} of how it was answered and scored, without what changes nothing."""
+        decoding, idle = self.decoding, set()
+        if decoding.get("do_sample") is False:
+            idle |= OF_DRAWING
+        if decoding.get("num_beams") == 1:
+            idle |= OF_BEAMS
+        found = {name: value for name, value in decoding.items() if name not in idle}
+        found |= {**self.settings, **(self.settings.get("facts") or {})}
+        return {name: value for name, value in found.items() if name not in NOT_COMPARED}
 
     def setting(self):
         return tuple(self.options.get(name) for name in PARAMETERS)
@@ -61,6 +140,7 @@ class Run:
     folder: Path
     lines: list = field(default_factory=list)  # of metrics.jsonl
     environment: dict | None = None
+    options: dict | None = None  # of training: config.json
     settings: dict | None = None  # of evaluation.json
     comparisons: dict = field(
         default_factory=dict
@@ -74,6 +154,7 @@ class Results:
     runs: list = field(default_factory=list)
     notes: list = field(default_factory=list)  # what a reader must know, in sentences
     not_understood: list = field(default_factory=list)  # paths
+    commands: list = field(default_factory=list)  # that make anew what was left out
 
 
 class Line(NamedTuple):
@@ -84,11 +165,12 @@ class Line(NamedTuple):
     role: str
     centre: dict
     points: dict  # {parameter: [System] in the order of its values}
+    all_points: list  # of System, those too that lie on no axis
 
 
 def read_results(folders):
-    """Read folders into Results. Raises ValueError, with the file and the row, on what cannot be read, and where there is
-    nothing to report."""
+    """Read folders into Results. Raises ValueError, with the file and the place in it, on what cannot be read, and where there
+    is nothing to report."""
     results = Results()
     for folder in dict.fromkeys(Path(name) for name in folders):
         if not folder.is_dir():
@@ -96,7 +178,7 @@ def read_results(folders):
                 f"{folder} is {'a file' if folder.exists() else 'not there'}, expected a folder of results"
             )
         before = len(results.systems) + len(results.points) + len(results.runs)
-        read_folder(folder, results, prompts=None)
+        read_folder(folder, results)
         if before == len(results.systems) + len(results.points) + len(results.runs):
             raise ValueError(
                 f"{folder} has no results: expected a run folder (evaluation.json, sweep/, metrics.jsonl, environment.json), or "
@@ -110,27 +192,28 @@ def read_results(folders):
     return results
 
 
-def read_folder(folder, results, prompts):
-    if any((folder / name).exists() for name in RUN_FILES):
-        read_run(folder, results)
-        return
-    names = sorted(os.listdir(folder))
-    for name in names:
-        if study_files.PROMPTS.fullmatch(name) and (folder / name).is_file():
-            prompts = folder / name
-    studied = [name for name in names if study_files.parse_name(name) and (folder / name).is_file()]
-    if studied:
-        read_study(folder, studied, prompts, results)
-    for name in names:
-        path = folder / name
-        if name.startswith(".") or path.is_symlink() and not path.is_file():
-            continue  # a link could lead round in a circle
-        if path.is_dir():
-            read_folder(path, results, prompts)
-        elif (
-            name.endswith(".json") and path.is_file() and name not in studied and name not in KNOWN and path != prompts
-        ):
-            results.not_understood.append(path)
+def read_folder(folder, results):
+    """Read a run folder, or every one below `folder`, and the study's files there."""
+    waiting = [(folder, None)]  # with the file of prompts that counts for it
+    while waiting:
+        folder, prompts = waiting.pop()
+        if any((folder / name).exists() for name in RUN_FILES):
+            read_run(folder, results)
+            continue
+        with paths_explained(folder):
+            names = sorted(os.listdir(folder))
+        for name in names:
+            if study_files.PROMPTS.fullmatch(name) and (folder / name).is_file():
+                prompts = folder / name
+        studied = [name for name in names if study_files.parse_name(name) and (folder / name).is_file()]
+        if studied:
+            read_study(folder, studied, prompts, results)
+        paths = [folder / name for name in names if not name.startswith(".") and name not in studied]
+        # Not through a link to a folder: it could lead round in a circle.
+        waiting += [(path, prompts) for path in reversed(paths) if path.is_dir() and not path.is_symlink()]
+        results.not_understood += [
+            p for p in paths if p.suffix == ".json" and p.is_file() and p.name not in KNOWN and p != prompts
+        ]
 
 
 def read_study(folder, names, prompts, results):
@@ -144,7 +227,8 @@ def read_study(folder, names, prompts, results):
     for (model, setting), files in sorted(found.items(), key=lambda item: item[0]):
         options = dict(zip(PARAMETERS, setting, strict=True))
         source = next(files[kind] for kind in ("_score", "", "_HE", "_HE_score") if kind in files)
-        system = System(model, "published", folder, source, options)
+        asked = fingerprint(texts) if texts else str(folder)
+        system = System(model, "published", folder, source, options, asked=asked)
         if "_score" in files:
             scores = study_files.read_scores(files["_score"])
             note = "published as a mean only, without the values of the examples: no interval"
@@ -182,154 +266,183 @@ def grades_of(path, system, answers):
 
 
 def read_run(folder, results):
-    """Add a run folder's systems, sweep, curves and environment."""
+    """Add a run folder's systems, sweep, curves, options and environment."""
     run = Run(folder, read_metrics(folder / "metrics.jsonl"))
+    adapter = adapter_fingerprint(adapter_folder(folder))
     if (folder / "environment.json").exists():
-        run.environment = read_json(folder / "environment.json")
-        need(run.environment, (), folder / "environment.json")
-    if (folder / "evaluation.json").exists():
-        systems, stored = read_evaluation(folder / "evaluation.json", folder)
-        run.settings, run.comparisons = stored["settings"], stored["comparisons"]
-        run.environment = run.environment or stored.get("environment")
-        for path in [*sorted(folder.glob("*_HE.json")), *sorted((folder / "generations").glob("*_HE.json"))]:
-            match_grades(path, systems, results)
-        results.systems += systems
+        run.environment = read_json(folder / "environment.json", dict)
+    if (folder / "config.json").exists():
+        run.options = read_json(folder / "config.json", dict)
+    systems = []
+    if (path := folder / "evaluation.json").exists():
+        systems, stored = read_evaluation(path, folder, results)
+        if is_out_of_date(stored, adapter):
+            note(results, f"{path} is of another adapter", evaluate_again(folder, stored))
+            systems = []
+        else:
+            run.settings, run.comparisons = stored["settings"], stored["comparisons"]
+            run.environment = run.environment or stored.get("environment")
+            note_unproved(path, stored, adapter, folder, results)
+    for path in [*sorted(folder.glob("*_HE.json")), *sorted((folder / "generations").glob("*_HE.json"))]:
+        match_grades(path, systems, results)
+    results.systems += systems
     results.runs.append(run)
-    read_sweep(folder, results)
+    read_sweep(folder, adapter, results)
 
 
-def read_sweep(run, results):
+def is_out_of_date(stored, adapter):
+    """Whether an evaluation.json is of another adapter than the one with the fingerprint `adapter`; False where one of the two
+    is not known."""
+    made_of = (stored["settings"].get("facts") or {}).get("adapter (sha256)")
+    return None not in (made_of, adapter) and made_of != adapter
+
+
+def note(results, what, command):
+    """Say what is left out, and how it is made anew."""
+    results.notes.append(
+        f"{what} than the one that the run folder holds now, so it is left out. To make it anew: `{command}`"
+    )
+    results.commands.append(command)
+
+
+def note_unproved(path, stored, adapter, folder, results):
+    """Say where nobody can know whether an evaluation is of the adapter that is there."""
+    settings = stored["settings"]
+    if (settings.get("facts") or {}).get("adapter (sha256)") is None:
+        if adapter is not None and settings.get("model") is not None:
+            results.notes.append(
+                f"{path} does not say which adapter it is of, so it may be older than the one in {folder}. To be sure: "
+                f"`{evaluate_again(folder, stored)}`"
+            )
+    elif adapter is None:
+        results.notes.append(f"{folder} has no adapter that the scores in {path.name} could be checked against.")
+
+
+def read_sweep(run, adapter, results):
     """Add the points of a run's sweep: those that sweep/sweep.json lists, or every folder with an evaluation.json where there
     is no list. A point of a sweep over training is a run of its own."""
     folder = run / "sweep"
     if (path := folder / "sweep.json").exists():
-        stored = read_json(path)
-        read_points(run, stored, path, results)
+        stored = read_json(path, SWEEP)
+        read_points(run, adapter, stored, path, results)
         if stored.get("other") is not None:
-            read_points(run, stored["other"], f"{path}: other", results)
+            read_points(run, adapter, stored["other"], f"{path}: other", results)
         return
-    for path in sorted(folder.glob("*/evaluation.json")):
-        read_point(path.parent, {}, run, results, is_run=(path.parent / "adapter").is_dir())
+    points = [path.parent for path in sorted(folder.glob("*/evaluation.json"))]
+    is_run = [(point / "adapter").is_dir() for point in points]
+    for point in (point for point, yes in zip(points, is_run, strict=True) if yes):
+        read_run(point, results)
+    add_points([(point, {}) for point, yes in zip(points, is_run, strict=True) if not yes], run, adapter, {}, results)
 
 
-def read_points(run, stored, where, results):
+def read_points(run, adapter, stored, where, results):
     """Add the points that one list of a sweep.json names, `where` it is."""
-    need(stored, ("points",), where)
-    if not isinstance(stored["points"], list):
-        raise ValueError(f"{where}: points is {show(stored['points'])}, expected a list")
     done, failed = [], []
     for row, point in enumerate(stored["points"]):
-        need(point, ("folder", "options"), f"{where}, row {row}")
-        need(point["options"], (), f"{where}, row {row}: options")
+        if not is_plain(point["folder"]):
+            raise ValueError(f"{where}: points[{row}].folder is {short(point['folder'])}, expected a name, not a path")
+        if odd := [name for name in point["options"] if not (name.isidentifier() and len(name) <= 40)]:
+            raise ValueError(f"{where}: points[{row}].options has {short(odd[0])}, expected names of options")
         if "error" in point:
-            failed.append(f"{point['folder']} failed ({shortened(point['error'])})")
-        elif not point.get("pending") and (run / "sweep" / str(point["folder"]) / "evaluation.json").exists():
-            done.append(point)
+            failed.append(f"{some([point['folder']])} failed ({some([point['error'].removesuffix('.')])})")
+        elif not point.get("pending") and (run / "sweep" / point["folder"] / "evaluation.json").exists():
+            done.append((run / "sweep" / point["folder"], point["options"]))
     if len(done) < len(stored["points"]):
-        words = [f"{len(done)} of the {len(stored['points'])} points of the sweep in {run} are done", *failed]
+        words = [f"{len(done)} of the {len(stored['points'])} points of the sweep in {run} are done", *failed[:10]]
         results.notes.append(f"{'; '.join(words)}.")
-    for point in done:
-        folder = run / "sweep" / str(point["folder"])
-        read_point(folder, point["options"], run, results, is_run=stored.get("kind") == "training")
+    if stored.get("kind") == "training":
+        for folder, _ in done:
+            read_run(folder, results)
+    else:
+        add_points(done, run, adapter, stored, results)
 
 
-def shortened(error):
-    """The beginning of an error, without its last full stop."""
-    text = str(error)
-    return text.removesuffix(".") if len(text) <= 100 else f"{text[:99]}…"
+def is_plain(name):
+    """Whether `name` can be a file's in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name and len(os.fsencode(name)) <= 255
 
 
-def read_point(folder, options, run, results, is_run):
-    if is_run:
-        read_run(folder, results)
-        return
-    for system in read_evaluation(folder / "evaluation.json", run)[0]:
-        varied = {name: system.options[name] for name in PARAMETERS if name in system.options}
-        system.options = varied | options
-        results.points.append(system)
+def add_points(points, run, adapter, listed, results):
+    """Add the points of a sweep over decoding: [(folder, options that were varied)]. listed: what sweep.json says of them."""
+    left_out = []
+    for folder, options in points:
+        systems, stored = read_evaluation(folder / "evaluation.json", run, results)
+        if is_out_of_date(stored, adapter):
+            left_out.append((options, stored))
+            continue
+        for system in systems:
+            system.options = {name: system.options[name] for name in PARAMETERS if name in system.options} | options
+            results.points.append(system)
+    if left_out:
+        which = (
+            "The sweep" if len(left_out) == len(points) else f"{len(left_out)} of the {len(points)} points of the sweep"
+        )
+        note(results, f"{which} in {run / 'sweep'} is of another adapter", sweep_again(run, left_out, listed))
 
 
 def read_metrics(path):
     """The lines of metrics.jsonl that the curves are drawn from; an absent file has none."""
-    lines = read_lines(path)
+    lines, last = read_lines(path, STEPS), 0
     if path.exists() and not lines:
         raise ValueError(f"{path} is empty, expected one JSON line a logged step")
-    for row, line in enumerate(lines):
-        need(line, ("step",), f"{path}, row {row}")
-        for key in ("step", "loss", "lr", "eval_loss"):
-            if key in line and line[key] is not None:  # null: not finite when it was written
-                number(line[key], f"{path}, row {row}: {key}")
-        if line.get("loss") is not None:
-            need(line, ("lr",), f"{path}, row {row}")
+    for number, line in enumerate(lines, 1):
+        has_loss = line.get("loss") is not None
+        check(line, {**STEP, "lr": SCORE} if has_loss else STEP, f"{path}, line {number}")
+        if line["step"] < last:
+            raise ValueError(f"{path}, line {number}: step is {line['step']} after step {last}, expected a later one")
+        last = line["step"]
     return [{key: value for key, value in line.items() if value is not None} for line in lines]
 
 
-def read_evaluation(path, group):
+def read_evaluation(path, group, results):
     """([System], the whole object) of an evaluation.json."""
-    stored = read_json(path)
-    need(stored, ("settings", "systems", "comparisons"), path)
+    stored = read_json(path, {"format?": COUNT})
     if stored.get("format", 1) != 1:
-        raise ValueError(f"{path} has the format {show(stored['format'])}, expected 1; a newer minitune may read it")
-    need(stored["settings"], ("decoding",), f"{path}: settings")
-    options = stored["settings"]["decoding"] or {}
-    need(options, (), f"{path}: settings.decoding")
-    need(stored["systems"], (), f"{path}: systems")
+        raise ValueError(f"{path} has the format {stored['format']}, expected 1; a newer minitune may read it")
+    check(stored, EVALUATION, path)
     if not stored["systems"]:
         raise ValueError(f"{path}: systems is empty, expected one at least")
-    for name in PARAMETERS:
-        if options.get(name) is not None:
-            number(options[name], f"{path}: settings.decoding.{name}")
-    systems, sizes = [], {}
+    if "check" in stored and stored["check"] != fingerprint({k: v for k, v in stored.items() if k != "check"}):
+        results.notes.append(f"{path} was changed after it was written; its numbers are shown as they are now.")
+    settings, systems = stored["settings"], []
     for role, record in stored["systems"].items():
-        where = f"{path}: {role}"
-        need(record, ("name", "metrics", "examples"), where)
-        need(record["metrics"], (), f"{where}: metrics")
-        scores = {name: read_interval(value, f"{where}: {name}") for name, value in record["metrics"].items()}
-        if not isinstance(record["examples"], list):
-            raise ValueError(f"{where}: examples is {show(record['examples'])}, expected a list")
-        examples = [read_example(e, f"{where}, row {row}") for row, e in enumerate(record["examples"])]
-        sizes[role] = len(examples)
-        named = {name: value for name, value in scores.items() if value}
-        systems.append(System(str(record["name"]), role, group, path, options, named, examples, decoding=options))
-    if len(set(sizes.values())) > 1:
-        counts = ", ".join(f"{role} {n}" for role, n in sizes.items())
+        scores = {clipped(name): read_interval(value) for name, value in record["metrics"].items()}
+        scores = {name: value for name, value in scores.items() if value}
+        examples = list(map(read_example, record["examples"]))
+        options, asked = settings["decoding"] or {}, asked_of(examples, group)
+        name = clipped(record["name"])
+        systems.append(System(name, role, group, path, options, scores, examples, settings=settings, asked=asked))
+    if len({len(system.examples) for system in systems}) > 1:
+        counts = some(f"{system.role} {len(system.examples)}" for system in systems)
         raise ValueError(f"{path}: the systems have different numbers of examples ({counts}), expected as many")
-    need(stored["comparisons"], (), f"{path}: comparisons")
-    for name, record in stored["comparisons"].items():
-        need(record, ("difference", "p_bootstrap", "p_permutation"), f"{path}: comparisons.{name}")
-        for key in ("difference", "low", "high", "p_bootstrap", "p_permutation", "n"):
-            if record.get(key) is not None:
-                number(record[key], f"{path}: comparisons.{name}.{key}")
     return systems, stored
 
 
-def read_interval(record, where):
+def clipped(name):
+    """A name as a table can hold it."""
+    return name if len(name) <= 80 else f"{name[:60]}…{name[-15:]}"
+
+
+def asked_of(examples, group):
+    """The same text for the same prompts and references; where nothing says what was asked, the place of the answers."""
+    rows = [[example.get(key) or None for key in ("prompt", "input", "reference")] for example in examples]
+    return fingerprint(rows) if any(part for row in rows for part in row) else f"{len(rows)} in {group}"
+
+
+def read_interval(record):
     """The Interval of a metric, None where it has no value."""
-    need(record, ("value",), where)
     if record["value"] is None:
         return None
-    parts = {key: record.get(key) for key in ("value", "low", "high")}
-    for key, value in parts.items():
-        if value is not None:
-            number(value, f"{where}.{key}")
-    return Interval(**parts, n=record.get("n") or 0, note=record.get("note") or "")
+    return Interval(
+        record["value"], record.get("low"), record.get("high"), n=record.get("n") or 0, note=record.get("note") or ""
+    )
 
 
-def read_example(record, where):
-    need(record, ("answer",), where)
-    for key in ("prompt", "input", "reference", "answer"):
-        if not isinstance(record.get(key), (str, type(None))) and not (
-            key == "reference" and isinstance(record[key], list)
-        ):
-            raise ValueError(f"{where}: {key} is {show(record[key])}, expected a text")
-    if record["answer"] is None:
-        raise ValueError(f"{where}: answer is null, expected a text")
-    scores = record.get("scores") or {}
-    need(scores, (), f"{where}: scores")
-    kept = {name: number(value, f"{where}: {name}") for name, value in scores.items() if value is not None}
+def read_example(record):
+    scores = {clipped(name): value for name, value in (record.get("scores") or {}).items() if value is not None}
     reference = record.get("reference")
-    reference = "\n".join(map(str, reference)) if isinstance(reference, list) else reference
-    return {"prompt": None, **record, "reference": reference, "scores": kept}
+    reference = "\n".join(reference) if isinstance(reference, list) else reference
+    return {"prompt": None, **record, "reference": reference, "scores": scores}
 
 
 def match_grades(path, systems, results):
@@ -338,7 +451,7 @@ def match_grades(path, systems, results):
     answers = study_files.read_texts(beside)
     owner = next((s for s in systems if [e["answer"] for e in s.examples] == answers), None)
     if owner is None:
-        results.notes.append(f"{path} grades answers that evaluation.json does not have; it is left out.")
+        results.notes.append(f"{path} grades answers that are not those of an evaluation shown here; it is left out.")
     else:
         owner.grades = grades_of(path, owner, beside)
 
@@ -348,8 +461,10 @@ def sweep_lines(points):
 
     The centre has the most frequent value of every option."""
     lines = []
-    for key in dict.fromkeys((p.group, p.name, p.role) for p in points):
-        own = [p for p in points if (p.group, p.name, p.role) == key]
+    found = {}
+    for point in points:
+        found.setdefault((point.group, point.name, point.role, conditions(point)), []).append(point)
+    for key, own in found.items():
         axes = [*PARAMETERS, *dict.fromkeys(name for p in own for name in p.options if name not in PARAMETERS)]
         axes = [name for name in axes if all(is_number(p.options.get(name)) for p in own)]
         centre = {name: Counter(p.options[name] for p in own).most_common(1)[0][0] for name in axes}
@@ -359,8 +474,19 @@ def sweep_lines(points):
             row = [p for p in own if all(p.options[other] == centre[other] for other in others)]
             along[name] = sorted(row, key=lambda p: p.options[name])
         if any(len(row) > 1 for row in along.values()):
-            lines.append(Line(*key, centre, along))
+            lines.append(Line(*key[:3], centre, along, own))
     return lines
+
+
+def conditions(point):
+    """The same text for points of a sweep that can be compared: of the same prompts, scored in the same way."""
+    return to_json([point.asked, fixed_terms(point)])
+
+
+def fixed_terms(point):
+    """{name: value} of how a point was answered and scored, without options of decoding that a sweep varies."""
+    varied = {*point.options, *point.decoding} - ({"max_new_tokens"} - point.options.keys())
+    return {name: value for name, value in point.terms().items() if name not in varied}
 
 
 def is_number(value):
@@ -376,8 +502,31 @@ def table_lines(systems):
             continue
         bases = [s for s in systems if s.source == system.source and s.role == "base"]
         lines.append([system.name, system, bases[0] if system.role == "tuned" and bases else None])
-    names = [label for label, _, _ in lines]
-    for line in lines:
-        if names.count(line[0]) > 1:
-            line[0] += f" ({line[1].group.name})"
+    for where in (lambda system: system.group.name, lambda system: str(system.group)):
+        names = Counter(label for label, _, _ in lines)
+        lines = [
+            [f"{system.name} ({where(system)})" if names[label] > 1 else label, system, base]
+            for label, system, base in lines
+        ]
     return [tuple(line) for line in lines]
+
+
+def by_prompts(lines):
+    """[(the prompts in words, the lines of table_lines() that answer them)], in order: what may stand in one table."""
+    groups = {}
+    for line in lines:
+        groups.setdefault(line[1].asked, []).append(line)
+    words = [prompts_words([system for _, system, _ in own]) for own in groups.values()]
+    twice = Counter(words)
+    return [
+        (f"{text}, set {number}" if twice[text] > 1 else text, own)
+        for number, (text, own) in enumerate(zip(words, groups.values(), strict=True), 1)
+    ]
+
+
+def prompts_words(systems):
+    """What these systems answered, which is the same for all of them."""
+    sizes = {len(system.examples) for system in systems if system.examples}
+    data = next((system.settings["data"] for system in systems if system.settings.get("data")), None)
+    number = f"{sizes.pop()} prompts" if len(sizes) == 1 else "the held-out prompts"
+    return f"{number} of {data}" if data else f"{number} of the study" if systems[0].role == "published" else number

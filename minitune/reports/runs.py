@@ -1,16 +1,16 @@
-"""The sections of a report that show what runs did: decoding options, training curves, answers, environment."""
+"""The sections of a report that show what runs did: how they differ, decoding options, curves, answers, environment."""
 
 from minitune.reports import figures
+from minitune.reports.commands import evaluate_command, example_run
 from minitune.reports.page import Card, Cards, Cell, Chart, Folded, Part, Section, Table, one_line
-from minitune.reports.results import sweep_lines, table_lines
+from minitune.reports.results import fixed_terms, prompts_words, sweep_lines, table_lines
 from minitune.reports.study_files import GRADES
 from minitune.reports.words import (
     FIGURE,
     GRADE_NAMES,
     METRICS,
+    apart,
     count,
-    evaluate_command,
-    example_run,
     flat,
     interval_words,
     metric,
@@ -18,10 +18,51 @@ from minitune.reports.words import (
     shown,
     with_arrow,
 )
-from minitune.run_folder import curves
+from minitune.run_folder import Curve, curves
 
 ON_A_CARD = (*FIGURE, "exact_match", "length_ratio")  # scores that are shown with an answer
+MOST_AXES = 12  # columns of a figure
 RANKING = ("bertscore", "rouge_l", "token_f1", "chrf", "bleu")  # what orders answers that nobody graded
+
+
+def differences_section(results):
+    """What the runs were trained with that is not the same in all of them."""
+    runs = [run for run in results.runs if run.options is not None]
+    if len(runs) < 2:
+        return None
+    facts = [training_facts(run) for run in runs]
+    names = dict.fromkeys(name for found in facts for name in found)
+    names = [name for name in names if len({flat(found.get(name)) for found in facts}) > 1]
+    title = "How the runs differ"
+    if not names:
+        return Section(title, [f"The {len(runs)} runs were trained with the same options on the same rows."])
+    folders = [run.folder.name for run in runs]
+    labels = [name if folders.count(name) == 1 else str(run.folder) for name, run in zip(folders, runs, strict=True)]
+    rows = [
+        [label, *[fact_words(found.get(name)) for name in names]] for label, found in zip(labels, facts, strict=True)
+    ]
+    note = "Options of training, and where they ran, that are the same in all of them are not shown here."
+    return Section(title, [Table("What each run was trained with", ["Run", *names], rows, note)])
+
+
+def training_facts(run):
+    """{name: value} of a run's training."""
+    environment = run.environment or {}
+    found = {name: value for name, value in run.options.items() if name not in ("run", "resume")}
+    packages = environment.get("packages")
+    return found | {
+        "training rows (sha256)": str(environment.get("data_fingerprint", ""))[:12] or None,
+        "machine": environment.get("device"),
+        "torch": packages.get("torch") if isinstance(packages, dict) else None,
+        "commit": str(environment.get("git_commit") or "")[:12] or None,
+    }
+
+
+def fact_words(value):
+    if value in (None, [], {}):
+        return "–"
+    text = flat(value)
+    return text if len(text) <= 60 else f"{text[:40]}…{text[-15:]}"
 
 
 def sweep_section(results, missing):
@@ -34,8 +75,16 @@ def sweep_section(results, missing):
         return None
     names = [one_line(line.name) + (" (base)" if line.role == "base" else "") for line in lines]
     labels = [f"{n} ({line.group.name})" if names.count(n) > 1 else n for n, line in zip(names, lines, strict=True)]
+    one_each = [line.all_points[0] for line in lines]
+    asked = len({point.asked for point in one_each})
+    if asked > 1:
+        labels = [f"{label}, {prompts_words([point])}" for label, point in zip(labels, one_each, strict=True)]
+    twice = {label for label in labels if labels.count(label) > 1}
+    labels = [f"{label}, line {n}" if label in twice else label for n, label in enumerate(labels, 1)]
     axes = list(dict.fromkeys(name for line in lines for name in line.centre))
     columns = {p: p for p in axes if any(len(line.points.get(p, ())) > 1 for line in lines)}
+    left_out = list(columns)[MOST_AXES:]
+    columns = {p: p for p in list(columns)[:MOST_AXES]}
     data = [
         (label, {p: [(s.options[p], s.scores) for s in row] for p in columns for row in [line.points.get(p, [])]})
         for label, line in zip(labels, lines, strict=True)
@@ -53,14 +102,21 @@ def sweep_section(results, missing):
         if has_intervals
         else "The scores are means without intervals."
     )
+    caption += f" {', '.join(left_out)}: not drawn, but in the table." if left_out else ""
     alt = f"Lines of {', '.join(metric(n).label for n in chosen)} against {', '.join(columns)} for {', '.join(labels)}."
     titles = tuple(f"Against `{p}`" for p in columns)
     whole = figures.sweep_figure(data, rows, columns)
     blocks = [Chart(caption, alt, drawings, titles, tuple(labels), picture="figure", whole=whole)]
+    if asked > 1:
+        blocks.append("Not all lines answer the same prompts: compare only those that do.")
+    terms = apart([fixed_terms(point) for point in one_each])
+    if any(terms):
+        words = "; ".join(f"{label}: {', '.join(found)}" for label, found in zip(labels, terms, strict=True) if found)
+        blocks.append(f"The lines differ in more than the model and what is varied. {words}.")
     blocks += repeated_words(results)
     points = []
     for label, line in zip(labels, lines, strict=True):
-        own = [p for p in results.points if (p.group, p.name, p.role) == line[:3]]
+        own = line.all_points
         values = {id(p): [p.options[name] if name in line.centre else None for name in axes] for p in own}
         for point in sorted(own, key=lambda p: [-1 if v is None else v for v in values[id(p)]]):
             found = [(n, point.scores.get(n)) for n in chosen]
@@ -104,7 +160,14 @@ def curves_section(results, missing):
             parts += [f"lowest held-out loss {min(held_out)[0]:.3f} at step {min(held_out)[1]:,}"] if held_out else []
             caption = f"{run.folder.name}: {'; '.join(parts)}."
             alt = f"Loss and learning rate over the steps of {caption}"
-            charts.append(Chart(caption, alt, [curves(run.lines, figsize=(5, 4))], picture=f"curves_{len(charts) + 1}"))
+            charts.append(
+                Chart(
+                    caption,
+                    alt,
+                    [curves(Curve(run.lines).records(), figsize=(5, 4))],
+                    picture=f"curves_{len(charts) + 1}",
+                )
+            )
     if not charts:
         missing.append(
             "Training curves: `python scripts/train.py --run DIR` writes `metrics.jsonl` into its run folder"
@@ -191,7 +254,8 @@ def environment_section(results, missing):
             blocks.append(f"`{group}`: the study's files, {size}. Options from the files' names, scores as published.")
     tables = []
     for run in results.runs:
-        facts = [(f"evaluation: {key}", value) for key, value in (run.settings or {}).items()]
+        facts = [(f"training: {key}", value) for key, value in (run.options or {}).items()]
+        facts += [(f"evaluation: {key}", value) for key, value in (run.settings or {}).items()]
         facts += list((run.environment or {}).items())
         if rows := [[key, flat(value)] for key, value in facts if value not in (None, [], {})]:
             tables.append(Table(f"What {run.folder} says of itself", ["Fact", "Value"], rows, has_words=True))

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from minitune.metrics.correlation import correlate
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
+from minitune.reports.commands import evaluate_command, example_run
 from minitune.reports.page import Cell, Folded, Section, Table
-from minitune.reports.results import table_lines
+from minitune.reports.results import by_prompts, table_lines
 from minitune.reports.study_files import AVERAGES, GRADES
 from minitune.reports.words import (
     FIGURE,
@@ -16,8 +17,6 @@ from minitune.reports.words import (
     METRICS,
     TABLE,
     count,
-    evaluate_command,
-    example_run,
     interval_words,
     metric,
     minus,
@@ -25,6 +24,7 @@ from minitune.reports.words import (
     p_words,
     shown,
     superscript,
+    terms_apart,
     with_arrow,
 )
 
@@ -35,38 +35,67 @@ FILE_OF_GRADES = (  # see study_files.py
 
 
 def scores_section(results, config, missing):
-    """The study's table: one line a model, base beside tuned."""
-    pairs = table_lines(results.systems)
-    scored = [(label, with_grades(system, config), with_grades(base, config)) for label, system, base in pairs]
-    columns = [name for name in TABLE if any(name in s or name in b for _, s, b in scored)]
-    if absent := [name for name in FIGURE if name not in columns]:
+    """The study's table: one line a model, base beside tuned. Models that answered other prompts have a table of their own."""
+    groups = by_prompts(table_lines(results.systems))
+    tables, there, pictures = [], set(), 0
+    for prompts, lines in groups:
+        scored = [(label, with_grades(s, config), with_grades(base, config)) for label, s, base in lines]
+        columns = [name for name in TABLE if any(name in s or name in b for _, s, b in scored)]
+        there |= {*columns}
+        if columns:
+            pictures += 1
+            picture = "table" if pictures == 1 else f"table_{pictures}"
+            words = prompts if len(groups) > 1 else "the held-out prompts"
+            tables.append(scores_table(f"Scores of the answers to {words}", lines, scored, columns, config, picture))
+        if (other := other_metrics_table(lines, scored, prompts if len(groups) > 1 else "")) is not None:
+            tables.append(other)
+    if absent := [name for name in FIGURE if name not in there]:
         judges = [f" {JUDGES[name]} DIR" for name in absent if name in JUDGES]
         command = f"`{evaluate_command(results)}{''.join(judges)}`"
         missing.append(f"{', '.join(METRICS[name].label for name in absent)}: {command}")
-    if not columns:
+    if not tables:
+        return None
+    apart = (
+        f"Not all models answered the same prompts: {'; '.join(prompts for prompts, _ in groups)}. Each set has a table "
+        "of its own; do not compare a score of one with a score of another."
+    )
+    return Section("Scores", [apart, *tables] if len(groups) > 1 else tables)
+
+
+def scores_table(caption, lines, scored, columns, config, picture):
+    """The Table of models that answered the same prompts. scored: [(label, its scores, those of its base)]."""
+    systems = [system for _, system, _ in lines]
+    notes, rows = [], []
+    settings, apart = [options_words(system.options) for system in systems], terms_apart(systems)
+    for (label, own, of_base), below in zip(scored, apart, strict=True):
+        rows.append([Cell(label, below=below), *[score_cell(n, own.get(n), of_base.get(n), notes) for n in columns]])
+    common = [f"Decoded with {settings[0]}."] if len(set(settings)) == 1 and settings[0] else []
+    common += (
+        ["The small lines below a name say how it was answered or scored, where that differs."] if any(apart) else []
+    )
+    note = " ".join([*common, how_computed(systems, config, scored), *footnotes(notes)])
+    header = ["Model", *[with_arrow(name) for name in columns]]
+    return Table(f"{caption} (↑ higher is better, ↓ lower is better)", header, rows, note, picture=picture)
+
+
+def other_metrics_table(lines, scored, prompts):
+    """A Table of the metrics that are not in the study's table, one column a model; None where there are none."""
+    found = {name for _, s, b in scored for name in (*s, *b)} - set(TABLE)
+    names = [name for name in METRICS if name in found] + sorted(found - set(METRICS))
+    if not names:
         return None
     notes, rows = [], []
-    settings = [options_words(system.options) for _, system, _ in pairs]
-    for (label, own, of_base), setting in zip(scored, settings, strict=True):
-        below = (setting,) if setting and len(set(settings)) > 1 else ()
-        cells = [score_cell(name, own.get(name), of_base.get(name), notes) for name in columns]
-        rows.append([Cell(label, below=below), *cells])
-    common = [f"Decoded with {settings[0]}."] if len(set(settings)) == 1 and settings[0] else []
-    note = " ".join([*common, how_computed(results, config, scored), *footnotes(notes)])
-    header = ["Model", *[with_arrow(name) for name in columns]]
-    caption = "Scores of the answers to the held-out prompts (↑ higher is better, ↓ lower is better)"
-    blocks = [Table(caption, header, rows, note.strip(), picture="table")]
-    others = [name for name in METRICS if name not in TABLE] + sorted(
-        {name for _, s, b in scored for name in (*s, *b)} - set(METRICS)
-    )
-    if others := [name for name in others if any(name in s or name in b for _, s, b in scored)]:
-        notes, rows = [], []
-        for name in others:
-            rows.append([with_arrow(name), *[score_cell(name, s.get(name), b.get(name), notes) for _, s, b in scored]])
-        note = " ".join(footnotes(notes))
-        table = Table("Other metrics, one column a model", ["Metric", *[label for label, _, _ in pairs]], rows, note)
-        blocks.append(Folded("Other metrics", [table]) if len(others) > 4 else table)
-    return Section("Scores", blocks)
+    for name in names:
+        rows.append([with_arrow(name), *[score_cell(name, s.get(name), b.get(name), notes) for _, s, b in scored]])
+    title = "Other metrics" + (f": {prompts}" if prompts else "")
+    header = ["Metric", *[label for label, _, _ in lines]]
+    apart = [
+        f"{label}: {'; '.join(below)}."
+        for (label, _, _), below in zip(lines, terms_apart([s for _, s, _ in lines]), strict=True)
+        if below
+    ]
+    table = Table(f"{title}, one column a model", header, rows, " ".join([*footnotes(notes), *apart]))
+    return Folded(title, [table]) if len(names) > 4 else table
 
 
 def with_grades(system, config):
@@ -80,7 +109,12 @@ def with_grades(system, config):
 
 
 def footnotes(notes):
-    return [f"{superscript(number)} {note}." for number, note in enumerate(notes, 1)]
+    return [f"{superscript(number)} {sentence(note)}" for number, note in enumerate(notes, 1)]
+
+
+def sentence(note):
+    """A note of evaluation.json as a sentence."""
+    return f"{note[:1].upper()}{note[1:]}."
 
 
 def score_cell(name, score, of_base, notes):
@@ -99,28 +133,28 @@ def score_cell(name, score, of_base, notes):
     return Cell(text, score.value if score else None, tuple(below))
 
 
-def how_computed(results, config, scored):
+def how_computed(systems, config, scored):
     """How the intervals of the table came about, in sentences."""
     words = []
-    made = [(run.settings.get("resamples"), run.settings.get("seed")) for run in results.runs if run.settings]
+    made = [(s.settings.get("resamples"), s.settings.get("seed")) for s in systems if s.settings]
     if made:
         draws = "; ".join(f"{draws} draws, seed {seed}" for draws, seed in dict.fromkeys(made))
         words.append(
             f"In brackets: 95 % bootstrap intervals over the examples, as evaluation.json gives them ({draws})."
         )
-    if any(s.role == "published" and s.scores for s in results.systems):
+    if any(s.role == "published" and s.scores for s in systems):
         published = ", ".join(METRICS[name].label for name in FIGURE if any(name in s for _, s, _ in scored))
         words.append(
             f"{published} are as published: means without the values of the answers one by one, so they have no interval."
         )
-    if graded := [s for s in results.systems if s.grades]:
+    if graded := [s for s in systems if s.grades]:
         sizes = sorted({len(s.grades.rows) for s in graded})
         words.append(
             f"Human evaluation: mean of three grades over {' or '.join(map(str, sizes))} answers, recomputed from the grades; in "
             "brackets its 95 % bootstrap interval over the answers (BCa, widened to Student's distribution; "
             f"{config.resamples} draws, seed {config.seed})."
         )
-    words.append("An interval shows the chance of which prompts were drawn, not that of training or of decoding again.")
+    words.append("An interval covers the choice of test prompts only, not randomness in training or sampling.")
     return " ".join(words)
 
 
@@ -146,10 +180,12 @@ def grades_section(results, config, missing):
         checks.append(check_words(label, grades, averages))
     header = ["Model", *[GRADE_NAMES[name] for name in GRADES], "average", "answers"]
     note = f"In brackets: 95 % bootstrap intervals over the answers ({config.resamples} draws, seed {config.seed})."
+    if len({system.asked for _, system in graded}) > 1:
+        note += " Not all of these models answered the same prompts: compare only those that did."
     blocks = [Table("Means of the human grades", header, rows, note), *checks]
     pairs = []
     for (label, one), (other_label, other) in combinations(graded, 2):
-        if one.group == other.group and len(one.grades.rows) == len(other.grades.rows):
+        if one.asked == other.asked and len(one.grades.rows) == len(other.grades.rows):
             a, b = one.grades.of_examples(), other.grades.of_examples()
             found = paired_bootstrap(a, b, resamples=config.resamples, seed=config.seed)
             swapped = paired_permutation(a, b, resamples=2 * config.resamples, seed=config.seed)
@@ -192,10 +228,8 @@ class Difference(NamedTuple):
 
 def comparisons_section(results, missing):
     """Tuned minus base of every run that has both, with p-values."""
-    tables = []
-    for run in results.runs:
-        if not run.comparisons:
-            continue
+    tables, compared = [], [run for run in results.runs if run.comparisons]
+    for run in compared:
         rows = []
         for name in [*(n for n in METRICS if n in run.comparisons), *sorted(set(run.comparisons) - set(METRICS))]:
             c = run.comparisons[name]
@@ -206,14 +240,16 @@ def comparisons_section(results, missing):
         for name, c in run.comparisons.items():
             if c.get("note"):
                 shared.setdefault(c["note"], []).append(metric(name).label)
-        notes = [f"{', '.join(labels)}: {text}." for text, labels in shared.items()]
+        notes = [f"{text[:1].upper()}{text[1:]}: {', '.join(labels)}." for text, labels in shared.items()]
         note = (
             "In brackets: 95 % paired bootstrap interval. p: how likely a difference as large would be if the two were alike "
             f"(two-sided); not corrected for {count(len(rows), 'metric')}."
         )
-        names = {s.role: s.name for s in results.systems if s.group == run.folder}
-        roles = "tuned minus base" if "tuned" in names else "the predictions minus the others"
-        caption = f"{names.get('tuned') or run.folder.name}, {roles} on the same prompts"
+        systems = {s.role: s for s in results.systems if s.group == run.folder}
+        roles = "tuned minus base" if "tuned" in systems else "the predictions minus the others"
+        name = systems["tuned"].name if "tuned" in systems else run.folder.name
+        where = f" ({run.folder})" if len(compared) > 1 else ""
+        caption = f"{name}{where}, {roles} on the same prompts"
         header = ["Metric", "difference", "p, bootstrap", "p, permutation", "examples"]
         tables.append(Table(caption, header, rows, " ".join([note, *notes])))
     if not tables:

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitune.files import read_json
+from minitune.schema import Number
+from minitune.screen import short
 
 NAME = re.compile(
-    r"(?P<model>.+)_topk(?P<top_k>\d+)_nb(?P<num_beams>\d+)_t(?P<temperature>\d+(?:\.\d+)?)(?P<kind>|_score|_HE|_HE_score)\.json"
+    r"(?P<model>.+)_topk(?P<top_k>\d{1,9})_nb(?P<num_beams>\d{1,9})_t(?P<temperature>\d{1,9}(?:\.\d{1,9})?)(?P<kind>|_score|_HE|_HE_score)\.json"
 )
 PROMPTS = re.compile(r"instructions\d*\.json")
 SCORES = {"Perplexity": "perplexity", "BLEU": "bleu", "ROUGE-L": "rouge_l", "BERTScore": "bertscore"}
 PARAMETERS = ("top_k", "num_beams", "temperature")
+SCORE = Number(-1e100, 1e100)  # a score or a grade: its square is finite too
 GRADES = ("grammatical_correctness", "coherence", "correctness_of_answer")
 AVERAGES = tuple(f"average_{name}" for name in GRADES) + ("human_evaluation_average",)
 
@@ -56,70 +59,38 @@ def parse_name(name):
     return found["model"], options, found["kind"]
 
 
-def number(value, where):
-    """value as it is. Raises ValueError, with `where`, unless it is a finite number."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) < 1e300:  # JSON's whole numbers have no end
-        raise ValueError(f"{where} is {show(value)}, expected a finite number")
-    return value
-
-
-def need(record, keys, where):
-    """Raises ValueError unless `record` is an object with these keys."""
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{where} is a {type(record).__name__}, expected an object{' with ' * bool(keys)}{', '.join(keys)}"
-        )
-    if missing := [key for key in keys if key not in record]:
-        raise ValueError(f"{where} has no {', '.join(missing)}; it has {', '.join(record) or 'no keys'}")
-
-
 def read_texts(path):
-    """The list of texts in a JSON file: answers or prompts."""
-    texts = read_json(path)
-    if not isinstance(texts, list) or not texts:
-        raise ValueError(f"{path} holds {show(texts)}, expected a list of texts, one at least")
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{path}, row {row} is {show(text)}, expected a text")
-    return texts
+    """The list of texts in a JSON file: answers or prompts, one at least."""
+    return not_empty(read_json(path, [str]), path)
+
+
+def not_empty(values, path):
+    if not values:
+        raise ValueError(f"{path} is an empty list, expected one entry at least")
+    return values
 
 
 def read_scores(path):
     """{metric: float} of a _score.json, by minitune's names, without those that are null: they were not computed."""
-    stored = read_json(path)
-    need(stored, SCORES, path)
-    return {name: number(stored[key], f"{path}: {key}") for key, name in SCORES.items() if stored[key] is not None}
+    stored = read_json(path, {key: (SCORE, None) for key in SCORES})
+    return {name: stored[key] for key, name in SCORES.items() if stored[key] is not None}
 
 
 def read_grades(path):
     """The Grades in a _HE.json, with what the _HE_score.json beside it publishes. The index counts up by 1 from any number:
     two files of the study start at 1 and one at 0."""
     path = Path(path)
-    stored = read_json(path)
-    if not isinstance(stored, list) or not stored:
-        raise ValueError(f"{path} holds {show(stored)}, expected a list of grades, one at least")
+    stored = not_empty(read_json(path, [{"index": SCORE, **dict.fromkeys(GRADES, SCORE)}]), path)
     for row, record in enumerate(stored):
-        where = f"{path}, row {row}"
-        need(record, ("index", *GRADES), where)
-        for name in ("index", *GRADES):
-            number(record[name], f"{where}: {name}")
-        if record["index"] != stored[0]["index"] + row:
-            expected = stored[0]["index"] + row
+        expected = stored[0]["index"] + row
+        if record["index"] != expected:
             raise ValueError(
-                f"{where} has the index {record['index']}, expected {expected}: one grade an answer, in order"
+                f"{path}: [{row}].index is {short(record['index'])}, expected {short(expected)}: one grade an answer, in order"
             )
     rows = [{name: record[name] for name in GRADES} for record in stored]
     comments = [record["comment"] if isinstance(record.get("comment"), str) else "" for record in stored]
     beside, published = path.with_name(path.name.replace("_HE.json", "_HE_score.json")), None
     if beside.exists():
-        published = read_json(beside)
-        need(published, AVERAGES, beside)
-        published = {name: number(published[name], f"{beside}: {name}") for name in AVERAGES}
+        found = read_json(beside, dict.fromkeys(AVERAGES, SCORE))
+        published = {name: found[name] for name in AVERAGES}
     return Grades(path, rows, comments, published)
-
-
-def show(value):
-    """A value in one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

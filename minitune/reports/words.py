@@ -1,9 +1,9 @@
 """What a report calls things, and how it writes numbers."""
 
 import json
-import shlex
 from typing import NamedTuple
 
+from minitune.files import to_json
 from minitune.reports.study_files import PARAMETERS
 
 
@@ -33,6 +33,8 @@ METRICS = {
 }
 TABLE = ("bleu", "rouge_l", "bertscore", "perplexity", "human")  # the study's columns
 FIGURE = TABLE[:4]
+IN_OPTIONS = (*PARAMETERS, "max_new_tokens", "do_sample")  # what options_words() names
+LONG = 1000  # characters of a value
 GRADE_NAMES = {"grammatical_correctness": "grammar", "coherence": "coherence", "correctness_of_answer": "correctness"}
 
 
@@ -48,7 +50,8 @@ def with_arrow(name):
 
 def shown(name, value, sign=""):
     """A number with the digits of its metric, as text; a minus, not a hyphen."""
-    return minus(f"{value:{sign}.{metric(name).digits}f}")
+    form = f"{sign}.{metric(name).digits}f" if abs(value) < 1e7 else f"{sign}.3g"
+    return minus(f"{value:{form}}")
 
 
 def interval_words(name, found):
@@ -83,24 +86,35 @@ def count(number, noun):
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def flat(value):
-    """A value of a JSON object in one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {flat(v)}" for k, v in value.items() if v not in (None, [], {}))
-    if isinstance(value, list):
-        return ", ".join(map(flat, value))
-    return value if isinstance(value, str) else json.dumps(value)
+def flat(value, levels=6):
+    """A value of a JSON object in one line that a table can hold."""
+    if levels and isinstance(value, dict):
+        text = ", ".join(f"{k} {flat(v, levels - 1)}" for k, v in value.items() if v not in (None, [], {}))
+    elif levels and isinstance(value, list):
+        text = ", ".join(flat(item, levels - 1) for item in value)
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= LONG else f"{text[: LONG - 100]} … ({len(text):,} characters)"
 
 
-def example_run(results):
-    """A run folder for a command, DIR where there is none: two files that were compared are none."""
-    asked = [run.folder for run in results.runs if not run.settings or run.settings.get("model") is not None]
-    return shlex.quote(str(asked[0])) if asked else "DIR"
+def terms_apart(systems):
+    """What sets each System apart from the others in how it was answered and scored: a tuple of lines for each."""
+    settings = [options_words(system.options) for system in systems]
+    terms = [{n: v for n, v in system.terms().items() if n not in IN_OPTIONS} for system in systems]
+    return [
+        ((setting,) if setting and len(set(settings)) > 1 else ()) + words
+        for setting, words in zip(settings, apart(terms), strict=True)
+    ]
 
 
-def evaluate_command(results):
-    """The command that gives more scores of what is there."""
-    of_files = example_run(results) == "DIR" and any(run.settings for run in results.runs)
-    return "python scripts/evaluate.py " + (
-        "--predictions FILE --references FILE" if of_files else f"--run {example_run(results)}"
-    )
+def apart(terms):
+    """[("name value", ...)] of those entries of each dict that are not the same in all of them."""
+    names = dict.fromkeys(name for found in terms for name in found)
+    names = [name for name in names if len({to_json(found.get(name)) for found in terms}) > 1]
+    return [tuple(f"{name} {term_words(name, found)}" for name in names) for found in terms]
+
+
+def term_words(name, terms):
+    if name not in terms:
+        return "not said"
+    return "none" if terms[name] in (None, [], {}) else flat(terms[name])
