@@ -42,6 +42,7 @@ FLOORS = [  # a module imports only from floors below its own; a name that ends 
         "minitune.data",
         "minitune.run_folder",
         "minitune.generation_config",
+        "minitune.reports.commands",
         "minitune.reports.study_files",
         "minitune.reports.figures",
     ],
