@@ -427,6 +427,7 @@ BAD_RUNS = {  # the file, its new text or how its value is spoiled, words of the
         "examples[2].scores.'bleu'",
         "'high'",
     ),
+    "other prompts": (EVALUATION, lambda e: base(e)["examples"][1].update(prompt="another"), "different prompts"),
     "other lengths": (EVALUATION, lambda e: base(e)["examples"].pop(), "tuned 8, base 7", "evaluation.json"),
     "a comparison": (
         EVALUATION,
@@ -544,6 +545,13 @@ def test_where_nothing_says_which_adapter_it_was_that_is_said_and_shown(run, tmp
     (run / "best").mkdir()
     text, _, lines = write([run], tmp_path)
     assert any("has no adapter that the scores" in line for line in lines) and "7.25" in text
+
+
+def test_a_folder_that_is_named_twice_is_read_once(run, tmp_path):
+    once = read_results([run])
+    for folders in ([run, run.parent], [run.parent, run], [run, run / ".." / run.name], [run.parent, run.parent]):
+        found = read_results(folders)
+        assert (len(found.systems), len(found.points), len(found.runs)) == (2, len(once.points), 1), folders
 
 
 def test_an_edited_evaluation_is_said(run, tmp_path):

@@ -155,6 +155,7 @@ class Results:
     notes: list = field(default_factory=list)  # what a reader must know, in sentences
     not_understood: list = field(default_factory=list)  # paths
     commands: list = field(default_factory=list)  # that make anew what was left out
+    read: dict = field(default_factory=dict)  # folder -> whether it has results itself
 
 
 class Line(NamedTuple):
@@ -177,9 +178,7 @@ def read_results(folders):
             raise ValueError(
                 f"{folder} is {'a file' if folder.exists() else 'not there'}, expected a folder of results"
             )
-        before = len(results.systems) + len(results.points) + len(results.runs)
-        read_folder(folder, results)
-        if before == len(results.systems) + len(results.points) + len(results.runs):
+        if not read_folder(folder, results):
             raise ValueError(
                 f"{folder} has no results: expected a run folder (evaluation.json, sweep/, metrics.jsonl, environment.json), or "
                 "files such as MODEL_topk50_nb5_t1_score.json, there or in a folder below"
@@ -193,12 +192,19 @@ def read_results(folders):
 
 
 def read_folder(folder, results):
-    """Read a run folder, or every one below `folder`, and the study's files there."""
+    """Read a run folder, or every one below `folder`, and the study's files there. Returns whether there are results, be it
+    that they were read before."""
+    has_results = False
     waiting = [(folder, None)]  # with the file of prompts that counts for it
     while waiting:
         folder, prompts = waiting.pop()
+        if (place := os.path.realpath(folder)) in results.read:
+            has_results = has_results or results.read[place]
+            continue
+        results.read[place] = True
         if any((folder / name).exists() for name in RUN_FILES):
             read_run(folder, results)
+            has_results = True
             continue
         with paths_explained(folder):
             names = sorted(os.listdir(folder))
@@ -206,14 +212,17 @@ def read_folder(folder, results):
             if study_files.PROMPTS.fullmatch(name) and (folder / name).is_file():
                 prompts = folder / name
         studied = [name for name in names if study_files.parse_name(name) and (folder / name).is_file()]
+        results.read[place] = bool(studied)
         if studied:
             read_study(folder, studied, prompts, results)
+            has_results = True
         paths = [folder / name for name in names if not name.startswith(".") and name not in studied]
         # Not through a link to a folder: it could lead round in a circle.
         waiting += [(path, prompts) for path in reversed(paths) if path.is_dir() and not path.is_symlink()]
         results.not_understood += [
             p for p in paths if p.suffix == ".json" and p.is_file() and p.name not in KNOWN and p != prompts
         ]
+    return has_results
 
 
 def read_study(folder, names, prompts, results):
@@ -415,6 +424,8 @@ def read_evaluation(path, group, results):
     if len({len(system.examples) for system in systems}) > 1:
         counts = some(f"{system.role} {len(system.examples)}" for system in systems)
         raise ValueError(f"{path}: the systems have different numbers of examples ({counts}), expected as many")
+    if len({system.asked for system in systems}) > 1:
+        raise ValueError(f"{path}: the systems have different prompts or references, expected the same for each")
     return systems, stored
 
 
