@@ -45,7 +45,7 @@ def demo(config, say=print):
     for row in table:
         sample = row["sample"]
         say(f"\n{row['model']}, {row['method']}, asked: {sample['question']!r}")
-        say(f"  before: {sample['before']!r}\n  after:  {sample['after']!r}\n  right:  {sample['right']!r}")
+        say(f"  before: {sample['before']!r}\n  after:  {sample['after']!r}\n  right:  {sample['right'].strip()!r}")
     write_json(Path(config.runs) / "demo.json", table)
     say(f"\n{time.perf_counter() - started:.0f} s in all. Adapters, curves and logs: {config.runs}/*/")
     return table
