@@ -16,6 +16,7 @@ from minitune.report import ReportConfig, default_out, report
 from minitune.reports import figures, page
 from minitune.reports.results import read_results, sweep_lines
 from minitune.reports.runs import repeated_words
+from minitune.reports.scores import scores_section
 from minitune.reports.study_files import GRADES, parse_name
 from minitune.run_folder import adapter_fingerprint
 
@@ -532,19 +533,20 @@ def test_what_was_made_from_another_adapter_is_left_out_with_the_command_that_ma
     assert lines[-1].startswith("next: open ") and f"evaluate.py --run {run}" in lines[-1]
     path = run / "sweep" / "point3" / "evaluation.json"  # one point was made anew
     mark(path, {"adapter (sha256)": adapter_fingerprint(run / "adapter")})
-    assert any("4 of the 5 points of the sweep in" in line for line in write([run], tmp_path)[2])
-    assert [p.source for p in read_results([run]).points] == [path, path]
+    found = read_results([run])
+    assert any("4 of the 5 points of the sweep in" in note for note in found.notes)
+    assert [p.source for p in found.points] == [path, path]
 
 
-def test_where_nothing_says_which_adapter_it_was_that_is_said_and_shown(run, tmp_path):
+def test_where_nothing_says_which_adapter_it_was_that_is_said_and_shown(run):
     assert not read_results([run]).notes[1:], "no adapter, no fingerprint: a folder of results"
     train_again(run)
-    assert any("does not say which adapter" in line for line in write([run], tmp_path)[2])
+    assert any("does not say which adapter" in note for note in read_results([run]).notes)
     of_adapter(run)
     shutil.rmtree(run / "adapter")
     (run / "best").mkdir()
-    text, _, lines = write([run], tmp_path)
-    assert any("has no adapter that the scores" in line for line in lines) and "7.25" in text
+    found = read_results([run])
+    assert any("has no adapter that the scores" in note for note in found.notes) and len(found.systems) == 2
 
 
 def test_a_folder_that_is_named_twice_is_read_once(run, tmp_path):
@@ -554,14 +556,14 @@ def test_a_folder_that_is_named_twice_is_read_once(run, tmp_path):
         assert (len(found.systems), len(found.points), len(found.runs)) == (2, len(once.points), 1), folders
 
 
-def test_an_edited_evaluation_is_said(run, tmp_path):
+def test_an_edited_evaluation_is_said(run):
     stored = json.loads((run / "evaluation.json").read_text())
     whole = stored | {"check": fingerprint(stored)}
     put(run / "evaluation.json", whole)
-    assert not any("was changed" in line for line in write([run], tmp_path)[2])
+    assert not any("was changed" in note for note in read_results([run]).notes)
     whole["systems"]["tuned"]["metrics"]["perplexity"]["value"] = 1.5
     put(run / "evaluation.json", whole)
-    assert any("evaluation.json was changed after it was written" in line for line in write([run], tmp_path)[2])
+    assert any("evaluation.json was changed after it was written" in note for note in read_results([run]).notes)
 
 
 def other_run(run, count=8, **settings):
@@ -572,8 +574,13 @@ def other_run(run, count=8, **settings):
     return run.parent
 
 
+def tables_of_scores(folder):
+    section = scores_section(read_results([folder]), ReportConfig((str(folder),), resamples=50), [])
+    return [block for block in section.blocks if isinstance(block, page.Table) and block.picture]
+
+
 def test_models_that_answered_other_prompts_have_tables_of_their_own(run, tmp_path):
-    assert write([other_run(run)], tmp_path)[1].count("Scores of the answers to") == 1
+    assert len(tables_of_scores(other_run(run))) == 1
     markdown = write([other_run(run, 5)], tmp_path)[1]
     tables = re.findall(r"^Scores of the answers to (.*?) \\\(|^Scores of the answers to (.*?) \(", markdown, re.M)
     assert len(tables) == 2 and "8 prompts" in tables[0][1] and "5 prompts" in tables[1][1]
@@ -584,7 +591,7 @@ def test_models_that_answered_other_prompts_have_tables_of_their_own(run, tmp_pa
         system["examples"] = examples(8)
         system["examples"][7]["reference"] = "another one"
     put(run.parent / "other" / "evaluation.json", stored)  # as many prompts, one with another answer
-    assert "of rows.json, set 2" in write([run.parent], tmp_path)[1]
+    assert "of rows.json, set 2" in tables_of_scores(run.parent)[1].caption
 
 
 @pytest.mark.parametrize(
@@ -602,10 +609,11 @@ def test_models_that_answered_other_prompts_have_tables_of_their_own(run, tmp_pa
         ({"decoding": {"top_k": 50, "num_beams": 5, "temperature": 1.0, "max_new_tokens": 7}}, "max_new_tokens 7"),
     ],
 )
-def test_a_row_says_what_sets_it_apart(change, word, run, tmp_path):
-    table = write([other_run(run, **change)], tmp_path)[0].split("</table>")[0]
-    assert f"<small>{word}</small>" in table or f"{word}</small>" in table, table
-    assert "say how it was answered or scored" in write([run.parent], tmp_path)[1]
+def test_a_row_says_what_sets_it_apart(change, word, run):
+    [table] = tables_of_scores(other_run(run, **change))
+    cells = [row[0] for row in table.rows]
+    assert any(word in line for line in cells[1].below) and len(cells) == 2, cells
+    assert "say how it was answered or scored" in table.note
 
 
 def test_points_of_other_prompts_are_no_line_of_one_sweep(run, tmp_path):
