@@ -512,14 +512,19 @@ def table_lines(systems):
         if system.role == "base" and beside:
             continue
         bases = [s for s in systems if s.source == system.source and s.role == "base"]
-        lines.append([system.name, system, bases[0] if system.role == "tuned" and bases else None])
-    for where in (lambda system: system.group.name, lambda system: str(system.group)):
-        names = Counter(label for label, _, _ in lines)
-        lines = [
-            [f"{system.name} ({where(system)})" if names[label] > 1 else label, system, base]
-            for label, system, base in lines
-        ]
-    return [tuple(line) for line in lines]
+        lines.append((system.name, system, bases[0] if system.role == "tuned" and bases else None))
+    names, places = Counter(label for label, _, _ in lines), short_places([system.group for system in systems])
+    return [
+        (f"{label} ({places[system.group]})" if names[label] > 1 else label, system, base)
+        for label, system, base in lines
+    ]
+
+
+def short_places(folders):
+    """{folder: what to call it}: its name, or its whole path where two have the same name."""
+    names = {folder: folder.resolve().name for folder in folders}
+    count = Counter(names.values())
+    return {folder: name if count[name] == 1 else str(folder) for folder, name in names.items()}
 
 
 def by_prompts(lines):

@@ -3,7 +3,7 @@
 from minitune.reports import figures
 from minitune.reports.commands import evaluate_command, example_run
 from minitune.reports.page import Card, Cards, Cell, Chart, Folded, Part, Section, Table, one_line
-from minitune.reports.results import fixed_terms, prompts_words, sweep_lines, table_lines
+from minitune.reports.results import fixed_terms, prompts_words, short_places, sweep_lines, table_lines
 from minitune.reports.study_files import GRADES
 from minitune.reports.words import (
     FIGURE,
@@ -36,10 +36,10 @@ def differences_section(results):
     title = "How the runs differ"
     if not names:
         return Section(title, [f"The {len(runs)} runs were trained with the same options on the same rows."])
-    folders = [run.folder.name for run in runs]
-    labels = [name if folders.count(name) == 1 else str(run.folder) for name, run in zip(folders, runs, strict=True)]
+    places = short_places([run.folder for run in runs])
     rows = [
-        [label, *[fact_words(found.get(name)) for name in names]] for label, found in zip(labels, facts, strict=True)
+        [places[run.folder], *[fact_words(found.get(name)) for name in names]]
+        for run, found in zip(runs, facts, strict=True)
     ]
     note = "Options of training, and where they ran, that are the same in all of them are not shown here."
     return Section(title, [Table("What each run was trained with", ["Run", *names], rows, note)])
@@ -74,7 +74,8 @@ def sweep_section(results, missing):
         )
         return None
     names = [one_line(line.name) + (" (base)" if line.role == "base" else "") for line in lines]
-    labels = [f"{n} ({line.group.name})" if names.count(n) > 1 else n for n, line in zip(names, lines, strict=True)]
+    places = short_places([line.group for line in lines])
+    labels = [f"{n} ({places[line.group]})" if names.count(n) > 1 else n for n, line in zip(names, lines, strict=True)]
     one_each = [line.all_points[0] for line in lines]
     asked = len({point.asked for point in one_each})
     if asked > 1:
@@ -151,14 +152,14 @@ def repeated_words(results):
 
 def curves_section(results, missing):
     """Training and held-out loss of every run."""
-    charts = []
+    charts, places = [], short_places([run.folder for run in results.runs])
     for run in results.runs:
         losses = [line["loss"] for line in run.lines if "loss" in line]
         held_out = [(line["eval_loss"], line["step"]) for line in run.lines if "eval_loss" in line]
         if losses or held_out:
             parts = [f"training loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last"] if losses else []
             parts += [f"lowest held-out loss {min(held_out)[0]:.3f} at step {min(held_out)[1]:,}"] if held_out else []
-            caption = f"{run.folder.name}: {'; '.join(parts)}."
+            caption = f"{places[run.folder]}: {'; '.join(parts)}."
             alt = f"Loss and learning rate over the steps of {caption}"
             charts.append(
                 Chart(
