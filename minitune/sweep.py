@@ -297,10 +297,12 @@ def decoding_points(config):
 
 
 def evaluate_config(config, run, decoding):
-    """The EvaluateConfig of one point: what a sweep shares, with the decoding options of the point."""
+    """The EvaluateConfig of one point: what a sweep shares, with the decoding options of the point. An option that was not
+    given, and is none of the study's, is left to the checkpoint's generation_config.json."""
     shared = {f.name: getattr(config, f.name) for f in fields(DecodeConfig)}
     shared |= {"run": str(run), "base": config.base, "do_sample": config.do_sample, "stop": config.stop}
-    return EvaluateConfig(**shared | decoding)
+    left = {f.name for f in AXES if f.name not in CENTRE and getattr(config, f.name) == (f.default,)}
+    return EvaluateConfig(**shared | {name: value for name, value in decoding.items() if name not in left})
 
 
 def evaluate_point(run, point, folder, config, judges, name=None):

@@ -18,7 +18,7 @@ from minitune import sweep as module
 from minitune import train as training
 from minitune.checkpoint import load_model
 from minitune.config import TrainConfig, parse, sigterm_as_ctrl_c
-from minitune.evaluate import EvaluateConfig, evaluate
+from minitune.evaluate import EvaluateConfig, evaluate, read_options
 from minitune.files import read_json, write_json
 from minitune.generate import Decoder, GenerateConfig, generate
 from minitune.metrics.significance import paired_permutation
@@ -598,3 +598,21 @@ def test_a_training_point_with_a_wrong_option_leaves_the_others_their_table(tmp_
     config = replace(config, train=("lora_targets=nope,none", *axis[1:]))
     with pytest.raises(ValueError, match="no point was finished"):
         sweep(config, QUIET)
+
+
+def test_a_sweep_takes_what_it_does_not_set_from_the_checkpoint(run, tmp_path, monkeypatch):
+    options = read_options(run)
+    model = shutil.copytree(hub.resolve(options.model), tmp_path / "model")
+    write_json(model / "generation_config.json", {"eos_token_id": 2, "repetition_penalty": 1.5, "temperature": 0.2})
+    write_json(run / "config.json", read_json(run / "config.json") | {"model": str(model)})
+    said = []
+    sweep(SweepConfig(run=str(run), num_beams=(1, 2), **SHORT), said.append)
+    for path in run.glob("sweep/*/evaluation.json"):
+        decoding = read_json(path)["settings"]["decoding"]
+        assert decoding["repetition_penalty"] == 1.5 and decoding["temperature"] == 1.0  # the study's centre
+    assert sum("repetition_penalty 1.5" in line for line in said) == 1
+    shutil.rmtree(run / "sweep")
+    sweep(SweepConfig(run=str(run), num_beams=(1, 2), repetition_penalty=(1.2,), **SHORT), QUIET)
+    assert {
+        read_json(p)["settings"]["decoding"]["repetition_penalty"] for p in run.glob("sweep/*/evaluation.json")
+    } == {1.2}
