@@ -442,7 +442,8 @@ def say_left_out(tensors, net, prefix, left):
 # --- adapters in PEFT's format ------------------------------------------------------------------
 
 INDEX_OF_LAYER = Number(0, 2**31 - 1, is_whole=True)
-ALPHA = Number(-1e9, 1e9)  # far beyond use; the numbers of fp32 end soon after
+ALPHA = Number(-1e9, 1e9)  # far beyond use
+MAX_REACH = 1e15  # of alpha * A * B, whose square, in the attention's scores, must stay within fp32's 3e38
 ADAPTER = {  # what the keys of adapter_config.json that are read must hold; null means PEFT's default
     "peft_type?": str,
     "r?": Number(1, 2**31 - 1, is_whole=True),
@@ -510,9 +511,7 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
     if not layers:
         raise ValueError("the model has no LoRA layers to save; call lora.inject first")
     if brought := getattr(model, "brought", None):  # of load_adapter
-        raise ValueError(
-            f"the model has {some(brought)} of another adapter (modules_to_save), which would not be saved"
-        )
+        raise ValueError(f"the model has {some(brought)} of another adapter, which would not be saved")
     first = next(iter(layers.values()))
     leaves = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
     untouched = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
@@ -638,7 +637,8 @@ def load_adapter(model, folder, trainable=False):
         shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (ranks[name], layer.in_features)
         shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (layer.out_features, ranks[name])
     frozen, parameters = {}, dict(model.named_parameters(remove_duplicate=False))
-    saved = saved_parameters(config, parameters, folder)
+    saved, absent = saved_parameters(config, model, parameters, folder)
+    notes += [f"modules_to_save {some(absent)}, which this model does not have"] if absent else []
     shapes |= {f"{PEFT_PREFIX}{own}": tuple(parameters[own].shape) for own in saved}
     for key in stored.keys() - shapes.keys():
         own = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
@@ -659,6 +659,13 @@ def load_adapter(model, folder, trainable=False):
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {what}: {some(keys, 2)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{folder} does not fit the model: {found}")
+    for name in names:
+        A, B = (stored[f"{PEFT_PREFIX}{name}.{part}.weight"].abs().max().item() for part in ("lora_A", "lora_B"))
+        if (reach := abs(alphas[name]) * A * B) > MAX_REACH:
+            raise ValueError(
+                f"{folder}: the weights of {name} are too large to compute with (up to {reach:.0e}); the adapter is damaged, or "
+                "its training went wrong"
+            )
     replaced = []
     for key, own in frozen.items():
         weight = stored[key].to(parameters[own])
@@ -677,6 +684,7 @@ def load_adapter(model, folder, trainable=False):
         )
     if notes:
         warn(f"{folder}: passed over, as by PEFT: {'; '.join(notes)}")
+    model.brought = sorted({*replaced, *saved})
     model.requires_grad_(False)
     for name in names:
         lora.wrap(model, name, ranks[name], alphas[name], config["lora_dropout"], config["use_rslora"])
@@ -709,18 +717,21 @@ def left_out(config, names, targets):
     return out
 
 
-def saved_parameters(config, parameters, folder):
-    """The names among `parameters` that an adapter brings whole, in modules_to_save. Raises ValueError where the model has no
-    such module, or has it in 4 bit."""
-    saved = []
+def saved_parameters(config, model, parameters, folder):
+    """(the names among `parameters` that an adapter brings whole, in modules_to_save; the modules that the model lacks, which
+    PEFT passes over). Raises ValueError where the model has such a module in 4 bit."""
+    saved, absent = [], []
     for module in config.get("modules_to_save") or []:
-        found = [n for n in parameters if (owner := n.rpartition(".")[0]) == module or owner.endswith(f".{module}")]
-        if not any(name.endswith(".weight") for name in found):
+        owners = {name for name, _ in model.named_modules() if name == module or name.endswith(f".{module}")}
+        found = [name for name in parameters if name.rpartition(".")[0] in owners]
+        if not owners:
+            absent.append(module)
+        elif not any(name.endswith(".weight") for name in found):
             raise ValueError(
                 f"{folder}: modules_to_save names {short(module)}, which this model does not have as plain weights"
             )
         saved += found
-    return list(dict.fromkeys(saved))
+    return list(dict.fromkeys(saved)), absent
 
 
 def by_pattern(patterns, names, default):

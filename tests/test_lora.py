@@ -642,6 +642,56 @@ def test_a_pattern_costs_a_bounded_time(pattern, saved, bases):
     assert time.perf_counter() - start < 3.5 and len(str(raised.value).replace(str(saved), "")) < 400
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize(
+    "modules", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "final_layernorm", "gone"]]
+)
+def test_modules_that_an_adapter_saves_whole_replace_the_models(modules, is_tied, bases, peft, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(bases["phi"], base)
+    if is_tied:
+        raw, tensors = json.loads((base / "config.json").read_text()), load_file(base / "model.safetensors")
+        (base / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+        del tensors["lm_head.weight"]
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+    def theirs():
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules, init_lora_weights=False)
+    trained = peft.get_peft_model(theirs(), config)
+    for name, parameter in trained.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    trained.save_pretrained(adapter)
+    expected = logits(peft.PeftModel.from_pretrained(theirs(), adapter).eval())
+    capsys.readouterr()
+    model = load_model(base, adapter=adapter)
+    said = capsys.readouterr().err
+    assert "brings modules_to_save of its own, which replace the model's" in said
+    assert ("modules_to_save gone, which this model does not have" in said) == ("gone" in modules)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="of another adapter, which would not be saved"):
+        save_adapter(model, tmp_path / "again")
+    edit(adapter, modules_to_save=["v_proj"])
+    with pytest.raises(
+        ValueError, match="modules_to_save names 'v_proj', which this model does not have as plain weights"
+    ):
+        load_model(base, quantize="nf4", adapter=adapter)
+
+
+def test_an_adapter_whose_products_overflow_is_refused(bases, saved):
+    tensors = load_file(saved / "adapter_model.safetensors")
+    for large in (1e10, -3e38):
+        changed = {name: torch.full_like(tensor, large) for name, tensor in tensors.items()}
+        save_file(changed, saved / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="q_proj are too large to compute with .up to .*the adapter is damaged"):
+            load_model(bases["phi"], adapter=saved)
+
+
 def test_a_pattern_that_never_ends_is_stopped():
     with pytest.raises(ValueError, match="needs too much time or memory; use a simpler one, or a list of names"):
         lora.matching(r"(?:(a|aa)+)+\1b|(x+x+)+y", ["a" * 60, "x" * 60])
