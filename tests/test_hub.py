@@ -473,6 +473,7 @@ def test_no_word_of_a_server_becomes_a_path(server, run, tmp_path):
             code += f"attempt(hub.resolve, {repo!r})\n"
     outcomes, stderr = run(code, HF_HOME=str(home))
     for repo, (kind, said) in zip(server.repos, outcomes, strict=True):
+        said = said.replace(str(tmp_path), "")  # its length is the machine's
         assert kind == "ok" or len(said) < 500 and "\n" not in said and "\x1b" not in said, (repo, said)
         is_opaque = evil_of[repo].startswith("a" * 9) and repo.startswith(("a/etag", "a/linked"))  # no path: no hash
         assert kind == ("ok" if "sibling" in repo or is_opaque else "error"), (repo, said)
