@@ -610,11 +610,10 @@ def good_folder(tmp_path_factory):
 
 def run_train(folder, work, capsys, monkeypatch, *options):
     """(exit code, stderr, the files that it left) of scripts/train.py, in the empty folder `work`."""
-    (work / "rows.json").write_text(json.dumps([{"instruction": "Say a.", "input": "", "output": "a"}] * 4))
+    (work / "rows.json").write_text(json.dumps([{"prompt": "Say a.", "completion": " a"}] * 4))
     before = set(work.rglob("*"))
     argv = ["train.py", "--model", str(folder), "--data", "rows.json", "--test-size", "0", "--run", "runs/it"]
-    argv += ["--device", "cpu", "--dtype", "fp32", "--max-steps", "1", "--max-length", "128"]  # the context
-    monkeypatch.setattr(sys, "argv", [*argv, *options])
+    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu", "--dtype", "fp32", "--max-steps", "1", *options])
     monkeypatch.chdir(work)
     capsys.readouterr()
     code = 0
