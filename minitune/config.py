@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import functools
 import math
 import os
 import platform
@@ -352,9 +353,12 @@ def bounds(f, kind):
     return Number(f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)) if kind is float else None
 
 
+type_hints = functools.cache(typing.get_type_hints)  # which evaluates the text of every annotation
+
+
 def field_type(cls, f):
     """(type of one value, whether the field holds several, whether None is allowed) of a dataclass field."""
-    hint = typing.get_type_hints(cls)[f.name]
+    hint = type_hints(cls)[f.name]
     alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     optional = type(None) in alternatives
     hint = next(a for a in alternatives if a is not type(None))
