@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; the tensors of a test are too small for more
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where more are asked for: no thread spins while other tests need its core
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # no thread of a test spins on a core that another test needs
 sys.path.append(str(ROOT / "tests"))  # for triton_interpreter: pytest's importlib mode adds no folder
 
 # A shell that starts the tests behind itself has them, and what they start, ignore Ctrl-C.
