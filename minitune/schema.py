@@ -40,13 +40,17 @@ def check(value, shape, where):
     "key?": shape}, an object where a ? means that the key may be missing. Keys that are not named pass."""
     if found := misfit(value, shape, ""):
         place, bad, expected = found
-        raise ValueError(f"{where}: {place.lstrip('.') or 'it'} is {bad}, expected {expected}")
+        bad = "missing" if bad is MISSING else short(bad)
+        raise ValueError(f"{where}: {place.lstrip('.') or 'it'} is {bad}, expected {words(expected)}")
     return value
 
 
+MISSING = object()
+
+
 def misfit(value, shape, place):
-    """(place, what is there, what was expected) of the first value that does not fit, None where all fit."""
-    wrong = place, short(value), words(shape)
+    """(place, the value or MISSING, its shape) of the first value that does not fit, None where all fit."""
+    wrong = place, value, shape
     if isinstance(shape, tuple):
         found = [misfit(value, one, place) for one in shape]
         deeper = [one for one in found if one is not None and one[0] != place]
@@ -72,14 +76,17 @@ def misfit(value, shape, place):
 
 def misfit_object(value, shape, place):
     if not isinstance(value, dict):
-        return place, short(value), "an object"
+        return place, value, shape
     if set(shape) == {str}:
-        return next(filter(None, (misfit(v, shape[str], f"{place}.{short(k)}") for k, v in value.items())), None)
+        for key, inner in value.items():
+            if misfit(inner, shape[str], ""):
+                return misfit(inner, shape[str], f"{place}.{short(key)}")
+        return None
     for key, inner in shape.items():
         name = key.removesuffix("?")
         if name not in value:
             if name == key:
-                return f"{place}.{name}", "missing", words(inner)
+                return f"{place}.{name}", MISSING, inner
         elif found := misfit(value[name], inner, f"{place}.{name}"):
             return found
     return None

@@ -156,7 +156,7 @@ class Tokenizer:
                 f"the text has half a surrogate pair ({text[error.start]!r}) at character {error.start}; "
                 "it is not Unicode text"
             ) from None
-        with explained(f"the tokenizer of {self.folder} fails on the text {short(text)}"):
+        with explained(f"the tokenizer of {self.folder} fails on the text", text):
             ids = self.encode_text(text, allow_special, goes_on)
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
@@ -489,15 +489,16 @@ def other_kind(content):
 
 
 @contextmanager
-def explained(what):
-    """Turns what tokenizers and sentencepiece raise into a ValueError that begins with `what`: bare Exception, and
-    PanicException, which is none."""
+def explained(what, text=None):
+    """Turns what tokenizers and sentencepiece raise into a ValueError that begins with `what` and `text`: bare Exception,
+    and PanicException, which is none."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
+        what += "" if text is None else f" {short(text)}"
         raise ValueError(f"{what}: {printable(said)[:200]}") from None
 
 
