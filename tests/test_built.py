@@ -5,7 +5,9 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from minitune_kernels import built
@@ -21,12 +23,45 @@ QUANTIZE = """
 import torch; from minitune_kernels import nf4
 print(nf4.describe(torch.device('cpu')))
 nf4.quantize(torch.ones(4, 64))"""
-FAST = (
-    "import minitune_kernels.built as b; b.SOURCES = dict.fromkeys(b.SOURCES, ('-O0',)); b.highest_level = lambda: 0\n"
-)
+# In the place of the kernels, for the tests of what is around them.
+SMALL = "void record(void *steps) {}\nint kernel_level(void) { return LEVEL; }\n"
 
 
-def start(cache, code=FAST + QUANTIZE, **environment):
+@pytest.fixture
+def process(monkeypatch, capsys, tmp_path):
+    """process(cache, **environment): (the library that a new process gets, or why there is none; its stderr). In this
+    process, with kernels that build in no time."""
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "small.c").write_text(SMALL)
+    monkeypatch.setattr(built, "HERE", tmp_path / "sources")
+    monkeypatch.setattr(built, "SOURCES", {"small.c": ()})
+    monkeypatch.setattr(built, "HEADERS", ())
+
+    def process(cache, **environment):
+        built.tell.cache_clear()
+        scratch = Path(tempfile.mkdtemp(dir=tmp_path))
+        monkeypatch.setattr(built, "scratch", lambda: scratch)
+        for name, value in {"XDG_CACHE_HOME": str(cache), **environment}.items():
+            monkeypatch.setenv(name, value)
+        try:
+            found = built.library.__wrapped__()
+        except built.NoCompiler as error:
+            found = str(error)
+        return found, capsys.readouterr().err
+
+    return process
+
+
+@pytest.fixture
+def cache(process, tmp_path):
+    """(a cache with one built library in it, that library)."""
+    (library, level), err = process(tmp_path / "cache")
+    assert level == library.kernel_level() == built.highest_level() and err.count("building the C kernels") == 1
+    [file] = (tmp_path / "cache" / "minitune").iterdir()
+    return tmp_path / "cache", file
+
+
+def start(cache, code=QUANTIZE, **environment):
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -34,32 +69,25 @@ def start(cache, code=FAST + QUANTIZE, **environment):
 
 
 def run(*args, **environment):
-    """(exit code, stdout, stderr). The kernels are built without optimisation: what is asked here is not their speed."""
+    """(exit code, stdout, stderr) of another process."""
     process = start(*args, **environment)
     out, err = process.communicate(timeout=100)
     return process.returncode, out, err
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory):
-    """A cache with one built library in it."""
-    cache = tmp_path_factory.mktemp("cache")
-    code, out, err = run(cache)
-    assert code == 0 and out.startswith("cpu (C kernels, portable C") and err.count("building the C kernels") == 1, err
-    return cache
+def test_a_kept_library_is_not_built_again(process, cache):
+    (library, _), err = process(cache[0])
+    assert not err and library._name == str(cache[1])
 
 
-@pytest.fixture
-def cache(filled, tmp_path):
-    """(a copy of `filled`, the library in it)."""
-    subprocess.run(["cp", "-a", f"{filled}/minitune", tmp_path], check=True)
-    [library] = (tmp_path / "minitune").iterdir()
-    return tmp_path, library
-
-
-def test_a_kept_library_is_not_built_again(cache):
-    code, out, err = run(cache[0])
-    assert code == 0 and out.startswith("cpu ") and not err
+def test_other_sources_flags_or_compilers_are_another_library(process, cache, monkeypatch):
+    assert "building" not in process(cache[0])[1]
+    (built.HERE / "small.c").write_text(SMALL + "int more;")
+    assert "building" in process(cache[0])[1]
+    monkeypatch.setattr(built, "FLAGS", (*built.FLAGS, "-O1"))
+    assert "building" in process(cache[0])[1]
+    assert "building" in process(cache[0], CC="gcc -std=gnu11")[1]
+    assert len(list(cache[1].parent.iterdir())) == 4
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
@@ -96,18 +124,19 @@ def test_a_damaged_or_planted_file_is_said_and_never_used(damage, tmp_path, monk
     assert "is damaged or of somebody else; it is built again" in capsys.readouterr().err
 
 
-def test_a_library_that_was_cut_short_is_built_again(cache):
+def test_a_library_that_was_cut_short_is_built_again(process, cache):
     folder, library = cache
     content = library.read_bytes()
+    library.unlink()  # this process has the old one mapped
     library.write_bytes(content[:4096])
-    code, out, err = run(folder)
-    assert code == 0 and out.startswith("cpu ") and "it is built again" in err, err
+    (_, level), err = process(folder)
+    assert level == built.highest_level() and "it is built again" in err, err
     [again] = (folder / "minitune").iterdir()
     assert again.read_bytes() == content
 
 
 @pytest.mark.parametrize("fault", ["writable by the group", "another user's", "a file", "read only"])
-def test_a_folder_that_is_not_ours_alone_is_said_and_the_kernels_run(cache, fault, tmp_path):
+def test_a_folder_that_is_not_ours_alone_is_said_and_the_kernels_run(process, cache, fault, tmp_path):
     folder, library = cache
     if fault == "writable by the group":
         library.parent.chmod(0o770)
@@ -121,22 +150,28 @@ def test_a_folder_that_is_not_ours_alone_is_said_and_the_kernels_run(cache, faul
         (folder / "minitune").write_text("in the way")
     else:
         folder = "/proc/self"
-    code, out, err = run(folder)
-    assert code == 0 and out.startswith("cpu "), err
+    (_, level), err = process(folder)
+    assert level == built.highest_level()
     assert err.count("built kernels are not kept in") == 1 and err.count("building the C kernels") == 1, err
     assert "chmod 700" in err or fault != "writable by the group"
 
 
-def test_two_processes_that_build_at_once_and_one_that_is_killed_leave_one_library(tmp_path):
-    killed = start(tmp_path)
-    time.sleep(2.5)  # in the middle of importing or compiling
-    killed.send_signal(signal.SIGKILL)
-    processes = [start(tmp_path) for _ in range(2)]
-    for process in processes:
-        out, err = process.communicate(timeout=100)
-        assert process.returncode == 0 and out.startswith("cpu "), err
-    killed.communicate()
-    assert [p.suffix for p in (tmp_path / "minitune").iterdir()] == [".so"]
+def test_processes_that_build_at_once_and_one_that_is_killed_leave_one_library(process, tmp_path, monkeypatch):
+    """Each in a fork that compiles for a second."""
+    compiler = tmp_path / "slow"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || sleep 0.5\nexec cc "$@"\n')
+    compiler.chmod(0o700)
+    pids = []
+    for _ in range(4):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            found, _ = process(tmp_path / "cache", CC=str(compiler))
+            os._exit(0 if isinstance(found, tuple) else 1)
+    time.sleep(0.3)
+    os.kill(pids[0], signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert codes == [-signal.SIGKILL, 0, 0, 0]
+    assert [path.suffix for path in (tmp_path / "cache" / "minitune").iterdir()] == [".so"]
 
 
 def test_without_a_compiler_it_says_so_once_and_computes_in_torch(tmp_path):
@@ -145,16 +180,22 @@ def test_without_a_compiler_it_says_so_once_and_computes_in_torch(tmp_path):
     assert err.count("there is no C compiler") == 1
 
 
-@pytest.mark.parametrize("compiler", ["cc -no-such-flag", "cc '", "/", "false", "echo \x1b[31m"])
-def test_a_compiler_that_fails_is_said_in_one_line(tmp_path, compiler):
-    code, out, err = run(tmp_path, FAST + QUANTIZE, CC=compiler)
-    assert code == 0 and out.startswith("torch ") and "Traceback" not in err and "\x1b" not in err
+def test_a_compiler_that_fails_is_said_once_and_torch_computes(tmp_path):
+    code, out, err = run(tmp_path, CC="false")
+    assert code == 0 and out.startswith("torch ") and "Traceback" not in err
     [line] = [line for line in err.splitlines() if "building" not in line]
     assert "plain PyTorch, which is slow" in line and len(line) < 500
 
 
-def test_an_empty_cc_is_cc(cache):
-    assert run(cache[0], CC=" ")[1].startswith("cpu ")
+@pytest.mark.parametrize("compiler", ["cc -no-such-flag", "cc '", "/", "false", "echo \x1b[31m"])
+def test_why_a_compiler_fails_is_one_line(process, tmp_path, compiler):
+    why, err = process(tmp_path / "cache", CC=compiler)
+    assert isinstance(why, str) and "\n" not in why and len(why) < 400
+    assert "Traceback" not in err and "\x1b" not in err
+
+
+def test_an_empty_cc_is_cc(process, cache):
+    assert process(cache[0], CC=" ")[1] == ""
 
 
 def test_the_level_is_one_that_the_library_runs():
