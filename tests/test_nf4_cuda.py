@@ -3,7 +3,6 @@ them, and the launcher against a fake driver library."""
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import re
@@ -31,7 +30,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
 def build_fake(path, *options):
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to run the kernels on the CPU")
-    flags = "-std=c++17 -O1 -g -shared -fPIC -ffp-contract=off -Wall -Wno-unknown-pragmas".split()
+    flags = "-std=c++17 -O1 -shared -fPIC -ffp-contract=off -Wall -Wno-unknown-pragmas".split()
     include = f"-I{nvrtc.FOLDER}"
     subprocess.run(["g++", *flags, *options, include, TESTS / "fake_cuda.cpp", "-o", path], check=True)
     return path
@@ -311,7 +310,7 @@ def compiler():
     return found[0]
 
 
-@pytest.mark.parametrize("architecture", ["sm_70", "sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_70", "sm_90"])
 def test_every_kernel_builds_without_spills(compiler, architecture):
     image, log = compiler.build(nvrtc.SOURCE.read_text(), architecture, (*nvrtc.OPTIONS, "--ptxas-options=-v"))
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -379,19 +378,6 @@ def test_a_cache_folder_that_cannot_be_written_is_said_and_the_kernels_run(cache
     image = nvrtc.cubin("sm_90")
     assert image.startswith(b"\x7fELF")
     assert "built kernels are not kept in" in capsys.readouterr().err
-
-
-def test_two_processes_that_build_at_once_keep_one_whole_file(cache):
-    code = """
-import hashlib, pathlib, sys
-from minitune_kernels import nvrtc
-nvrtc.SOURCE = pathlib.Path(sys.argv[1])
-print(hashlib.sha256(nvrtc.cubin("sm_90")).hexdigest())
-"""
-    start = lambda: subprocess.Popen([sys.executable, "-c", code, cache.source], stdout=subprocess.PIPE, text=True)
-    outputs = [process.communicate()[0] for process in [start(), start()]]
-    (kept,) = cache.folder.iterdir()
-    assert outputs == [hashlib.sha256(kept.read_bytes()).hexdigest() + "\n"] * 2
 
 
 # The launcher and the choice
