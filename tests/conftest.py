@@ -20,6 +20,7 @@ sys.path.append(str(ROOT / "tests"))  # for triton_interpreter: pytest's importl
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
+from forks import Forks  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors
@@ -32,6 +33,14 @@ def data_dir():
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}: set MINITUNE_TEST_DATA to a folder with it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Starts scripts and code in processes that have imported torch already."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.stop()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -159,19 +158,19 @@ def many(tmp_path):
     ("name", "how"),
     [("answers.jsonl", signal.SIGKILL), ("answers.json", signal.SIGTERM), ("answers.json", signal.SIGINT)],
 )
-def test_a_stopped_file_is_valid_and_a_second_start_gives_the_file_of_one_start(name, how, many, tmp_path):
+def test_a_stopped_file_is_valid_and_a_second_start_gives_the_file_of_one_start(name, how, many, tmp_path, forks):
     """min_new_tokens makes every answer as long, so that there is time to stop."""
     options = {"max_new_tokens": 40, "min_new_tokens": 40, "batch_size": 2, "num_return_sequences": 2}
     out, whole = tmp_path / name, tmp_path / ("whole" + name[7:])
     argv = [part for key, value in options.items() for part in ("--" + key.replace("_", "-"), str(value))]
-    command = [sys.executable, ROOT / "scripts/generate.py", "--do-sample", "--prompts", many, "--out", out, *argv]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = forks.script("generate.py", "--do-sample", "--prompts", many, "--out", out, *argv)
     deadline = time.monotonic() + 60
     while not out.exists() or out.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None and time.monotonic() < deadline, process.err.read_text()
         time.sleep(0.002)
     process.send_signal(how)
-    _, errors = process.communicate()
+    process.wait()
+    errors = process.err.read_text()
     before = entries(out)
     assert 0 < len(before) < 2 * len(MANY)
     if how != signal.SIGKILL:
@@ -483,33 +482,21 @@ def test_a_conversation_beyond_the_context_is_one_line_and_the_chat_goes_on(adap
     assert any(line.startswith("error: the conversation has 3") for line in said) and turns[0] == "Name a bird."
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(adapter, tmp_path):
-    screen = tmp_path / "screen"
-    command = [
-        sys.executable,
-        ROOT / "scripts/chat.py",
-        "--adapter",
-        adapter,
-        "--max-new-tokens",
-        "4000",
-        "--eos-ids",
-        "0",
-    ]
-    with open(screen, "w") as stdout:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-    process.stdin.write("Name a bird.\n")
-    process.stdin.flush()
-    deadline = time.monotonic() + 60
-    while len(screen.read_text().partition("> ")[2]) < 40 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    time.sleep(1)
-    assert process.poll() is None, process.stderr.read()
-    _, errors = process.communicate("/save\n/quit\n", timeout=60)
-    assert process.returncode == 0 and "give a file" in screen.read_text() and "Traceback" not in errors
+def test_ctrl_c_stops_the_answer_and_not_the_program(adapter, tmp_path, forks):
+    os.mkfifo(tmp_path / "typed")
+    argv = ["--adapter", adapter, "--max-new-tokens", 4000, "--eos-ids", 0]
+    process = forks.script("chat.py", *argv, stdin=tmp_path / "typed")
+    with open(tmp_path / "typed", "w") as typed:
+        print("Name a bird.", file=typed, flush=True)
+        deadline = time.monotonic() + 60
+        while len(process.out.read_text().partition("> ")[2]) < 40 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None, process.err.read_text()
+        print("/save\n/quit", file=typed, flush=True)
+        code, errors = process.wait(), process.err.read_text()
+    assert code == 0 and "give a file" in process.out.read_text() and "Traceback" not in errors
 
 
 def test_what_goes_wrong_in_a_chat_is_one_line_and_the_conversation_is_kept(adapter, tmp_path):

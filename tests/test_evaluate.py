@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -57,10 +55,6 @@ def run(trained, tmp_path):
 @pytest.fixture(scope="module")
 def evaluated(trained):
     return evaluate(EvaluateConfig(run=str(trained), max_new_tokens=12, resamples=400), QUIET)
-
-
-def command(*argv):
-    return [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, argv)]
 
 
 def answers_file(run, system="tiny-mistral-finetuned", point="greedy"):
@@ -208,13 +202,13 @@ def test_the_files_have_the_names_and_keys_of_the_study(evaluated, trained, data
     assert json.loads((trained / "evaluation.json").read_text(), parse_constant=pytest.fail) == evaluated
 
 
-def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run, tmp_path):
+def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run, tmp_path, forks):
     """min-new-tokens makes every answer as long, so that there is time to kill."""
     options = {"max_new_tokens": 40, "min_new_tokens": 40, "batch_size": 2, "resamples": 50}
     whole = shutil.copytree(run, tmp_path / "whole")
     theirs = evaluate(EvaluateConfig(run=str(whole), do_sample=True, **options), QUIET)
     argv = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
-    process = subprocess.Popen(command("--run", run, "--do-sample", *argv), stdout=subprocess.DEVNULL)
+    process = forks.script("evaluate.py", "--run", run, "--do-sample", *argv)
     file = answers_file(run, point="topk50_nb1_t1_minnewtokens40")
     deadline = time.monotonic() + 60
     while not file.exists() or len(file.read_bytes().splitlines()) < 4:
@@ -381,16 +375,16 @@ def test_ctrl_c_says_what_is_there_and_a_prompt_without_room_its_rows(run, monke
         evaluate(config, QUIET)
 
 
-def test_sigterm_says_how_many_answers_are_kept_and_the_same_command_goes_on(run):
+def test_sigterm_says_how_many_answers_are_kept_and_the_same_command_goes_on(run, forks):
     argv = ["--run", run, "--max-new-tokens", 40, "--min-new-tokens", 40, "--batch-size", 2, "--resamples", 50]
-    process = subprocess.Popen(command(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = forks.script("evaluate.py", *argv)
     file, deadline = answers_file(run, point="greedy_minnewtokens40"), time.monotonic() + 60
     while not file.exists() or len(file.read_bytes().splitlines()) < 4:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    answers = len(read_lines(file)) - 1
+    process.wait()
+    errors, answers = process.err.read_text(), len(read_lines(file)) - 1
     assert process.returncode == 130 and 3 <= answers < ROWS and "Traceback" not in errors
     assert errors.splitlines()[-1] == f"stopped: {file} has {answers} answers; the same command goes on from there"
     before = file.read_bytes()

@@ -171,7 +171,7 @@ def closed_port():
 
 
 @pytest.fixture
-def run(tmp_path, server):
+def run(tmp_path, server, forks):
     """Runs code in a process with an empty HF_HOME; returns what `attempt` printed, and stderr."""
 
     def run(code=f"attempt(hub.resolve, {REPO!r})", **variables):
@@ -179,16 +179,9 @@ def run(tmp_path, server):
         kept = {key: value for key, value in os.environ.items() if not ours.match(key)}
         # This machine may be busy: only a server that trickles is to be too slow.
         home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url, "HF_HUB_DOWNLOAD_TIMEOUT": "120"}
-        done = subprocess.run(
-            [sys.executable, "-c", PRELUDE + code],
-            env={**kept, **home, "PYTHONPATH": str(ROOT), **variables},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+        done = forks.start(PRELUDE + code, "hub.py", environment={**kept, **home, **variables}, folder=tmp_path)
+        assert done.wait(240) == 0, done.err.read_text()
+        return [json.loads(line) for line in done.out.read_text().splitlines()], done.err.read_text()
 
     return run
 

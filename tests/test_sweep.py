@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +211,7 @@ def test_a_point_is_scored_again_where_the_scoring_changed_and_answered_again_wh
     assert len(decoded) > loads
 
 
-def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run, tmp_path):
+def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run, tmp_path, forks):
     options = {
         "max_new_tokens": (30,),
         "min_new_tokens": (30,),
@@ -224,8 +222,7 @@ def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run
     whole = shutil.copytree(run, tmp_path / "whole")
     sweep(SweepConfig(run=str(whole), **options), QUIET)
     argv = ["--run", run, "--max-new-tokens", 30, "--min-new-tokens", 30, "--num-beams", 2, 3, 4, "--resamples", 50]
-    command = [sys.executable, ROOT / "scripts" / "sweep.py", *argv, "--batch-size", 2]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    process = forks.script("sweep.py", *argv, "--batch-size", 2)
     deadline = time.monotonic() + 60
     while not list(run.glob("sweep/topk50_nb3_t1_minnewtokens30/generations/*.jsonl")):  # the second point
         assert process.poll() is None and time.monotonic() < deadline
@@ -240,12 +237,9 @@ def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run
     assert files(run) == files(whole)
 
 
-def test_sigterm_says_how_many_points_are_done_and_the_same_command_goes_on(run):
+def test_sigterm_says_how_many_points_are_done_and_the_same_command_goes_on(run, forks):
     argv = ["--run", run, "--max-new-tokens", 30, "--min-new-tokens", 30, "--num-beams", 1, 2, 3, "--resamples", 50]
-    command = [sys.executable, ROOT / "scripts" / "sweep.py", *argv, "--batch-size", 2]
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    process = forks.script("sweep.py", *argv, "--batch-size", 2)
     point = "topk50_nb2_t1_minnewtokens30"
     file = run / f"sweep/{point}/generations/tiny-mistral-finetuned_{point}.jsonl"
     deadline = time.monotonic() + 60
@@ -253,8 +247,8 @@ def test_sigterm_says_how_many_points_are_done_and_the_same_command_goes_on(run)
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    answers = len(read_lines(file)) - 1
+    process.wait()
+    errors, answers = process.err.read_text(), len(read_lines(file)) - 1
     words = f"stopped: 1 of 3 points are done, {file} has {answers} answers; the same command goes on from there"
     assert process.returncode == 130 and errors.splitlines()[-1] == words
 

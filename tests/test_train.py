@@ -8,11 +8,8 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -217,103 +214,55 @@ def at_step(monkeypatch):
 
 # --- a process that is killed, and the run that goes on
 
-SERVER = """
-import json, os, signal, sys
+TRAIN = """
+import os, signal, sys
 from functools import partial
 import torch
-import torch._dynamo  # torch.optim imports it at its first use, which takes a second: here once for all forks
 import minitune.train as loop
 from minitune.config import TrainConfig, run_script
 
 torch.set_num_threads(1)
 loop.draw_curves = lambda records, path: None
-signal.signal(signal.SIGINT, signal.default_int_handler)
+left = [int(sys.argv.pop())]  # it kills itself before this file operation
 
+def counted(call):
+    def wrapped(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return wrapped
 
-def die_before(number):
-    left = [number]
-    def counted(call):
-        def wrapped(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-        return wrapped
+if left[0]:
     for name in ("write", "fsync", "replace", "unlink", "chmod"):
         setattr(os, name, counted(getattr(os, name)))
-
-
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(1, 2)
-        sys.argv = ["train.py", *job["argv"]]
-        if job["die_before"]:
-            die_before(job["die_before"])
-        # a scale that grows every second step until gradients overflow, so that it has a history to keep
-        torch.amp.GradScaler = partial(torch.amp.GradScaler, growth_interval=2)
-        code = 0
-        try:
-            run_script(TrainConfig, loop.train, "")
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 99
-        sys.stdout.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+# a scale that grows every second step until gradients overflow, so that it has a history to keep
+torch.amp.GradScaler = partial(torch.amp.GradScaler, growth_interval=2)
+run_script(TrainConfig, loop.train, "")
 """
 
 
-class Server:
-    """Runs train() in processes that are forked from one that has imported torch already."""
-
-    def __init__(self, folder):
-        self.log = folder / "log"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-
-    def start(self, config, die_before=0):
-        """The pid of a process that trains as `config` says, and kills itself before its n-th file operation."""
-        stored = self.log.with_suffix(".json")
-        stored.write_text(json.dumps(asdict(config)))
-        job = {"argv": ["--config", str(stored)], "log": str(self.log), "die_before": die_before}
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def wait(self):
-        """The exit code, negative for a signal."""
-        return int(self.process.stdout.readline())
-
-    def kill(self, pid):
-        """Kill it, if it still runs. The exit code."""
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        code = self.wait()
-        assert code in (0, -signal.SIGKILL), self.log.read_text()
-        return code
-
-    def run(self, config, die_before=0):
-        self.start(config, die_before)
-        return self.wait()
-
-    def finish(self, config):
-        assert self.run(config) == 0, self.log.read_text()
-
-
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.process.stdin.close()
-    server.process.wait(10)
-    server.process.stdout.close()
+def start(forks, tmp_path_factory):
+    """start(config, die_before=0) -> a process that trains, and kills itself before its n-th file operation."""
+    stored = tmp_path_factory.mktemp("options") / "options.json"
+
+    def start(config, die_before=0):
+        stored.write_text(json.dumps(asdict(config)))
+        return forks.start(TRAIN, "train.py", "--config", stored, die_before)
+
+    return start
+
+
+def kill(process):
+    """Kill it, if it still runs. The exit code."""
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() in (0, -signal.SIGKILL), process.err.read_text()
+    return process.returncode
+
+
+def finish(process):
+    assert process.wait() == 0, process.err.read_text()
 
 
 EXACT = {  # every source of state at once, in each precision
@@ -324,7 +273,7 @@ EXACT = {  # every source of state at once, in each precision
 
 
 @pytest.fixture(scope="session")
-def exact(server, options, base, tmp_path_factory):
+def exact(start, options, base, tmp_path_factory):
     """{precision: (options(run, **changes) of its run, the folder of the uninterrupted one, its seconds)}."""
     made = {}
 
@@ -335,7 +284,7 @@ def exact(server, options, base, tmp_path_factory):
                 changes["model"] = str(base / changes["model"])
             make = lambda run, **more: options(run, **{**changes, **more})
             run, started = tmp_path_factory.mktemp("exact") / precision, time.perf_counter()
-            server.finish(make(run))
+            finish(start(make(run)))
             made[precision] = make, run, time.perf_counter() - started
         return made[precision]
 
@@ -343,25 +292,25 @@ def exact(server, options, base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", EXACT)
-def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(exact, server, tmp_path, precision):
+def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(exact, start, tmp_path, precision):
     make, expected, seconds = exact(precision)
     moments, state, killed_at = random.Random(precision), tmp_path / "run" / "last" / "state.safetensors", [0]
     while killed_at[-1] < 10 and len(killed_at) < 4:
-        pid = server.start(make(tmp_path / "run"))
+        process = start(make(tmp_path / "run"))
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and not (state.exists() and read_progress(state).step > killed_at[-1]):
             time.sleep(0.002)
         time.sleep(moments.uniform(0, seconds / 5))
-        if server.kill(pid) == 0:  # on a busy machine it may have finished first
+        if kill(process) == 0:  # on a busy machine it may have finished first
             break
         killed_at.append(read_progress(state).step)
     assert killed_at == sorted(killed_at) and len(killed_at) > 1, "each process went on from the one before"
-    server.finish(make(tmp_path / "run"))
+    finish(start(make(tmp_path / "run")))
     assert_same_end(tmp_path / "run", expected)
 
 
 @pytest.mark.parametrize("moment", ["state", "half"])
-def test_a_run_killed_while_it_saves_ends_as_the_uninterrupted_one(exact, server, tmp_path, moment):
+def test_a_run_killed_while_it_saves_ends_as_the_uninterrupted_one(exact, start, tmp_path, moment):
     make, expected, _ = exact("fp32")
     state, seen = tmp_path / "run" / "last" / "state.safetensors", None
 
@@ -375,21 +324,21 @@ def test_a_run_killed_while_it_saves_ends_as_the_uninterrupted_one(exact, server
 
     kills = 0
     for _ in range(4):
-        pid = server.start(make(tmp_path / "run"))
+        process = start(make(tmp_path / "run"))
         deadline = time.monotonic() + 20
-        while not is_saving() and time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+        while not is_saving() and time.monotonic() < deadline and process.poll() is None:
             pass
-        kills += server.kill(pid) != 0
+        kills += kill(process) != 0
     assert kills
-    server.finish(make(tmp_path / "run"))
+    finish(start(make(tmp_path / "run")))
     assert_same_end(tmp_path / "run", expected)
 
 
 @pytest.mark.parametrize("operation", [3, 20, 33, 52, 75, 110, 165, 240])
-def test_a_run_killed_before_a_file_operation_ends_as_the_uninterrupted_one(exact, server, tmp_path, operation):
+def test_a_run_killed_before_a_file_operation_ends_as_the_uninterrupted_one(exact, start, tmp_path, operation):
     make, expected, _ = exact("fp32")
-    assert server.run(make(tmp_path / "run"), die_before=operation) == -signal.SIGKILL
-    server.finish(make(tmp_path / "run"))
+    assert start(make(tmp_path / "run"), die_before=operation).wait() == -signal.SIGKILL
+    finish(start(make(tmp_path / "run")))
     assert_same_end(tmp_path / "run", expected)
 
 
@@ -405,18 +354,16 @@ def test_the_scaler_of_fp16_has_a_history_worth_keeping(exact):
 # --- Ctrl-C
 
 
-def test_ctrl_c_to_the_script_saves_says_how_to_go_on_and_exits_130(options, tmp_path):
+def test_ctrl_c_to_the_script_saves_says_how_to_go_on_and_exits_130(options, tmp_path, forks):
     config = options(tmp_path / "my run", max_steps=40, eval_every=20, samples=0, lora_dropout=0.1, resume="never")
     (tmp_path / "options.json").write_text(json.dumps(asdict(config)))
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / "train.py", "--config", tmp_path / "options.json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = forks.script("train.py", "--config", tmp_path / "options.json")
     lines = tmp_path / "my run" / "metrics.jsonl"
     while process.poll() is None and (not lines.exists() or lines.read_bytes().count(b"\n") < 4):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    process.wait()
+    err = process.err.read_text()
     assert process.returncode == 130, err
     step, command = re.search(r"^stopped: after step (\d+) of 40; .*Go on with: (.*)$", err, re.M).groups()
     assert read_progress(tmp_path / "my run" / "last" / "state.safetensors").step == int(step)
@@ -428,15 +375,15 @@ def test_ctrl_c_to_the_script_saves_says_how_to_go_on_and_exits_130(options, tmp
     assert_same_end(tmp_path / "my run", tmp_path / "other")
 
 
-def test_sigterm_is_as_ctrl_c(exact, server, tmp_path):
+def test_sigterm_is_as_ctrl_c(exact, start, tmp_path):
     make, expected, _ = exact("fp32")
-    pid, state = server.start(make(tmp_path / "run")), tmp_path / "run" / "last" / "state.safetensors"
-    while not state.exists() and Path(f"/proc/{pid}").exists():
+    process, state = start(make(tmp_path / "run")), tmp_path / "run" / "last" / "state.safetensors"
+    while not state.exists() and process.poll() is None:
         time.sleep(0.002)
-    os.kill(pid, signal.SIGTERM)
-    assert server.wait() == 130
-    assert re.search(r"^stopped: after step \d+ of 14; .*Go on with", server.log.read_text(), re.M)
-    server.finish(make(tmp_path / "run"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert re.search(r"^stopped: after step \d+ of 14; .*Go on with", process.err.read_text(), re.M)
+    finish(start(make(tmp_path / "run")))
     assert_same_end(tmp_path / "run", expected)
 
 
