@@ -69,6 +69,8 @@ class Forks:
             self.last.send_signal(signal.SIGKILL)
             self.last.wait()
         files = tempfile.mkdtemp(dir=self.folder)
+        for name in ("out", "err"):
+            Path(files, name).touch()  # who reads them may come before the process
         job = {
             "code": code,
             "argv": list(map(str, argv)),
