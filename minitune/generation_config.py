@@ -8,6 +8,7 @@ from minitune.files import read_json
 from minitune.generate import GenerateConfig
 from minitune.schema import COUNT, TOKEN_ID, Number
 from minitune.screen import short, some
+from minitune.tokenizer import embedding_rows
 
 IDS = (None, [TOKEN_ID])
 SHAPES = {  # the keys that are applied
@@ -97,6 +98,9 @@ def settle(options, folder, tokenizer, say, **weaker):
     weaker: defaults of a job in place of GenerateConfig's. Strongest first: the options, generation_config.json, weaker.
     Raises ValueError where these do not go together."""
     given = {"eos_ids": tuple(tokenizer.eos_ids)} | options.given()
+    rows = max(tokenizer.vocab_size, embedding_rows(folder))
+    if beyond := [i for i in options.eos_ids or () if i >= rows]:
+        raise ValueError(f"eos_ids is {some(beyond)}, but {folder} has the tokens 0 to {rows - 1:,}")
     path, stored, passed_over = (folder, {}, []) if options.generation_config == "none" else read(folder)
     for length in ("max", "min"):  # an option overrides both spellings of a length
         if f"{length}_new_tokens" in given or f"{length}_new_tokens" in stored:

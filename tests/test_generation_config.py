@@ -168,3 +168,10 @@ def test_typical_tokens_are_those_of_transformers(mass):
     for keep in (1, 3):
         warper = transformers.TypicalLogitsWarper(mass, min_tokens_to_keep=keep)
         assert torch.equal(sampling.warp(scores, typical_p=mass, keep=keep), warper(None, scores))
+
+
+def test_an_end_token_that_the_model_lacks_is_refused(folder):
+    tokenizer = load_tokenizer(folder)
+    assert settle(DecodingOptions(eos_ids=(5, 1023)), folder, tokenizer, print).eos_ids == (5, 1023)
+    with pytest.raises(ValueError, match=r"eos_ids is 1024, 2147483647, but .* has the tokens 0 to 1,023$"):
+        settle(DecodingOptions(eos_ids=(5, 1024, 2**31 - 1)), folder, tokenizer, print)
