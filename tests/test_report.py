@@ -461,6 +461,20 @@ def test_a_broken_run_is_one_line_with_file_and_row(case, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_broken_run_is_left_out_where_it_was_not_named(run, tmp_path):
+    (tmp_path / "several").mkdir()
+    for name in ("bad", "good"):
+        shutil.copytree(run, tmp_path / "several" / name)
+    (tmp_path / "several" / "bad" / "metrics.jsonl").write_text("[]\n")
+    found = read_results([tmp_path / "several"])
+    assert [one.folder.name for one in found.runs] == ["good"] and {s.group.name for s in found.systems} == {"good"}
+    [note] = [note for note in found.notes if "bad" in note]
+    assert "metrics.jsonl, line 1" in note and f"{tmp_path}/several/bad is left out" in note
+    (tmp_path / "several" / "good" / "metrics.jsonl").write_text("[]\n")
+    with pytest.raises(ValueError, match=r"bad/metrics.jsonl, line 1.* is left out"):
+        read_results([tmp_path / "several"])
+
+
 SCORED = "m_topk50_nb5_t1_score.json"
 BAD_STUDIES = {
     "a missing score": ({SCORED: {"BLEU": 0.1}}, "m_topk50_nb5_t1_score.json", "Perplexity is missing"),

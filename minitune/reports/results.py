@@ -178,7 +178,10 @@ def read_results(folders):
             raise ValueError(
                 f"{folder} is {'a file' if folder.exists() else 'not there'}, expected a folder of results"
             )
+        before = len(results.notes)
         if not read_folder(folder, results):
+            if results.notes[before:]:
+                raise ValueError(results.notes[before])
             raise ValueError(
                 f"{folder} has no results: expected a run folder (evaluation.json, sweep/, metrics.jsonl, environment.json), or "
                 "files such as MODEL_topk50_nb5_t1_score.json, there or in a folder below"
@@ -194,7 +197,7 @@ def read_results(folders):
 def read_folder(folder, results):
     """Read a run folder, or every one below `folder`, and the study's files there. Returns whether there are results, be it
     that they were read before."""
-    has_results = False
+    has_results, named = False, folder
     waiting = [(folder, None)]  # with the file of prompts that counts for it
     while waiting:
         folder, prompts = waiting.pop()
@@ -203,8 +206,12 @@ def read_folder(folder, results):
             continue
         results.read[place] = True
         if any((folder / name).exists() for name in RUN_FILES):
-            read_run(folder, results)
-            has_results = True
+            if folder == named:
+                read_run(folder, results)
+                has_results = True
+            else:
+                results.read[place] = read_unnamed_run(folder, results)
+                has_results = has_results or results.read[place]
             continue
         with paths_explained(folder):
             names = sorted(os.listdir(folder))
@@ -223,6 +230,20 @@ def read_folder(folder, results):
             p for p in paths if p.suffix == ".json" and p.is_file() and p.name not in KNOWN and p != prompts
         ]
     return has_results
+
+
+def read_unnamed_run(folder, results):
+    """Add a run folder below the one that was named. A broken one is left out, with a note: the others are reported. Returns
+    whether it was added."""
+    run = Results()
+    try:
+        read_run(folder, run)
+    except ValueError as error:
+        results.notes.append(f"{error}. {folder} is left out: mend that file, or remove the folder")
+        return False
+    for kind in ("systems", "points", "runs", "notes", "commands"):
+        getattr(results, kind).extend(getattr(run, kind))
+    return True
 
 
 def read_study(folder, names, prompts, results):
