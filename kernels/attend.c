@@ -19,7 +19,8 @@ struct Job {
   int *failed;
 };
 
-/* In tails, fused where the code says it: a loop for one query and the same for two would be rounded in two ways. */
+/* Explicit FMA in the tail loops: otherwise the compiler contracts the 1-query and the 2-query loop differently, and their bits
+ * differ. */
 #define fused __builtin_fmaf
 
 /* scores[i * stride + k] = query i of q (queries, D) times the key at place[k] of `cache`: up to four keys. */
@@ -49,7 +50,7 @@ INLINE void score_four(const float *q, const int queries, const void *cache, int
   }
 }
 
-/* The same for all keys and queries; what a query gets does not depend on how many there are. */
+/* The same for all keys and queries. A query's result does not depend on how many queries there are. */
 INLINE void add_scores(const float *q, int64_t queries, const void *cache, int dtype, const int64_t *place, int64_t count,
                        int64_t D, float *scores, int64_t stride) {
   for (int64_t k = 0; k < count; k += 4) {
@@ -99,7 +100,7 @@ INLINE void add_values(const float *shares, int64_t stride, int64_t queries, con
   if (i < queries) add_values_of(shares + i * stride, stride, 1, cache, dtype, place, count, D, sums + i * D);
 }
 
-/* Both for one dtype and head size, as functions of their own: a known size is twice as fast, and compiled once. */
+/* Both with dtype and head size as compile-time constants, which is twice as fast. Functions of their own, compiled once. */
 typedef void AddScores(const float *q, int64_t queries, const void *cache, const int64_t *place, int64_t count, int64_t D,
                        float *scores, int64_t stride);
 typedef void AddValues(const float *shares, int64_t stride, int64_t queries, const void *cache, const int64_t *place,
@@ -121,7 +122,7 @@ SIZED(BF16, _128, 128)
 SIZED(BF16, _any, D)
 #define OF_SIZE(kind, dtype, D) (D == 64 ? kind##_##dtype##_64 : D == 128 ? kind##_##dtype##_128 : kind##_##dtype##_any)
 
-enum { TOGETHER = 128 };  // values of a prompt that stay in the L1 cache while each sequence's queries meet them
+enum { TOGETHER = 128 };  // a prompt's values are processed in groups that stay in the L1 cache for all sequences' queries
 
 INLINE void attend(const Job *j, int64_t begin, int64_t end, int dtype) {
   const Shape s = *j->shape;

@@ -23,15 +23,15 @@ enum { SERIAL = 1 << 13 };  // values below which a second thread costs more tha
 typedef struct Job Job;  // what a file's functions work on
 typedef void (*Work)(const Job *, int64_t begin, int64_t end);
 
-typedef struct {  // a piece of work, to be handed out
+typedef struct {  // work(job, begin, end) over 0 to count, split among threads
   Work work;
   const Job *job;
   int64_t count;
   int threads;
-  int is_apart;  // the next one does not need what this one writes: no thread waits for the others
+  int no_barrier;  // the next step does not read this one's output, so threads need not wait
 } Step;
 
-/* A function written once, with the dtype as a constant: name_work. */
+/* name_work(): calls name() with the dtype as a compile-time constant. */
 #define EACH_DTYPE(name) \
   static void name##_work(const Job *j, int64_t begin, int64_t end) { \
     if (j->dtype == BF16) name(j, begin, end, BF16); \
@@ -44,14 +44,14 @@ typedef struct {  // a piece of work, to be handed out
 HIDDEN void perform(const Step *steps, int64_t length, size_t job_size);
 #define parallel(work, job, count, threads) perform(&(const Step){work, job, count, threads, 0}, 1, sizeof *(job))
 
-/* Memory at a multiple of 64 bytes until give_back(): a tape's own where one records. NULL where there is none. */
+/* Memory aligned to 64 bytes, to be returned by give_back(). While a tape records, the tape owns it. NULL where there is none. */
 HIDDEN void *borrow(size_t size);
 HIDDEN void give_back(void *memory);
 
-/* Whether the tiles of AMX may be used: Linux lends them on request only. */
+/* Whether AMX tiles may be used: Linux grants them on request only. */
 extern HIDDEN int has_amx;
 
-/* Where a step says that it failed: on the tape that records, else at `own`. */
+/* Where a step stores that it failed: in the tape that records, else at `own`. */
 HIDDEN int *fault_of_step(int *own);
 
 // --- numbers ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The operations of decoding on a CPU, in C (attend.c, linear.c, lora.c, rows.c): what minitune/models/layers.py computes, in
 one call each.
 
-A step of a 110 M model reads its weights in 7 ms on a machine where torch's small calls around them took as long again. Taken
-in fp32 and bf16 where no gradient is recorded (`takes`); elsewhere torch does the same. Letters: R sequences, B prompts, n
+A step of a 110 M model reads its weights in 7 ms; the overhead of torch's small calls took as long again. Used in fp32 and bf16
+where no gradient is recorded (`takes`); elsewhere torch computes the same. Letters: R sequences, B prompts, n
 sequences of each, H heads, H_kv key-value heads, T tokens of this call, D head dim."""
 
 import ctypes
@@ -13,13 +13,13 @@ import torch
 from minitune_kernels import built
 from minitune_kernels.nf4 import is_direct
 
-MAX_ROWS = 128  # of x in linear() and add_lora(): from there on torch's products are as fast
+MAX_ROWS = 128  # of x in linear() and add_lora(): for more rows torch's products are as fast
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 NO_LAYER = (None, None, None, 0)
 
 
 class Shape(ctypes.Structure):
-    """Where the tokens of a cache stand: attend.c's struct of this name, which says what the fields are."""
+    """Which tokens a cache holds, and where: attend.c's struct of this name, which explains the fields."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("lengths", "stored", "writers")] + [
         (name, ctypes.c_int64) for name in ("B", "n", "H", "H_kv", "T", "D", "P", "capacity", "new_tokens", "window")
@@ -27,7 +27,7 @@ class Shape(ctypes.Structure):
 
 
 def typed(lib):
-    """A loaded library, with the types of its functions."""
+    """A loaded library, with the argument types of its functions set."""
     i, p, n, f = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     lib.decode_norm.argtypes, lib.decode_norm.restype = (i, i, p, p, p, n, n, f), None
     lib.decode_layer_norm.argtypes, lib.decode_layer_norm.restype = (i, i, p, p, p, p, n, n, f), None
@@ -62,13 +62,13 @@ def runs_here(wanted):
 
 
 def prepare():
-    """Build and load the C kernels where they are to run, before a clock starts that is not to count it."""
+    """Build and load the C kernels where they will be used. Call it before a measured time begins."""
     runs_here(os.environ.get("MINITUNE_KERNELS"))
 
 
 def takes(x):
-    """Whether these operations take x now: fp32 or bf16 on a CPU, no gradient to record, no compiler, tracer or autocast in
-    between."""
+    """Whether these operations can be used on x now: fp32 or bf16 on a CPU, no gradient to record, no compiler, tracer or
+    autocast active."""
     return (
         x.is_cpu
         and x.dtype in DTYPES
@@ -80,7 +80,7 @@ def takes(x):
 
 
 def max_rows(dtype):
-    """Rows of x up to which linear() is faster than torch; 0: never. A row's result does not depend on their number."""
+    """The largest number of rows of x for which linear() is faster than torch; 0: none. A row's result does not depend on it."""
     level = library()[1]
     if dtype is torch.bfloat16:
         return MAX_ROWS if level >= 3 else 0
@@ -98,14 +98,14 @@ def is_along(parameter, x):
 
 
 def turns(table, x):
-    """Whether rope() may turn x (B, H, T, D) by this table of cosines or sines."""
+    """Whether rope() may rotate x (B, H, T, D) by this table of cosines or sines."""
     B, _, T, D = x.shape
     half = table.shape[-1]
     return is_beside(table, x) and table.shape in ((B, 1, T, half), (1, 1, T, half)) and 2 * half <= D
 
 
 def fits(x, weight, bias=None):
-    """Whether linear() takes these: one dtype, few rows, whole vectors."""
+    """Whether linear() can be used: one dtype, few rows, sizes that are whole vectors."""
     K = weight.shape[1]
     return (
         0 < x.numel() <= MAX_ROWS * K
@@ -142,7 +142,7 @@ def linears(x, *layers):
 
 def add_lora(out, x, A, B, scaling):
     """out (.., out) += x (.., in) A^T B^T * scaling, in place. A (r, in), B (out, r): fp32, rounded to x.dtype as they are read;
-    what lies between them is rounded too. x: taken; up to MAX_ROWS rows."""
+    x A^T is rounded too. x: as takes() says, up to MAX_ROWS rows."""
     lib, _ = library()
     x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
     (N, r), K = B.shape, A.shape[1]
@@ -153,7 +153,7 @@ def add_lora(out, x, A, B, scaling):
 
 
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; x: taken, weight in its dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. x: as takes() says; weight in its dtype."""
     lib, _ = library()
     x, K = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
@@ -163,7 +163,7 @@ def rms_norm(x, weight, eps):
 
 
 def layer_norm(x, weight, bias, eps):
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis; x: taken, weight and bias in its dtype."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis. x: as takes() says; weight and bias in its dtype."""
     lib, _ = library()
     x, K = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
@@ -182,8 +182,8 @@ def add(x, y, out=None):
 
 
 def rope(x, cos, sin):
-    """Turn x (B, H, T, D), its last axis contiguous, by cos, sin (B or 1, 1, T, d / 2), contiguous and in x.dtype: the first d
-    dims; the rest stays as it is. What comes back lies in memory as (B, T, H, D)."""
+    """Rotate the first d dims of x (B, H, T, D), its last axis contiguous, by cos, sin (B or 1, 1, T, d / 2), contiguous and in
+    x.dtype. Returns (B, H, T, D), in memory as (B, T, H, D)."""
     B, H, T, D = x.shape
     out = x.new_empty(B, T, H, D)
     lib, _ = library()
@@ -223,7 +223,7 @@ def attend(q, k, v, shape, caches):
             f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, and the cache {caches[0].dtype}; expected one dtype"
         )
     R, H, T, D = q.shape
-    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))  # (R, T, heads, D), where they mostly lie
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))  # (R, T, heads, D), their usual layout
     out = q.new_empty(R, T, H * D)
     lib, _ = library()
     pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), ctypes.addressof(shape)
@@ -236,7 +236,7 @@ def attend(q, k, v, shape, caches):
 def rank(logits, count):
     """The `count` most likely of V tokens: (log-probabilities (R, count) fp32, ids (R, count) int64), the best first.
 
-    logits (R, V), taken. Equal ones come by their number; the log-probabilities of a row with NaN are NaN."""
+    logits (R, V), as takes() says. Of equal ones the lower id is first; the log-probabilities of a row with NaN are NaN."""
     R, V = logits.shape
     logits = logits.contiguous()
     values, ids = logits.new_empty(R, count, dtype=torch.float32), logits.new_empty(R, count, dtype=torch.int64)

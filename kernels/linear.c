@@ -34,7 +34,7 @@ INLINE void multiply_tile_fp32(const Job *j, const int64_t *at, int rows, int64_
 
 INLINE void multiply_fp32(const Job *j, int64_t begin, int64_t end, int dtype) {
   (void)dtype;
-  const int64_t stride = (end - begin) / 4;  // four long streams come faster than one
+  const int64_t stride = (end - begin) / 4;  // memory delivers four long streams faster than one
   for (int64_t n = 0; n < stride + (end - begin) % 4; n++) {
     const int64_t first = n < stride ? begin + n : begin + 4 * stride + n - stride, step = n < stride ? stride : 0;
     const int64_t at[4] = {first, first + step, first + 2 * step, first + 3 * step};
@@ -52,8 +52,8 @@ EACH_DTYPE(multiply_fp32)
 
 #if LEVEL >= AVX512_BF16
 
-/* Few rows of x: as fast as the memory delivers the weight. STREAMS rows of it at once, `stride` rows apart: four long streams
- * come faster than one. A row's sum is taken in the same order in all these functions, so that it does not depend on M. */
+/* Few rows of x: limited by reading the weight. STREAMS rows of it at once, `stride` rows apart: memory delivers four long streams
+ * faster than one. All these functions sum a row in the same order, so that its result does not depend on M. */
 enum { STREAMS = 4, FEW = 8 };
 
 INLINE void put_four(const Job *j, int64_t m, const int64_t *rows, int count, __m512 a, __m512 b, __m512 c, __m512 d) {
@@ -91,7 +91,7 @@ INLINE void multiply_few(const Job *j, int64_t n, int rows, int64_t stride, int 
   for (int m = 0; m < M; m++) put_four(j, m, at, rows, sums[0][m], sums[1][m], sums[2][m], sums[3][m]);
 }
 
-/* Numbers of rows as constants keep the sums in registers. */
+/* With the numbers of rows as compile-time constants the sums stay in registers. */
 #define MULTIPLY(M) \
   static void multiply_##M(const Job *j, int64_t begin, int64_t end) { \
     const int64_t stride = (end - begin) / STREAMS; \
@@ -109,8 +109,8 @@ MULTIPLY(8)
 static const Work FEW_ROWS[] = {NULL, multiply_1, multiply_2, multiply_3, multiply_4,
                                 multiply_5, multiply_6, multiply_7, multiply_8};
 
-/* More rows of x: tiles of four rows of the weight and up to six of x, so that 24 products need 10 loads. The rows of the weight
- * that the next tiles need come meanwhile: the arithmetic of one and the memory of the other overlap. */
+/* More rows of x: tiles of four rows of the weight and up to six of x, so that 24 products need 10 loads. The next
+ * tiles' rows of the weight are prefetched meanwhile, so that arithmetic and memory overlap. */
 enum { ROWS = 4, COLUMNS = 6 };
 
 INLINE void multiply_tile(const Job *j, const int64_t *at, int rows, int64_t m, const int columns, int64_t n) {
@@ -149,7 +149,7 @@ static void multiply_many(const Job *j, int64_t begin, int64_t end) {
 
 #endif
 
-/* Up to three products of the same x, all of one dtype: N_i is 0 for those that there are not. bias: (N) or NULL; K a multiple of 32 in bf16, of 16 in
+/* Up to three products of the same x, all of one dtype; N_i is 0 for a product that is not wanted. bias: (N) or NULL; K a multiple of 32 in bf16, of 16 in
  * fp32. 0, or -1 where this CPU has no instruction for it. */
 int decode_linears(int threads, int dtype, const void *x, int64_t M, int64_t K, const void *weight_0,
                    const void *bias_0, void *out_0, int64_t N_0, const void *weight_1, const void *bias_1, void *out_1,

@@ -71,7 +71,7 @@ INLINE void down_tile(const Job *j, int64_t m, const int rows, int64_t r, int dt
   }
 }
 
-/* Fours of rows of A, begin .. end. */
+/* Groups of four rows of A, begin .. end. */
 INLINE void go_down(const Job *j, int64_t begin, int64_t end, int dtype) {
   for (int64_t r = 4 * begin; r < 4 * end && r < j->rank; r += 4) {
     int64_t m = 0;
@@ -81,7 +81,7 @@ INLINE void go_down(const Job *j, int64_t begin, int64_t end, int dtype) {
 }
 EACH_DTYPE(go_down)
 
-/* Rows become columns: each pass takes half as many neighbours apart. */
+/* Transposes: each pass separates half as many neighbours as the one before. */
 INLINE void transpose_16(Float16 v[16]) {
   Float16 t[16];
 #define PASS(from, to, apart, low, high) \
@@ -95,7 +95,7 @@ INLINE void transpose_16(Float16 v[16]) {
 
 enum { SIXTEEN = 16 };
 
-/* out (m .. m + tall, n .. n + rows) += `low` times rows of B: no sum goes across a vector, and each takes its ranks in order. */
+/* out (m .. m + tall, n .. n + rows) += `low` times rows of B. Each lane of a vector is a sum of its own, in the order of the ranks. */
 INLINE void up_tile(const Job *j, int64_t m, const int tall, int64_t n, int rows, int dtype) {
   const int64_t rank = j->rank, N = j->N;
   Float16 sums[8] = {0};
@@ -127,7 +127,7 @@ INLINE void up_tile(const Job *j, int64_t m, const int tall, int64_t n, int rows
   }
 }
 
-/* Sixteens of rows of B, begin .. end. */
+/* Groups of sixteen rows of B, begin .. end. */
 INLINE void go_up(const Job *j, int64_t begin, int64_t end, int dtype) {
   for (int64_t n = SIXTEEN * begin; n < SIXTEEN * end && n < j->N; n += SIXTEEN) {
     const int rows = j->N - n < SIXTEEN ? (int)(j->N - n) : SIXTEEN;

@@ -37,7 +37,7 @@ INLINE float scale_of(const Job *j, int64_t block) {
   if (j->absmax) return j->absmax[block];
   float product = j->code2[j->q[block]] * j->absmax2[(uint64_t)block / NESTED];
 #ifdef __x86_64__
-  __asm__("" : "+x"(product));  // rounded here: no FMA with the sum
+  __asm__("" : "+x"(product));  // rounds the product here: keeps the compiler from an FMA with the sum
 #else
   volatile float rounded = product;
   product = rounded;
@@ -58,7 +58,7 @@ static void quantize_blocks(const Job *j, int64_t begin, int64_t end) {
     if (j->dtype == FP32) memcpy(v, (const float *)j->x + b * BLOCK, 4 * count);
     else if (j->dtype == BF16) for (int i = 0; i < count; i++) v[i] = load(j->x, BF16, b * BLOCK + i);
     else for (int i = 0; i < count; i++) v[i] = load(j->x, FP16, b * BLOCK + i);
-    uint32_t highest = 0;  // |x| as an integer rises with |x|, and NaN is above all
+    uint32_t highest = 0;  // the bits of |x| as an integer order as |x| does, with NaN above all
     for (int i = 0; i < BLOCK; i++) highest = (bits_of(v[i]) & 0x7FFFFFFF) > highest ? bits_of(v[i]) & 0x7FFFFFFF : highest;
     float absmax = float_of(highest), floor = absmax < 1e-38f ? 1e-38f : absmax;
     int is_short = count < BLOCK;  // bitsandbytes divides there, and the absmax is never 0
@@ -67,7 +67,7 @@ static void quantize_blocks(const Job *j, int64_t begin, int64_t end) {
     else for (int i = 0; i < BLOCK; i++) v[i] = v[i] * inverse;
     for (int i = 0; i < BLOCK; i++) index[i] = 0;
     for (int m = 0; m < 15; m++)
-      for (int i = 0; i < BLOCK; i++) index[i] += !(v[i] <= middle[m]);  // a tie goes down, NaN is above all
+      for (int i = 0; i < BLOCK; i++) index[i] += !(v[i] <= middle[m]);  // a tie goes to the lower code, NaN to the highest
     if (is_short && count % 2) index[count] = 7;
     for (int i = 0; i < (count + 1) / 2; i++) j->packed[b * BLOCK / 2 + i] = index[2 * i] << 4 | index[2 * i + 1];
     j->absmax[b] = is_short ? floor : absmax;
@@ -293,13 +293,14 @@ INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w[4]) 
   decode_blocks(j->packed + block * (BLOCK / 2), is_half, scale_of(j, block), is_half ? 0 : scale_of(j, block + 1), w);
 }
 
-/* Few rows: the weight goes from its nibbles into the product without leaving the registers. STREAMS rows of the weight at
- * once, `stride` rows apart: the memory delivers four long streams faster than one, and eight are too many. Two where there are
- * several rows of x: their sums and what is decoded stay in the registers. */
+/* Few rows of x: the weight is decoded in registers and multiplied there. STREAMS rows of the weight are read at once, `stride`
+ * rows apart: memory delivers four long streams faster than one or eight. With several rows of x only two rows of the weight, so
+ * that their sums and the decoded values fit into the registers. */
 enum { STREAMS = 4, FEW = 8 };
 
 /* A step of 128 elements, from `block` on, of `rows` rows of the weight that lie `apart` blocks apart, and M rows of x. Two rows
- * of the weight at once: x is loaded for both. The numbers that are constants leave neither loops nor questions. */
+ * of the weight at once: x is loaded for both. rows, M, is_nested and is_half are compile-time constants, so the loops unroll and
+ * the branches vanish. */
 INLINE void few_step(const Job *j, int64_t block, const int rows, int64_t apart, const int M, const int is_nested,
                           const int is_half, const uint16_t *x, int64_t padded, __m512 sums[STREAMS][FEW]) {
 #pragma GCC unroll 4
@@ -517,7 +518,7 @@ static void multiply_amx(const Job *j, int64_t begin, int64_t end) {
 #endif  // AMX
 #endif  // AVX512_BF16
 
-// --- the doors -----------------------------------------------------------------------------------------------------
+// --- entry points -----------------------------------------------------------------------------------------------------
 
 void nf4_quantize(int threads, int dtype, const void *weight, uint8_t *packed, float *absmax, int64_t n) {
   Job job = {.dtype = dtype, .x = weight, .packed = packed, .absmax = absmax, .n = n};

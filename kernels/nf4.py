@@ -1,4 +1,4 @@
-"""The door to the NF4 kernels: checks what comes in, chooses a backend, and gives the gradient of x.
+"""The interface of the NF4 kernels: checks arguments, chooses a backend, and defines the gradient of x.
 
 The format is described in reference.py, plain PyTorch, whose bits every backend has:
     torch   reference.py: any device
@@ -6,13 +6,14 @@ The format is described in reference.py, plain PyTorch, whose bits every backend
     triton  nf4_triton.py: CUDA from compute capability 8.0 on
     cuda    nf4.cu: V100 and T4, other chips by NVRTC
 The first that runs on the device is taken; MINITUNE_KERNELS=torch|cpu|triton|cuda asks for one. describe() says which and why.
-A backend is a module with quantize, dequantize, and matmul for up to max_rows() rows of x; its inputs are what is checked here:
-dtype, device, contiguity and sizes. More rows are multiplied by the library's GEMM after dequantising into a kept workspace.
+A backend is a module with quantize, dequantize, and matmul for up to max_rows() rows of x. It relies on the checks made here,
+of dtype, device, contiguity and sizes. For more rows the weight is dequantised into a reused workspace and multiplied by torch's
+GEMM.
 
-absmax is a tensor (ceil(n / 64),) fp32, or with double quantisation the tuple that double_quantize() returns; the kernels
-restore it on the way. NaN and infinity pass through as in bitsandbytes: the absmax of the block is NaN or infinite. Dequantised,
-a block with a NaN is NaN throughout, one with an infinity is infinite in that place (the sign is lost) and NaN elsewhere. Other
-blocks are not touched. Double quantisation spreads either over the whole weight, by the mean."""
+absmax is a tensor (ceil(n / 64),) fp32, or with double quantisation the tuple that double_quantize() returns, which the kernels
+dequantise themselves. NaN and infinity pass through as in bitsandbytes: the absmax of the block is NaN or infinite. Dequantised,
+a block with a NaN is NaN throughout; one with an infinity is infinite in that place (the sign is lost) and NaN elsewhere. Other
+blocks are not affected, but double quantisation spreads either over the whole weight, by the mean."""
 
 import contextlib
 import functools
@@ -148,7 +149,7 @@ def dequantize(packed, absmax, shape, dtype, out=None):
         return made if out is None else out.copy_(made)
     if out is None:
         return decode(packed, scales, torch.empty(tuple(shape), dtype=dtype, device=packed.device))
-    torch.autograd.graph.increment_version(out)  # who saved it for a backward pass is told
+    torch.autograd.graph.increment_version(out)  # a backward pass that saved it raises, as for any in-place write
     return decode(packed, scales, out)
 
 
@@ -162,14 +163,15 @@ def decode(packed, scales, out):
 
 
 def steady_rows(device, shape, dtype):
-    """Rows of x up to which a row's product does not depend, in any bit, on how many there are; 1 where that is not known."""
+    """The largest number of rows of x for which each row's product is bit-identical to that of the row alone; 1 where that is
+    not known."""
     module = backend(device)
     return module.steady_rows(shape, dtype) if module.NAME == "cpu" else 1
 
 
 def is_direct(tensor):
-    """Whether a kernel may read the memory of `tensor` now: no compiler, tracer, fake tensor or transform stands between. Else
-    the torch operator goes its way through them."""
+    """Whether a kernel may read the memory of `tensor` now: no compiler, tracer, fake tensor or transform is active. Else the
+    torch operator is called, which they understand."""
     return (
         type(tensor) in PLAIN_TENSORS
         and not is_compiling()
@@ -197,9 +199,9 @@ def matmul(x, packed, absmax, shape, bias=None):
 
 
 def product(x, packed, scales, shape, bias=None):
-    """matmul() for NF4Linear, whose weight was checked when it was made: here x is asked for its device and width alone.
+    """matmul() for NF4Linear, whose weight was checked when it was made: only the device and width of x are checked here.
 
-    Where nothing is to be recorded the operator is passed by: it costs 20 microseconds, a small layer's whole time."""
+    Without autograd the torch operator is skipped: it costs 20 microseconds a call, as much as a small layer."""
     if x.device != packed.device:
         raise ValueError(f"x is on {x.device}, expected {packed.device}, where the weight is")
     if x.shape[-1:] != shape[1:]:
@@ -218,7 +220,7 @@ def multiply(x, packed, scales, shape, bias):
     if not 0 < count <= module.max_rows(shape, x.dtype):
         with workspace(shape, x.dtype, x.device) as weight, torch.autocast(x.device.type, enabled=False):
             return F.linear(x, decode(packed, scales, weight), bias)
-    out = x.new_empty(*x.shape[:-1], shape[0])  # not a view of rows: callers add to it in place
+    out = x.new_empty(*x.shape[:-1], shape[0])  # not a view, since callers add to it in place
     module.matmul(x.contiguous(), packed, scales, shape, out)
     return out if bias is None else out.add_(bias)
 
@@ -333,7 +335,7 @@ def workspace(shape, dtype, device):
     key, n = (torch.device(device), dtype), math.prod(shape)
     with _lent:
         if key not in _buffers or _buffers[key].numel() < n:
-            _buffers.pop(key, None)  # the old one goes before the new one comes
+            _buffers.pop(key, None)  # free the old one before the new one is made
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
                 _buffers[key] = torch.empty(n, dtype=dtype, device=device)
         yield _buffers[key][:n].view(tuple(shape))

@@ -1,4 +1,4 @@
-/* The threads; and the tape, which keeps the steps of many calls and runs them by one. See tape.py. */
+/* Runs steps on threads, and records them on a tape, which runs the steps of many calls as one. See tape.py. */
 
 #include "common.h"
 
@@ -26,7 +26,7 @@ static __thread Tape *tape;  // NULL: nothing is recorded
 
 int has_amx = 0;
 
-/* The instruction set that runs: what the library is built for, or the one below AMX where its tiles are not lent. */
+/* The instruction set in use: the one that the library is built for, or the one below AMX where tiles are not granted. */
 int kernel_level(void) {
 #ifdef EMULATE_AMX
   has_amx = 1;
@@ -36,7 +36,7 @@ int kernel_level(void) {
   return LEVEL < AMX || has_amx ? LEVEL : AVX512_BF16;
 }
 
-/* From now on this thread's steps are written to a tape too; NULL: no longer. */
+/* From now on this thread's steps are recorded on a tape too; NULL: no longer. */
 void record(Tape *to) { tape = to; }
 
 static void run(const Step *steps, int64_t length, int threads) {
@@ -52,7 +52,7 @@ static void run(const Step *steps, int64_t length, int threads) {
       const int parts = s.threads < all ? s.threads : all;
       if (thread < parts) s.work(s.job, s.count * thread / parts, s.count * (thread + 1) / parts);
       const int is_alone = parts == 1 && i + 1 < length && steps[i + 1].threads == 1;  // the same thread goes on
-      if (!s.is_apart && !is_alone) {
+      if (!s.no_barrier && !is_alone) {
 #pragma omp barrier
       }
     }

@@ -1,10 +1,10 @@
-"""The operations of one decoding step, recorded once and played again without the Python between them, in which a step of a
-small model spends a quarter of its time: on a GPU a CUDA graph, on a CPU a tape.
+"""Records the operations of one decoding step and replays them without Python, in which a step of a small model spends a
+quarter of its time: as a CUDA graph on a GPU, as a tape on a CPU.
 
-The C operations write themselves down (perform() in tape.c) with the addresses that they were given; Watch sees to it that
-nothing else happened to the numbers meanwhile. A record is believed after one step that was computed too. A function that is
-played does not run its Python: what it prints is that of the first steps. A module that counts its calls, or keeps what it
-saw, is noticed and runs at every step (see Parts). MINITUNE_KERNELS=torch makes no tapes."""
+On a CPU each C operation appends itself and its addresses to the tape (perform() in tape.c); Watch makes sure that no other
+operation changed a number in between. A recording is used only after one step was both replayed and computed, with equal bits.
+A replayed step does not run its Python code, so its prints and counters do not run either. A module that changes its attributes
+from step to step is noticed (see Parts) and is never replayed. MINITUNE_KERNELS=torch records no tapes."""
 
 import copy
 import weakref
@@ -14,8 +14,8 @@ from minitune_kernels import decode
 from minitune_kernels.built import tell
 from torch.overrides import TorchFunctionMode
 
-# Methods of tensors that may stand between C operations: those that ask for a form, those that look at the same numbers in
-# another form (where they copy instead, the tape is dropped), and those that make room.
+# Methods of tensors that may run between C operations: those that read a shape, those that return a view (where they copy
+# instead, the tape is dropped), and those that allocate.
 ASKING = set("size dim numel stride is_contiguous __get__ __len__".split())
 LOOKING = set(
     "__get__ __getitem__ chunk contiguous detach dropout expand flatten narrow permute reshape split squeeze to transpose "
@@ -24,44 +24,45 @@ LOOKING = set(
 MAKING = set("empty empty_like new_empty".split())
 
 
-RECORDED = 4  # the run that is recorded: it costs as much as two runs more, which a short answer would not win back
+RECORDED = 4  # the call that is recorded: recording costs two further calls, which a short answer would not win back
 
 
 class Repeated:
-    """run() calls a function of some modules until it is known by heart; as long as shapes and the memory of the cache stay."""
+    """Calls a function of some modules normally three times, records the fourth call, checks the fifth against its replay, then
+    replays. Valid while shapes and the cache's memory stay the same."""
 
     def __init__(self, modules=()):
         self.modules = modules
-        self.fault = None  # why it cannot be played, in words
+        self.fault = None  # why it cannot be replayed, in words
         self.runs = 0
 
     def run(self, function, *inputs):
-        """function(*inputs), a tensor that is valid until the next call: called some times, then called and recorded, then
-        played and called, to be compared bit by bit, and from then on played, until the modules are changed."""
+        """function(*inputs): a tensor that is valid until the next call. Replayed where the class says; called normally again
+        after a change of the modules."""
         self.runs += 1
         if self.runs < RECORDED or self.fault:
             return function(*inputs)
         if self.runs == RECORDED:
-            output = self.record(function, *(t.clone() for t in inputs))  # written to: must not be a part of a table
+            output = self.record(function, *(t.clone() for t in inputs))  # clones: a replay writes into its inputs
             self.parts = Parts(self.modules)
             return output
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         played = self.play()
-        if not self.parts.stay():  # asked while a GPU plays; what was played did no harm
+        if not self.parts.stay():  # checked while a GPU replays; a replay that is not used does no harm
             self.fault = "the model was changed"
             return function(*inputs)
         if self.runs > RECORDED + 1:
             return played
         played, computed = played.clone(), function(*inputs)
         if not torch.equal(played, computed):
-            self.fault = "what is played is not what was computed"
-            tell(f"decoding steps are not played, which is slower: {self.fault}")
+            self.fault = "a replay differs from the computed step"
+            tell(f"decoding steps are not replayed, which is slower: {self.fault}")
         return computed
 
 
 class Tape(Repeated):
-    """C operations on a CPU, which write themselves down."""
+    """C operations on a CPU, each of which appends itself to the tape."""
 
     def __init__(self, modules=()):
         super().__init__(modules)
@@ -70,7 +71,7 @@ class Tape(Repeated):
         weakref.finalize(self, free, self.address)
 
     def record(self, function, *inputs):
-        """function(*inputs), written down. inputs: tensors that play() reads, to be written to before."""
+        """function(*inputs), recorded. inputs: tensors that play() reads; fill them before it."""
         library, _ = decode.library()
         watch = Watch()
         try:
@@ -84,7 +85,7 @@ class Tape(Repeated):
         return output
 
     def play(self):
-        """What record() returned, for what its inputs hold now: the same tensor. Raises MemoryError."""
+        """Recomputes the tensor that record() returned, from what its inputs hold now. Raises MemoryError."""
         library, _ = decode.library()
         if library.tape_run(self.address):
             raise MemoryError("no memory for a decoding step")
@@ -92,13 +93,13 @@ class Tape(Repeated):
 
 
 def free(address):
-    """End a tape, also one that an interrupt left open."""
+    """Free a tape, also one that an interrupt left recording."""
     decode.library()[0].tape_free(address)
 
 
 class Graph(Repeated):
-    """Any operations on a GPU: a CUDA graph, which repeats them with the memory that they used. What cannot be captured, such as
-    a number that is read, is said once and goes on as before."""
+    """Any operations on a GPU, as a CUDA graph, which reuses their memory. A step that cannot be captured, for example because
+    it reads a number on the CPU, is reported once and runs normally."""
 
     def record(self, function, *inputs):
         self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
@@ -107,7 +108,7 @@ class Graph(Repeated):
                 self.output = function(*inputs)
         except RuntimeError as error:
             self.fault = str(error).splitlines()[0]
-            tell(f"decoding steps are not played, which is slower: {self.fault}")
+            tell(f"decoding steps are not replayed, which is slower: {self.fault}")
             return function(*inputs)
         return self.play()  # the capture computed nothing
 
@@ -117,7 +118,7 @@ class Graph(Repeated):
 
 
 class Parts:
-    """What some modules are made of: their attributes, parts and hooks, and where their weights lie."""
+    """A snapshot of some modules: their attributes, submodules and hooks, and the addresses of their weights."""
 
     def __init__(self, modules):
         self.now = [vars(part) for module in modules for part in module.modules()]
@@ -127,23 +128,23 @@ class Parts:
         self.addresses = [t.data_ptr() for t in self.tensors]
 
     def stay(self):
-        """Whether all is as it was, and no hook for all modules has come."""
+        """Whether nothing changed since, and no global hook was added."""
         try:
             stays = self.now == self.before and [t.data_ptr() for t in self.tensors] == self.addresses
-        except (RuntimeError, ValueError):  # of two tensors, or arrays, that are not one and the same
+        except (RuntimeError, ValueError):  # == of tensors or arrays that are not the same object
             return False
         return stays and not torch.nn.modules.module._has_any_global_hook()
 
 
 def apart(value):
-    """A copy of what may be changed where it lies."""
+    """A copy of a container, which may be changed in place; anything else itself."""
     return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 class Watch(TorchFunctionMode):
-    """While open, sums of C's operations are computed there too, and every call that a tape could not repeat is noticed.
+    """While active, additions run in C, so that they are on the tape too, and every call that a tape cannot repeat is noticed.
 
-    fault: the first of them, or None; kept: the memory whose addresses were asked for, whatever becomes of its tensors."""
+    fault: the first such call, or None. kept: tensors whose addresses are on the tape, kept alive."""
 
     def __init__(self):
         super().__init__()

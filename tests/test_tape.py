@@ -326,7 +326,7 @@ def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
         for step in range(RECORDED + 3):
             x = torch.full((2, 64), float(step))
             results.append(torch.equal(tape.run(function, x.clone()), 3 * x))
-    assert all(results) and tape.fault == "what is played is not what was computed"
+    assert all(results) and tape.fault == "a replay differs from the computed step"
 
 
 class Traced(Repeated):

@@ -16,12 +16,12 @@ FIRST_CAPACITY = 256  # new tokens that there is room for at first; doubled when
 
 
 class Cache:
-    """What all layers share: how far the prompts and the new tokens have come.
+    """What all layers share: how many tokens of the prompts and how many new tokens are stored.
 
     First every prompt is read, in one or more calls of the model with input_ids (1, N): `pieces` says which tokens these are,
     [(prompt, start, stop), ...]. Then each call brings T tokens of every sequence, input_ids (R, T), the n sequences of a
     prompt side by side.
-    window: of Mistral v0.1; no more than what it can see is kept, in a ring for the new tokens."""
+    window: sliding window of Mistral v0.1. Only what it can see is kept; new tokens are in a ring buffer."""
 
     def __init__(self, num_layers, lengths, sequences=1, max_new_tokens=1, window=None, draft=0):
         self.lengths, self.sequences, self.window = list(lengths), sequences, window
@@ -49,7 +49,7 @@ class Cache:
     def run(self, blocks, x, rope, layout):
         """x (R, T, C), or (1, N, C) while prompts are read, through the blocks of a model.
 
-        Steps of a form that was there before are played, from a tape or as a CUDA graph: without the blocks' Python."""
+        A step with the same shapes as earlier ones is replayed, from a tape or as a CUDA graph, without the blocks' Python."""
 
         def through(x, cos, sin, *masks):
             layout.cache_masks = masks
@@ -73,13 +73,13 @@ class Cache:
         return self.tapes[form].run(through, *inputs)
 
     def recorder(self, x):
-        """What steps are played by: Tape, Graph or None."""
+        """What replays steps: Tape, Graph or None."""
         if self.in_c:
             return Tape if decode.takes(x) else None
         return Graph if x.is_cuda and not torch.is_grad_enabled() else None
 
     def make_room(self, T):
-        """Room for the next T tokens in every layer."""
+        """Make room for the next T tokens in every layer."""
         if self.layers[0].prompt_k is None:
             for layer in self.layers:
                 layer.lay_out()
@@ -142,7 +142,7 @@ class Cache:
         self.new -= count
 
     def reorder(self, rows):
-        """rows (R,) int64: which sequence each one goes on from, of the same prompt."""
+        """rows (R,) int64: the sequence that each one continues from now on, of the same prompt."""
         if self.in_c:  # nothing moves
             if self.writers is None:
                 self.writers = torch.arange(len(rows), dtype=torch.int32)[:, None].expand(-1, self.capacity)
@@ -154,7 +154,7 @@ class Cache:
             layer.v[:, :, :used] = layer.v[rows, :, :used]
 
     def keep(self, prompts):
-        """Only these prompts (their numbers here, rising) go on; the others and their sequences leave."""
+        """Keep only these prompts (their indices, ascending) and their sequences."""
         for layer in self.layers:
             layer.keep(prompts, self.sequences)
         if self.writers is not None:
@@ -165,8 +165,8 @@ class Cache:
         self.lengths, self.shape, self.tapes = [self.lengths[i] for i in prompts], None, {}
 
     def next_shape(self, T):
-        """decode.attend's Shape for the next T tokens: one that stays where it is, for a tape. The tensors that it points to
-        live in it."""
+        """decode.attend's Shape for the next T tokens: the same object each time, since a tape holds its address. It keeps the
+        tensors that it points to alive."""
         if self.shape is None:
             layer = self.layers[0]
             B, H_kv, P, D = layer.prompt_k.shape
@@ -180,15 +180,15 @@ class Cache:
 
 
 def has_hooks(blocks):
-    """Whether a block, or a module in it, has a hook, which is to run at every step."""
+    """Whether a block, or a module in it, has a hook: hooks must run at every step."""
     if torch.nn.modules.module._has_any_global_hook():
         return True
     return any(module._forward_hooks or module._forward_pre_hooks for block in blocks for module in block.modules())
 
 
 class Memory:
-    """What was read and written of one conversation: ids, and each layer's keys and values (H_kv, len(ids), D). The next prompt
-    reads only what it does not begin with. Nothing is kept of a cache that a window has cut, or beyond it."""
+    """What is known of one conversation: its ids, and each layer's keys and values (H_kv, len(ids), D). The model reads only the
+    tokens of the next prompt that differ. Nothing is kept once a sliding window has dropped tokens."""
 
     def __init__(self):
         self.forget()
@@ -197,8 +197,8 @@ class Memory:
         self.ids, self.layers = [], []
 
     def recall(self, cache, prompt):
-        """Give `cache`, of this prompt alone and still empty, what is known of it. Returns how many tokens that are; one at least
-        is left to read."""
+        """Copy what is known of this prompt into `cache`, which is empty and of this prompt alone. Returns the number of tokens;
+        at least one is left to read."""
         known = 0
         while known < min(len(self.ids), len(prompt) - 1) and self.ids[known] == prompt[known]:
             known += 1
@@ -208,7 +208,7 @@ class Memory:
         return known
 
     def keep(self, cache, ids):
-        """ids: the prompt and the new tokens; those that the cache holds are kept."""
+        """Keep what the cache holds of `ids`, the prompt and the new tokens."""
         ids = ids[: cache.lengths[0] + cache.new]
         if cache.window and len(ids) >= cache.window:
             self.forget()
@@ -239,7 +239,7 @@ class LayerCache:
         return self.step(q, k, v, layout)
 
     def read(self, q, k, v):
-        """The tokens of cache.pieces: each looks at the earlier ones of its prompt."""
+        """The tokens of cache.pieces: each attends to the earlier ones of its prompt."""
         window, outputs, sizes = self.cache.window, [], [stop - start for _, start, stop in self.cache.pieces]
         for (prompt, start, stop), *piece in zip(
             self.cache.pieces, *(t.split(sizes, dim=2) for t in (q, k, v)), strict=True
@@ -262,7 +262,7 @@ class LayerCache:
         return torch.cat(outputs, dim=1).reshape(1, q.shape[2], -1)
 
     def lay_out(self):
-        """The prompts side by side, the shorter ones with unused slots at the end. Where an interrupt comes, all or nothing."""
+        """Join the prompts in one tensor, with unused slots after the shorter ones. An interrupt leaves all or nothing done."""
         parts = [self.parts[prompt] for prompt in range(len(self.cache.lengths))]
         self.stored = [k.shape[1] for k, _ in parts]
         H_kv, _, D = parts[0][0].shape
@@ -282,7 +282,7 @@ class LayerCache:
         self.parts = {}
 
     def grow(self, more):
-        """Room for that many new tokens more."""
+        """Make room for that many further new tokens."""
         room = self.k.new_zeros(*self.k.shape[:2], more, self.k.shape[3])
         self.k, self.v = torch.cat([self.k, room], dim=2), torch.cat([self.v, room], dim=2)
 
