@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import SCRIPT
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
@@ -357,7 +358,8 @@ def test_the_scaler_of_fp16_has_a_history_worth_keeping(exact):
 def test_ctrl_c_to_the_script_saves_says_how_to_go_on_and_exits_130(options, tmp_path, forks):
     config = options(tmp_path / "my run", max_steps=40, eval_every=20, samples=0, lora_dropout=0.1, resume="never")
     (tmp_path / "options.json").write_text(json.dumps(asdict(config)))
-    process = forks.script("train.py", "--config", tmp_path / "options.json")
+    one_thread = "import torch; torch.set_num_threads(1)\n"  # as in this process
+    process = forks.start(one_thread + SCRIPT, ROOT / "scripts" / "train.py", "--config", tmp_path / "options.json")
     lines = tmp_path / "my run" / "metrics.jsonl"
     while process.poll() is None and (not lines.exists() or lines.read_bytes().count(b"\n") < 4):
         time.sleep(0.005)
