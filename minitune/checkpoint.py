@@ -590,15 +590,15 @@ def read_adapter_config(folder):
             "into its base with PEFT (merge_and_unload) where the method can, and use the merged model"
         )
     check(config, ADAPTER, path)
-    targets = config.get("target_modules")
-    if targets is not None and (not targets or not all(targets)):
-        raise ValueError(f"{path}: target_modules is {short(targets)}, expected names, a pattern or all-linear")
     for key, allowed in ADAPTER_DEFAULTS.items():
-        if key in config and config[key] not in allowed:
+        if key in config and config[key] not in (*allowed, {}, []):
             shown = " or ".join(json.dumps(v) for v in (None, *allowed))
             raise ValueError(
                 f"{path}: {key} is {short(config[key])}, which minitune does not implement; it takes {shown}"
             )
+    targets = config.get("target_modules")
+    if targets is not None and (not targets or not all(targets)):
+        raise ValueError(f"{path}: target_modules is {short(targets)}, expected names, a pattern or all-linear")
     return config
 
 

@@ -18,6 +18,7 @@ from minitune.lora import LoRALinear
 from minitune.models.cache import Cache
 from minitune.models.layers import LayerNorm, Linear, RMSNorm
 from minitune.quant import NF4Linear
+from minitune.screen import some
 
 BY_TOKEN = (nn.Embedding, RMSNorm, LayerNorm, nn.LayerNorm)  # modules that work token by token
 # Default length of a guess: 7 guessed tokens and the last one are 8 rows, which cost one pass over the weights.
@@ -78,6 +79,8 @@ class GenerateConfig:
             raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected a number above 0 and up to 1")
+        if self.typical_p is not None and not 0 < self.typical_p <= 1:
+            raise ValueError(f"typical_p is {self.typical_p}, expected a number above 0 and up to 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}, expected a number from 0 to 1")
         if self.min_new_tokens > self.max_new_tokens:
@@ -200,6 +203,8 @@ def check(model, prompts, config, tokenizer, on_token, memory):
         if not 0 <= min(prompt) or max(prompt) >= vocabulary:
             wrong = next(t for t in prompt if not 0 <= t < vocabulary)
             raise ValueError(f"prompt {i} has the token {wrong}, but the model has {vocabulary} tokens")
+    if beyond := [i for i in config.eos_ids or () if i >= vocabulary]:
+        raise ValueError(f"eos_ids is {some(beyond)}, but the model has the tokens 0 to {vocabulary - 1:,}")
     if config.stop and tokenizer is None:
         raise ValueError("stop is given, but no tokenizer, which is needed to find these texts")
     if on_token and (config.num_beams > 1 or len(prompts) * config.num_return_sequences != 1):

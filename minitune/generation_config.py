@@ -11,20 +11,21 @@ from minitune.screen import short, some
 from minitune.tokenizer import embedding_rows
 
 IDS = (None, [TOKEN_ID])
+WHOLE = Number(-(2**63), 2**63 - 1, is_whole=True)
 SHAPES = {  # the keys that are applied
     "max_new_tokens": (None, COUNT),
-    "min_new_tokens": (None, COUNT),
+    "min_new_tokens": (None, WHOLE),
     "max_length": (None, COUNT),
-    "min_length": (None, COUNT),
+    "min_length": (None, WHOLE),
     "num_beams": (None, COUNT),
     "do_sample": (None, bool),
     "temperature": (None, float),
-    "top_k": (None, COUNT),
+    "top_k": (None, WHOLE),
     "top_p": (None, float),
     "min_p": (None, float),
-    "typical_p": (None, Number(0, 1)),
+    "typical_p": (None, float),
     "repetition_penalty": (None, float),
-    "no_repeat_ngram_size": (None, COUNT),
+    "no_repeat_ngram_size": (None, WHOLE),
     "length_penalty": (None, float),
     "early_stopping": (None, bool, {"never"}),
     "num_return_sequences": (None, COUNT),
@@ -55,6 +56,9 @@ NOT_APPLIED = {  # what transformers applies and minitune does not: the values w
     "top_h": (None,),
     "watermarking_config": (None,),
 }
+OFF_BELOW_1 = ("min_new_tokens", "min_length", "no_repeat_ngram_size")  # in transformers
+IDS_OF_TOKENS = ("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")  # that the model must have
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # not looked at where nothing is drawn
 OPTIONS = [f for f in fields(GenerateConfig) if f.metadata.get("is_option", True)]
 FROM_FILE = {"stop_strings": "stop"}  # the option's name where it is another one
 
@@ -97,8 +101,8 @@ def settle(options, folder, tokenizer, say, **weaker):
 
     weaker: defaults of a job in place of GenerateConfig's. Strongest first: the options, generation_config.json, weaker.
     Raises ValueError where these do not go together."""
-    given = {"eos_ids": tuple(tokenizer.eos_ids)} | options.given()
     rows = max(tokenizer.vocab_size, embedding_rows(folder))
+    given = {"eos_ids": tuple(i for i in tokenizer.eos_ids if i < (embedding_rows(folder) or rows))} | options.given()
     if beyond := [i for i in options.eos_ids or () if i >= rows]:
         raise ValueError(f"eos_ids is {some(beyond)}, but {folder} has the tokens 0 to {rows - 1:,}")
     path, stored, passed_over = (folder, {}, []) if options.generation_config == "none" else read(folder)
@@ -106,6 +110,9 @@ def settle(options, folder, tokenizer, say, **weaker):
         if f"{length}_new_tokens" in given or f"{length}_new_tokens" in stored:
             stored.pop(f"{length}_length", None)
     stored = {name: value for name, value in stored.items() if name not in given}
+    if not (weaker | stored | given).get("do_sample"):
+        stored = {name: value for name, value in stored.items() if name not in SAMPLING}
+    check_ids(stored, path, embedding_rows(folder) or rows)
     if "max_length" in stored:
         weaker = weaker | {"max_new_tokens": stored["max_length"]}
     if "min_new_tokens" in stored:
@@ -128,6 +135,21 @@ def settle(options, folder, tokenizer, say, **weaker):
     return found
 
 
+def check_ids(stored, path, rows):
+    """Raises ValueError where an answer must have a token, or must not have one, that the model lacks, as in transformers.
+    rows: the number of the model's tokens."""
+    for name in IDS_OF_TOKENS:
+        ids = stored.get(name) or ()
+        ids = (
+            (ids,) if isinstance(ids, int) else (i for one in ids for i in (one if isinstance(one, tuple) else (one,)))
+        )
+        if beyond := [i for i in ids if i >= rows]:
+            raise ValueError(
+                f"{path}: {name} has {some(beyond)}, but the model has the tokens 0 to {rows - 1:,} "
+                "(--generation-config none ignores this file)"
+            )
+
+
 def read(folder):
     """(the file, {field of GenerateConfig: value} that it holds, keys in it that change answers and are not applied).
     Raises ValueError with the file and the key where a value is of the wrong kind."""
@@ -136,6 +158,7 @@ def read(folder):
         path = folder / "config.json"
     content = read_json(path, {f"{key}?": shape for key, shape in SHAPES.items()})
     values = {FROM_FILE.get(key, key): content[key] for key in SHAPES if content.get(key) is not None}
+    values = {key: value for key, value in values.items() if key not in OFF_BELOW_1 or value > 0}
     for name in ("stop", "forced_eos_token_id"):
         if isinstance(values.get(name), str | int):
             values[name] = [values[name]]

@@ -211,6 +211,8 @@ def is_bnb_4bit(config, source="config.json"):
     method = quantization.get("quant_method", "bitsandbytes" if load_4bit or load_8bit else None)
     if method != "bitsandbytes":
         raise ValueError(f"quant_method={short(method)} in {source} is not supported: {advice}")
+    if load_8bit is load_4bit is False:  # a loader that was asked for neither
+        return False
     if load_8bit or not load_4bit:
         raise ValueError(
             f"load_in_8bit={short(load_8bit)} with load_in_4bit={short(load_4bit)} in {source} is not supported: {advice}"

@@ -628,7 +628,8 @@ def sample_answers(model, tokenizer, examples, max_new_tokens):
     """What the model answers (greedy) to the prompts of some examples: [{"prompt", "answer", "reference"}]."""
     model.eval()
     prompts = [example.ids[: example.prompt_length] for example in examples]
-    answers = generate(model, prompts, GenerateConfig(max_new_tokens, eos_ids=tuple(tokenizer.eos_ids)))
+    ends = tuple(i for i in tokenizer.eos_ids if i < model.config.vocab_size)
+    answers = generate(model, prompts, GenerateConfig(max_new_tokens, eos_ids=ends))
     references = [[i for i in e.ids[e.prompt_length :] if i not in tokenizer.eos_ids] for e in examples]
     return [
         dict(zip(("prompt", "answer", "reference"), map(tokenizer.decode, texts), strict=True))

@@ -10,7 +10,7 @@ import transformers
 from minitune import hub, sampling
 from minitune.chat import ChatConfig, chat
 from minitune.checkpoint import load_model
-from minitune.generate import generate
+from minitune.generate import GenerateConfig, generate
 from minitune.generation_config import DecodingOptions, settle
 from minitune.tokenizer import load_tokenizer
 
@@ -135,8 +135,11 @@ def test_config_json_is_read_where_there_is_no_other_file(folder, models, tmp_pa
     "content, message",
     [
         ({"temperature": "hot"}, "temperature is 'hot', expected null or a number"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 1.5}, "top_p is 1.5, expected a number above 0 and up to 1 (--generation-config none"),
+        ({"do_sample": True, "top_k": -1}, "top_k is -1"),
+        (
+            {"do_sample": True, "top_p": 1.5},
+            "top_p is 1.5, expected a number above 0 and up to 1 (--generation-config none",
+        ),
         ({"suppress_tokens": [[1]]}, "suppress_tokens[0] is [1]"),
         ({"bad_words_ids": [[]]}, "bad_words_ids has an empty list"),
         ({"num_return_sequences": 3}, "num_return_sequences is 3, but greedy decoding has one answer"),
@@ -175,3 +178,35 @@ def test_an_end_token_that_the_model_lacks_is_refused(folder):
     assert settle(DecodingOptions(eos_ids=(5, 1023)), folder, tokenizer, print).eos_ids == (5, 1023)
     with pytest.raises(ValueError, match=r"eos_ids is 1024, 2147483647, but .* has the tokens 0 to 1,023$"):
         settle(DecodingOptions(eos_ids=(5, 1024, 2**31 - 1)), folder, tokenizer, print)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"top_k": -1}, {"top_p": 0.0}, {"typical_p": 0.0}, {"min_length": -1}, {"no_repeat_ngram_size": -1}],
+    ids=str,
+)
+def test_values_that_change_nothing_are_taken_whatever_they_are(folder, models, keys):
+    (folder / "generation_config.json").write_text(json.dumps(BASE | keys))
+    said = []
+    ids, found = ask(folder, models[0], said, max_new_tokens=8)
+    assert found == peer_answers(models[1], BASE | keys | {"max_new_tokens": 8}, ids) and not said
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"forced_bos_token_id": 1024}, {"forced_eos_token_id": [2, 1024]}, {"bad_words_ids": [[5], [7, 1024]]}],
+    ids=str,
+)
+def test_a_token_that_an_answer_must_have_or_not_is_one_of_the_models(folder, keys):
+    (folder / "generation_config.json").write_text(json.dumps(BASE | keys))
+    tokenizer = load_tokenizer(folder)
+    with pytest.raises(
+        ValueError, match=r"has 1024, but the model has the tokens 0 to 1,023 \(--generation-config none"
+    ):
+        settle(DecodingOptions(), folder, tokenizer, print)
+    settle(DecodingOptions(generation_config="none"), folder, tokenizer, print)
+
+
+def test_decoding_refuses_an_end_token_that_the_model_lacks(models):
+    with pytest.raises(ValueError, match="eos_ids is 1024, but the model has the tokens 0 to 1,023"):
+        generate(models[0], [[1]], GenerateConfig(eos_ids=(5, 1024)))

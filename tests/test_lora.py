@@ -537,6 +537,14 @@ def test_a_setting_that_is_not_implemented_is_refused_by_name(key, saved, bases)
         assert len(str(raised.value)) < 450
 
 
+def test_a_setting_that_asks_for_nothing_is_taken_and_a_missing_target_is_named_last(saved, bases):
+    edit(saved, layer_replication=[], alora_invocation_tokens=[], megatron_config={}, lora_ga_config={})
+    assert lora.lora_layers(load_model(bases["phi"], adapter=saved))
+    edit(saved, target_modules=[], target_parameters=["mlp.fc1.weight"])
+    with pytest.raises(ValueError, match="target_parameters is "):
+        load_model(bases["phi"], adapter=saved)
+
+
 @pytest.mark.parametrize(
     "method", ["IA3", "LOHA", "LOKR", "PROMPT_TUNING", "PREFIX_TUNING", "ADALORA", "A_NEW_ONE", ["x"]]
 )

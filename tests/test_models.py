@@ -79,6 +79,18 @@ def test_logits_equal_transformers(corner, length):
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_llama3s_bounds_in_the_wrong_order_are_those_of_transformers():
+    theirs, ours = pair("llama-llama3")
+    raw = json.loads(theirs.config.to_json_string())
+    raw["rope_parameters"] |= {"low_freq_factor": 4.0, "high_freq_factor": 1.0}
+    peer = type(theirs)(type(theirs.config).from_dict(copy.deepcopy(raw))).eval()
+    peer.load_state_dict(theirs.state_dict())
+    changed = build(raw).eval()
+    changed.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(changed(tokens(1, 40)), peer(tokens(1, 40)).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("corner", CORNERS)
 @torch.no_grad()

@@ -711,6 +711,8 @@ def test_nf4_in_a_config_is_recognised():
     old = {key: value for key, value in BNB_CONFIG.items() if key != "quant_method" and not key.startswith("_")}
     assert is_bnb_4bit({"quantization_config": old}) is True
     assert is_bnb_4bit({"quantization_config": BNB_CONFIG | {"bnb_4bit_quant_storage": "bfloat16"}}) is True
+    neither = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
+    assert is_bnb_4bit({"quantization_config": neither}) is False
     leftover = {"quantization_config": BNB_CONFIG | {"bnb_4bit_blocksize": 128}}  # the layers themselves say 64
     assert is_bnb_4bit(leftover) is True and unknown_keys(leftover) == ["quantization_config.bnb_4bit_blocksize"]
 

@@ -150,6 +150,11 @@ class Rope:
             blend = (self.original_length / waves - self.low_freq_factor) / (
                 self.high_freq_factor - self.low_freq_factor
             )
+            if (
+                self.low_freq_factor > self.high_freq_factor
+            ):  # transformers warns of it, and goes by the lower bound first
+                is_long = waves > self.original_length / self.low_freq_factor
+                blend = torch.where(is_long, 0.0, 1.0)
             blend = blend.clamp(0, 1)
             inverse = (1 - blend) * inverse / self.factor + blend * inverse
         return inverse
