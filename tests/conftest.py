@@ -16,8 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; the tens
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # no thread of a test spins on a core that another test needs
 sys.path.append(str(ROOT / "tests"))  # for triton_interpreter: pytest's importlib mode adds no folder
 
-# A shell that starts the tests behind itself has them, and what they start, ignore Ctrl-C.
+# Started in the background or by nohup, the tests and their processes would inherit that these signals are ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import torch  # noqa: E402
 from forks import Forks  # noqa: E402
