@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minitune.files import differences, parse_json, paths_explained, read_json, to_json, writable, write_json
 from minitune.schema import COUNT, check
-from minitune.screen import short, warn
+from minitune.screen import short, some, warn
 
 RECORD = {  # an answer
     "prompt": str,
@@ -91,7 +91,7 @@ class AnswerFile:
         stored = read_json(path, {f"{SUMS}?": [COUNT]})
         sums = stored.pop(SUMS, None)
         if changed := differences(stored, self.settings):
-            raise ValueError(f"{self.path} holds answers of other settings: {'; '.join(changed)}; {AGAIN}")
+            raise ValueError(f"{self.path} holds answers of other settings: {some(changed)}; {AGAIN}")
         if sums is None:
             warn(f"{path} has no checksums, as of an older minitune: the answers in {self.path} are taken as they are")
         return sums

@@ -189,11 +189,11 @@ def kind_of(mode):
 def differences(before, after):
     """What differs between two dicts, in words: ["name value -> value", ...]."""
     return [
-        f"{name} {brief(before.get(name))} -> {brief(after.get(name))}"
+        f"{brief(name, 40)} {brief(before.get(name))} -> {brief(after.get(name))}"
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name)
     ]
 
 
-def brief(value):
-    return printable(value[:12]) if isinstance(value, str) else short(value)
+def brief(value, length=12):
+    return printable(value[:length]) if isinstance(value, str) else short(value)

@@ -260,7 +260,8 @@ class SentencePieceTokenizer(Tokenizer):
     def id_of(self, text):
         if (found := next((i for i, (content, _) in self.added.items() if content == text), None)) is not None:
             return found
-        found = self.model.piece_to_id(text)  # the id of <unk> where there is no such piece
+        with explained(f"{self.folder} names a token that sentencepiece does not take:", text):
+            found = self.model.piece_to_id(text)  # the id of <unk> where there is no such piece
         return found if self.model.id_to_piece(found) == text else None
 
     def is_own(self, token_id):
@@ -350,7 +351,7 @@ class JsonTokenizer(Tokenizer):
         return found
 
     def id_of(self, text):
-        with explained(f"{self.folder} names a token {short(text)} that tokenizers does not take"):
+        with explained(f"{self.folder} names a token that tokenizers does not take:", text):
             return self.model.token_to_id(text)
 
     def is_own(self, token_id):

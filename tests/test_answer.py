@@ -222,7 +222,7 @@ def test_answers_of_other_settings_or_questions_are_refused_by_name_until_told_t
     for other, message in (
         ({"repetition_penalty": 1.5}, "other settings: repetition_penalty 1.0 -> 1.5"),
         ({"template": "phi2"}, "other settings: template plain -> phi2"),
-        ({"model": "tiny-llama"}, "other settings: model tiny-mistral -> tiny-llama; model files"),
+        ({"model": "tiny-llama"}, "other settings: model tiny-mistral -> tiny-llama, model files"),
         ({"logprobs": True}, "other settings: logprobs False -> True"),
     ):
         with pytest.raises(ValueError, match=message):

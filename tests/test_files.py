@@ -200,3 +200,8 @@ def test_a_screen_without_a_letter_shows_its_escape():
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, check=True)
     assert done.stdout == b"\\xe9\\u65e5\n"
+
+
+def test_what_differs_is_short_and_printable():
+    [change] = files.differences({"\x1b[2J" + "n" * 500: "\x1b[31m" + "v" * 500}, {})
+    assert change.isprintable() and len(change) < 80 and change.endswith("-> None")

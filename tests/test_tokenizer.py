@@ -7,6 +7,7 @@ import shutil
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
+from minitune.hub import resolve
 from minitune.tokenizer import load_tokenizer
 
 FOLDERS = ("tokenizers/llama-2", "tokenizers/mistral-v0.1", "tokenizers/phi-2", "tokenizers/gpt2", "stories260K")
@@ -114,6 +115,14 @@ def test_encode_refuses_what_is_not_text(load, name, text):
         load(name).encode(text)
     with pytest.raises(ValueError, match="surrogate"):
         load(name).encode("a\ud800")
+
+
+@pytest.mark.parametrize("name", ["tiny-mistral", "tiny-phi"])
+def test_a_token_that_is_no_text_is_refused(name, tmp_path):
+    folder = shutil.copytree(resolve(name), tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "\ud800"}))
+    with pytest.raises(ValueError, match=r"names a token that \w+ does not take: '\\ud800'"):
+        load_tokenizer(folder)
 
 
 def copy(data_dir, name, to, **files):
