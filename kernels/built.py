@@ -194,7 +194,8 @@ def compile_all(command, flags, work):
                 time.sleep(0.01)
     finally:
         for _, process in started:
-            process.kill() if process.poll() is None else None
+            if process.poll() is None:
+                process.kill()
             process.wait()
     for name, process in started:
         if process.returncode:

@@ -282,7 +282,10 @@ def answer(config, say=screen.tell):
 
         def take(found):
             records.extend(found)
-            writer.end(found[0]["answer"]) if writer else write(found)
+            if writer:
+                writer.end(found[0]["answer"])
+            else:
+                write(found)
 
         try:
             decode_batches(answerer, questions, prompts, take, 0, say, places, writer)

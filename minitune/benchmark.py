@@ -71,7 +71,8 @@ def run_measured(command):
         process = subprocess.Popen(command, stdout=out, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0), errors.seek(0)
+        out.seek(0)
+        errors.seek(0)
         if process.returncode:
             tail = errors.read().decode(errors="replace").splitlines()[-5:]
             raise ValueError(f"{shlex.join(command)} ended with {process.returncode}: " + " | ".join(tail))

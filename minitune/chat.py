@@ -45,7 +45,7 @@ def chat(config, ask=input, say=screen.say):
     if answerer.decoding.num_beams > 1 or answerer.decoding.num_return_sequences > 1:
         screen.tell("a chat streams one answer: num_beams and num_return_sequences of the model's files are not used")
         answerer.decoding = replace(answerer.decoding, num_beams=1, num_return_sequences=1)
-    answerer.model  # noqa: B018 - loads now, not while the first answer is awaited
+    _ = answerer.model  # loads it now, not while the first answer is awaited
     if ask is input and sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on every system
             importlib.import_module("readline")  # arrow keys, and lines beyond the 4095 bytes that a terminal takes

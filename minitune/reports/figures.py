@@ -72,7 +72,8 @@ def draw_line(axes, shown, number):
             axes.plot([at, at], [score.low, score.high], color=colour, alpha=0.45, linewidth=1.2)
     y = [score.value for score in scores]
     [line] = axes.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=1.5, label=None)
-    line.set_dashes(dashes) if dashes else line.set_linestyle("-")
+    if dashes:
+        line.set_dashes(dashes)
     return line
 
 
