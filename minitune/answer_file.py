@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitune.files import differences, parse_json, paths_explained, read_json, to_json, writable, write_json
+from minitune.interrupts import postponed
 from minitune.schema import COUNT, check
 from minitune.screen import short, some, warn
 
@@ -151,13 +152,14 @@ class AnswerFile:
             body = b"".join(line + b"\n" for line in lines)
         self.write_settings(lines)
         written = body + self.closing
-        if os.pwrite(self.handle, written, self.end) < len(written):
-            os.ftruncate(self.handle, self.end)
-            os.pwrite(self.handle, self.closing, self.end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self.end += len(body)
-        for record, line in zip(records, lines, strict=True):
-            self.add(record, line)
+        with postponed():
+            if os.pwrite(self.handle, written, self.end) < len(written):
+                os.ftruncate(self.handle, self.end)
+                os.pwrite(self.handle, self.closing, self.end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self.end += len(body)
+            for record, line in zip(records, lines, strict=True):
+                self.add(record, line)
 
     def progress(self):
         return f"{self.path} has {len(self.records):,} of {self.total:,} answers"

@@ -78,6 +78,18 @@ def handled(handler, signals=tuple(SIGNALS)):
             signal.signal(number, before)
 
 
+@contextmanager
+def postponed():
+    """While open, these signals wait: what is written to a file and what is known of it must not come apart."""
+    came = []
+    try:
+        with handled(lambda number, frame: came.append(number)):
+            yield
+    finally:
+        if came:
+            os.kill(os.getpid(), came[0])
+
+
 def sigterm_as_ctrl_c():
     """While open, Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, the last two with their name: a job that is ended by its
     time limit says what is kept too. A training takes the signals for itself while its loop runs (train.StopSignal), and

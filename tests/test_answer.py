@@ -185,6 +185,21 @@ def test_a_stopped_file_is_valid_and_a_second_start_gives_the_file_of_one_start(
     assert out.read_bytes() == whole.read_bytes() and len(entries(whole)) == 40
 
 
+def test_ctrl_c_while_answers_are_written_keeps_them_all(many, tmp_path, monkeypatch):
+    out, real = tmp_path / "answers.json", os.pwrite
+
+    def pwrite(handle, content, offset):
+        count = real(handle, content, offset)
+        if content.count(b"\n") > 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return count
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(KeyboardInterrupt, match="has 4 of 20 answers"):
+        answer(AnswerConfig(prompts=str(many), out=str(out), max_new_tokens=2, batch_size=4), QUIET)
+    assert len(entries(out)) == 4
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_every_batch_is_in_the_file_when_the_next_one_begins(name, many, tmp_path, monkeypatch):
     import minitune.answer as module
