@@ -3,18 +3,18 @@
 The options mean what they mean in transformers, whose tokens these are. It never loads a model."""
 
 import hashlib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from minitune_kernels import decode as kernels
 from minitune_kernels import nf4
 from torch import nn
 
-from minitune import sampling
-from minitune.config import arg, check_types, positive
-from minitune.lookup import Lookup
-from minitune.lora import LoRALinear
+from minitune.adapters.lora import LoRALinear
+from minitune.decoding import sampling
+from minitune.decoding.lookup import Lookup
+from minitune.decoding.options import GenerateConfig as GenerateConfig
+from minitune.decoding.search import Answer, Search
 from minitune.models.cache import Cache
 from minitune.models.layers import LayerNorm, Linear, RMSNorm
 from minitune.quant import NF4Linear
@@ -24,101 +24,6 @@ BY_TOKEN = (nn.Embedding, RMSNorm, LayerNorm, nn.LayerNorm)  # modules that work
 # Default length of a guess: 7 guessed tokens and the last one are 8 rows, which cost one pass over the weights.
 FREE_LOOKUP = 7
 PREFILL_TOKENS = 2048  # largest number of prompt tokens in one call of the model
-NEVER = -1e9  # transformers' score of a beam that cannot be chosen
-EARLY = {False: "no", True: "yes"}  # transformers' spelling of early_stopping
-IN_FILE = {"is_option": False}
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """How an answer is decoded."""
-
-    max_new_tokens: int = arg(64, "longest answer, in tokens", low=1)
-    min_new_tokens: int = arg(0, "an answer does not end before this many tokens")
-    num_beams: int = arg(1, "beams; 1: no beam search", low=1, high=1024)
-    do_sample: bool = arg(False, "draw tokens instead of taking the most likely")
-    temperature: float = arg(1.0, "sampling: scores are divided by it; 0: not sampled")
-    top_k: int = arg(50, "sampling: only the k most likely tokens; 0: all")
-    top_p: float = arg(1.0, "sampling: only the most likely tokens that reach this probability, above 0 to 1")
-    min_p: float = arg(0.0, "sampling: only tokens at least this probable, as a share of the most likely one, 0 to 1")
-    repetition_penalty: float = arg(1.0, "tokens that were there are made less likely by it (above 1)")
-    no_repeat_ngram_size: int = arg(0, "no n-gram of this many tokens comes twice; 0: allowed")
-    length_penalty: float = arg(1.0, "beams: the score of an answer is divided by its length to this power")
-    early_stopping: str = arg(
-        "no",
-        "beams: yes ends when num_beams answers are done, no when a better one is unlikely, never when it is impossible",
-        choices=("no", "yes", "never"),
-    )
-    num_return_sequences: int = arg(1, "answers of each prompt: samples, or the best beams", low=1, high=4096)
-    stop: tuple[str, ...] = arg((), "texts that end an answer")
-    seed: int = arg(0, "seed of the sampling")
-    lookup: int | None = arg(
-        None,
-        "greedy, one prompt: guess up to this many tokens from a repeated n-gram and check them in one step; 0: off; "
-        "not set: where it cannot change the answer",
-        high=1024,
-    )
-    eos_ids: tuple[int, ...] | None = arg(None, "token ids that end an answer; not set: the checkpoint's")
-    # What a checkpoint's generation_config.json may ask for beside these; no options of the command line.
-    max_length: int | None = arg(None, "prompt and answer, in tokens; with max_new_tokens the smaller holds", **IN_FILE)
-    min_length: int | None = arg(None, "prompt and answer, in tokens, before which no answer ends", **IN_FILE)
-    typical_p: float | None = arg(None, "sampling: only the most typical tokens of this probability", **IN_FILE)
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = arg(None, "lists of token ids that no answer has", **IN_FILE)
-    suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer has", **IN_FILE)
-    begin_suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer begins with", **IN_FILE)
-    forced_bos_token_id: int | None = arg(None, "the first token after a prompt of one token", **IN_FILE)
-    forced_eos_token_id: tuple[int, ...] | None = arg(None, "what the last token of the longest answer is", **IN_FILE)
-    renormalize_logits: bool | None = arg(None, "beams: scores are log-probabilities again after penalties", **IN_FILE)
-
-    def __post_init__(self):
-        if isinstance(self.early_stopping, bool):  # transformers' spelling
-            object.__setattr__(self, "early_stopping", EARLY[self.early_stopping])
-        check_types(self)
-        positive(self, "repetition_penalty")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, expected a number above 0 and up to 1")
-        if self.typical_p is not None and not 0 < self.typical_p <= 1:
-            raise ValueError(f"typical_p is {self.typical_p}, expected a number above 0 and up to 1")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}, expected a number from 0 to 1")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
-        if self.num_return_sequences > 1 and not self.samples and self.num_return_sequences > self.num_beams:
-            raise ValueError(
-                f"num_return_sequences is {self.num_return_sequences}, but greedy decoding has one answer and beam search "
-                f"num_beams={self.num_beams}; sample, or raise num_beams"
-            )
-        if 0 < self.temperature < 1e-5:
-            raise ValueError(f"temperature is {self.temperature}, expected 0 (nothing is drawn) or 0.00001 and more")
-        if self.lookup and (self.num_beams > 1 or self.samples):
-            raise ValueError("lookup is for greedy decoding; set it to 0 with beams or sampling")
-        if "" in self.stop:
-            raise ValueError("stop has an empty text, which every answer contains; leave it out")
-
-    @property
-    def samples(self):
-        """Whether tokens are drawn: a temperature of 0 means that they are not."""
-        return self.do_sample and self.temperature > 0
-
-    def meaning(self):
-        """The same decoding, with the defaults in place of options that change nothing in it: two configs with one meaning
-        decode the same."""
-        idle = () if self.samples else ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
-        idle += () if self.num_beams > 1 else ("length_penalty", "early_stopping", "renormalize_logits")
-        return replace(self, **{f.name: f.default for f in fields(GenerateConfig) if f.name in idle})
-
-
-@dataclass
-class Answer:
-    """One decoded answer. ids: without the end token. logprobs: of each id (and of the end token, last, where there was
-    one) under the model itself, before penalties and warpers. score: of beam search, with its length penalty."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    ended_by: str = "length"  # eos, stop or length
-    score: float | None = None
 
 
 @dataclass
@@ -547,69 +452,6 @@ def refuse_nan(logprobs):
         raise FloatingPointError(
             "the model's logits are NaN: its weights are damaged, or too large for this dtype; try fp32"
         )
-
-
-def by_length(score, length, penalty):
-    """score / length ** penalty in fp32, as transformers computes it."""
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        return float(np.float32(score) / np.float32(np.float64(length) ** penalty))
-
-
-class Search:
-    """The beams of one prompt: those that go on, and the best that ended."""
-
-    def __init__(self, prompt, beams, limit):
-        """limit: of an answer, in tokens."""
-        self.prompt, self.beams, self.limit, self.length, self.done = prompt, beams, limit, 0, False
-        self.tokens = [[] for _ in range(beams)]  # new ids of the running beams
-        self.logprobs = [[] for _ in range(beams)]
-        self.scores = [0.0] + [NEVER] * (beams - 1)  # at first all beams are the same one
-        self.ended = []  # (score, ids, logprobs, how), the best first, at most `beams`
-        self.can_improve = True
-
-    def histories(self):
-        return [self.prompt + tokens for tokens in self.tokens]
-
-    def advance(self, decoder, scores, beams, tokens, logprobs):
-        """Choose the beams of the next step from the candidates, lists with the best first. Returns the old beam that each new
-        one continues."""
-        config, n = decoder.config, self.beams
-        full = self.length + 1 == self.limit
-        ids = [[*self.tokens[beam], token] for beam, token in zip(beams, tokens, strict=True)]
-        how = [decoder.ends(new) or ("length" if full else None) for new in ids]
-        # The n best candidates may end; the others are there to go on.
-        is_full = len(self.ended) == n and config.early_stopping == "yes"
-        for i in range(n):
-            score = by_length(scores[i], self.length + 1, config.length_penalty)
-            if how[i] and self.can_improve and not is_full and score > NEVER:  # not one that took a banned token
-                self.ended.append((score, ids[i], [*self.logprobs[beams[i]], logprobs[i]], how[i]))
-        self.ended = sorted(self.ended, key=lambda entry: -entry[0])[:n]
-        # transformers lowers the scores of those that ended, and takes the n best of all.
-        lowered = [score + (NEVER if end else 0.0) for score, end in zip(scores, how, strict=True)]
-        chosen = sorted(range(len(ids)), key=lambda i: -lowered[i])[:n]
-        self.scores = [lowered[i] for i in chosen]
-        self.logprobs = [[*self.logprobs[beams[i]], logprobs[i]] for i in chosen]
-        self.tokens = [ids[i] for i in chosen]
-        self.length += 1
-        self.can_improve = self.can_improve and self.may_improve(config)
-        self.done = not self.can_improve or all(how) or (len(self.ended) == n and config.early_stopping == "yes")
-        return [beams[i] for i in chosen]
-
-    def may_improve(self, config):
-        """Whether a running beam may still score above the worst ended one, by transformers' estimate."""
-        if len(self.ended) < self.beams:
-            return True
-        length = self.length
-        if config.early_stopping == "never" and config.length_penalty > 0:
-            length = self.limit
-        return by_length(self.scores[0], length, config.length_penalty) > self.ended[-1][0]
-
-    def answers(self, decoder, count):
-        running = zip(self.scores, self.tokens, self.logprobs, ["length"] * self.beams, strict=True)
-        answers = []  # where too few ended, as all tokens were banned, with those that went on
-        for score, ids, logprobs, how in [*self.ended, *running][:count]:
-            answers.append(Answer(ids[:-1] if how == "eos" else ids, logprobs, how, score))
-        return answers
 
 
 @torch.no_grad()

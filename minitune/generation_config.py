@@ -4,8 +4,8 @@ where there is none the same keys in config.json. End tokens are not read here: 
 from dataclasses import dataclass, fields, make_dataclass
 
 from minitune.config import arg, check_types
+from minitune.decoding.options import GenerateConfig
 from minitune.files import read_json
-from minitune.generate import GenerateConfig
 from minitune.schema import COUNT, TOKEN_ID, Number
 from minitune.screen import short, some
 from minitune.tokenizer import embedding_rows

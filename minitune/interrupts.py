@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SIGNALS = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}
 if hasattr(signal, "SIGHUP"):
@@ -95,3 +95,32 @@ def sigterm_as_ctrl_c():
     time limit says what is kept too. A training takes the signals for itself while its loop runs (train.StopSignal), and
     gives them back."""
     return handled(interrupt)
+
+
+class StopSignal:
+    """While open, the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) only asks: the step in hand ends and is
+    saved. The second one interrupts; within an import, which cannot be interrupted safely, the third."""
+
+    requested = False
+
+    def __enter__(self):
+        self.previous = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # of nohup
+                continue
+            try:
+                self.previous[number] = signal.signal(number, self.ask)
+            except ValueError:  # not the main thread: whoever started it takes the signals
+                break
+        return self
+
+    def ask(self, number, frame):
+        if self.requested and not is_importing(frame):
+            raise KeyboardInterrupt("at once; the state is that of the last save")
+        self.requested = True
+        with suppress(OSError):  # a terminal that is gone
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print may be what was interrupted
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

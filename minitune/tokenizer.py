@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from minitune.files import read_bytes, read_json
-from minitune.prompts import BOS, EOS, Special
+from minitune.formats.templates import BOS, EOS, Special
 from minitune.schema import Number, check
 from minitune.screen import printable, short, warn
 

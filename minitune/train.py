@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import statistics
 import sys
 import threading
@@ -18,14 +17,17 @@ from dataclasses import asdict
 
 import torch
 
-from minitune import checkpoint, data, hub, lora, screen
+from minitune import checkpoint, data, hub, screen
+from minitune.adapters import lora, peft_files
 from minitune.config import TrainConfig, is_out_of_memory
+from minitune.data import dataset
+from minitune.decoding.options import GenerateConfig
 from minitune.device import DTYPES, choose_device, choose_dtype, environment, peak_bytes, reset_peak
 from minitune.files import expand, to_json, write_json, write_whole
-from minitune.generate import GenerateConfig, generate
-from minitune.interrupts import is_importing
+from minitune.generate import generate
+from minitune.interrupts import StopSignal
 from minitune.models.layers import chunked_cross_entropy
-from minitune.run_folder import (
+from minitune.runs.folder import (
     Curve,
     Progress,
     append_line,
@@ -331,7 +333,7 @@ def check_rows(config):
     """Raises ValueError where the files of rows cannot be read: before anything is asked of the network."""
     for path in (config.data, config.test_data):
         if path not in (None, "alpaca", "embedded"):
-            data.one_format(data.read_rows(path), path)
+            dataset.one_format(data.read_rows(path), path)
 
 
 def check_plan(config, plan, test_set):
@@ -551,7 +553,7 @@ def finish(run, config, progress, trained, save_adapter, say):
             "no step had a lower held-out loss than the base: adapter/ holds the last step; try another --learning-rate"
         )
     if best and 0 < progress.best_step < progress.step:
-        for name, tensor in checkpoint.read_adapter_tensors(run / "best").items():
+        for name, tensor in peft_files.read_adapter_tensors(run / "best").items():
             trained[name.removeprefix("base_model.model.")].data.copy_(tensor)
     save_adapter("adapter")
     kept = (
@@ -726,35 +728,6 @@ def first_nonfinite(model, batches):
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-class StopSignal:
-    """While open, the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) only asks: the step in hand ends and is
-    saved. The second one interrupts; within an import, which cannot be interrupted safely, the third."""
-
-    requested = False
-
-    def __enter__(self):
-        self.previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # of nohup
-                continue
-            try:
-                self.previous[number] = signal.signal(number, self.ask)
-            except ValueError:  # not the main thread: whoever started it takes the signals
-                break
-        return self
-
-    def ask(self, number, frame):
-        if self.requested and not is_importing(frame):
-            raise KeyboardInterrupt("at once; the state is that of the last save")
-        self.requested = True
-        with suppress(OSError):  # a terminal that is gone
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print may be what was interrupted
-
-    def __exit__(self, *error):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 class Pulse:

@@ -5,4 +5,4 @@ python scripts/bench_bertscore.py --peer "python tests/peer_bert_score.py {model
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.bertscore_benchmark", "BenchBertScoreConfig", "bench_bertscore", __doc__)
+    main("minitune.bench.bertscore", "BenchBertScoreConfig", "bench_bertscore", __doc__)

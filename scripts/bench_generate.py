@@ -6,4 +6,4 @@ python scripts/bench_generate.py --model DIR --peer "python peer.py {model}" """
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.benchmark", "BenchGenerateConfig", "bench_generate", __doc__)
+    main("minitune.bench.decoding", "BenchGenerateConfig", "bench_generate", __doc__)

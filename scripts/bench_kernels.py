@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.kernel_benchmark", "BenchKernelsConfig", "bench_kernels", __doc__)
+    main("minitune.bench.kernels", "BenchKernelsConfig", "bench_kernels", __doc__)

@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.benchmark", "BenchMemoryConfig", "bench_memory", __doc__)
+    main("minitune.bench.memory", "BenchMemoryConfig", "bench_memory", __doc__)

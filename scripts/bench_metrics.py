@@ -6,4 +6,4 @@ python scripts/bench_metrics.py --peer "python peer.py {pairs}" """
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.metric_benchmark", "BenchMetricsConfig", "bench_metrics", __doc__)
+    main("minitune.bench.metrics", "BenchMetricsConfig", "bench_metrics", __doc__)

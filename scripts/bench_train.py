@@ -6,4 +6,4 @@ python scripts/bench_train.py --model DIR --data FILE --peer "python peer.py {mo
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.benchmark", "BenchTrainConfig", "bench_train", __doc__)
+    main("minitune.bench.training", "BenchTrainConfig", "bench_train", __doc__)

@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.chat", "ChatConfig", "chat", __doc__)
+    main("minitune.jobs.chat", "ChatConfig", "chat", __doc__)

@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.demo", "DemoConfig", "demo", __doc__)
+    main("minitune.jobs.demo", "DemoConfig", "demo", __doc__)

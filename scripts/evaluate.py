@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.evaluate", "EvaluateConfig", "evaluate", __doc__)
+    main("minitune.jobs.evaluate", "EvaluateConfig", "evaluate", __doc__)

@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.answer", "AnswerConfig", "answer", __doc__)
+    main("minitune.jobs.generate", "AnswerConfig", "answer", __doc__)

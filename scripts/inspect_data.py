@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.inspect_data", "InspectConfig", "inspect_data", __doc__)
+    main("minitune.jobs.inspect_data", "InspectConfig", "inspect_data", __doc__)

@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.tiny", "TinyConfig", "make_all", "Make the embedded models, tokenizers and rows.")
+    main("minitune.embedded.make", "TinyConfig", "make_all", "Make the embedded models, tokenizers and rows.")

@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.report", "ReportConfig", "report", __doc__)
+    main("minitune.jobs.report", "ReportConfig", "report", __doc__)

@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.sweep", "SweepConfig", "sweep", __doc__)
+    main("minitune.jobs.sweep", "SweepConfig", "sweep", __doc__)

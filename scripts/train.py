@@ -3,4 +3,4 @@
 from minitune.interrupts import main
 
 if __name__ == "__main__":
-    main("minitune.train", "TrainConfig", "train", __doc__)
+    main("minitune.jobs.train", "TrainConfig", "train", __doc__)

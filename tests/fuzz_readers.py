@@ -15,15 +15,19 @@ from pathlib import Path
 
 import torch
 
-from minitune import answer, chat, data, evaluate, inspect_data, report, run_folder, sweep, train
+from minitune import data, train
 from minitune.checkpoint import load_encoder, load_model
-from minitune.config import parse
+from minitune.config import TrainConfig, parse
+from minitune.jobs import chat, evaluate, inspect_data, report, sweep
+from minitune.jobs import generate as generate_job
+from minitune.reports.results import read_results
+from minitune.runs import folder as run_folder
 from minitune.tokenizer import load_tokenizer
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 JOBS = {
-    "train": train.TrainConfig,
-    "generate": answer.AnswerConfig,
+    "train": TrainConfig,
+    "generate": generate_job.AnswerConfig,
     "chat": chat.ChatConfig,
     "evaluate": evaluate.EvaluateConfig,
     "sweep": sweep.SweepConfig,
@@ -47,7 +51,7 @@ def read_model(folder, adapter=None):
 
 
 def ask(**options):
-    answer.answer(answer.AnswerConfig(model="model", max_new_tokens=1, dtype="fp32", **options), print)
+    generate_job.answer(generate_job.AnswerConfig(model="model", max_new_tokens=1, dtype="fp32", **options), print)
 
 
 def compare(kind):
@@ -58,12 +62,12 @@ def compare(kind):
 def read_report(folder):
     """The report without its pictures, which take a second."""
     config = report.ReportConfig(folders=(folder,), **QUICK)
-    report.write_sections(report.read_results(config.folders), config)
+    report.write_sections(read_results(config.folders), config)
 
 
 def go_on():
     """A training that is finished: its state, metrics and options are read, and its adapter is written again."""
-    train.train(parse(train.TrainConfig, ["--config", "run/config.json"]))
+    train.train(parse(TrainConfig, ["--config", "run/config.json"]))
 
 
 def sweep_on():
@@ -89,8 +93,8 @@ READERS = {
     "sweep a run": sweep_on,
     "report a run": lambda: read_report("run"),
     "study": lambda: read_report("study"),
-    "config": lambda: parse(train.TrainConfig, ["--config", "options/train.json"]),
-    "config of generate": lambda: parse(answer.AnswerConfig, ["--config", "options/generate.json"]),
+    "config": lambda: parse(TrainConfig, ["--config", "options/train.json"]),
+    "config of generate": lambda: parse(generate_job.AnswerConfig, ["--config", "options/generate.json"]),
     "config of sweep": lambda: parse(sweep.SweepConfig, ["--config", "options/sweep.json"]),
     **{
         f"{kind} rows": lambda kind=kind: data.load(f"rows/rows.{kind}", TOKENIZER, test_size=0.2)

@@ -14,26 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitune import answer_file, sampling, screen
-from minitune.answer import (
-    AnswerConfig,
-    Answerer,
-    Writer,
-    adapter_folder,
-    answer,
-    choose_template,
-    print_json,
-    print_text,
-    read_facts,
-    read_questions,
-)
-from minitune.answer_file import open_answers
-from minitune.chat import ChatConfig, chat
+from minitune import screen
 from minitune.config import TrainConfig, parse, run_script, sigterm_as_ctrl_c
-from minitune.evaluate import EvaluateConfig, evaluate
+from minitune.decoding import sampling
 from minitune.files import read_json, write_json
+from minitune.formats.templates import BOS, CHAT_TEMPLATES, EOS, conversation
 from minitune.hub import resolve
-from minitune.prompts import BOS, CHAT_TEMPLATES, EOS, conversation
+from minitune.jobs.chat import ChatConfig, chat
+from minitune.jobs.evaluate import EvaluateConfig, evaluate
+from minitune.jobs.generate import AnswerConfig, answer, print_json, print_text, read_questions
+from minitune.runs import answers
+from minitune.runs.answers import open_answers
+from minitune.session import Answerer, Writer, adapter_folder, choose_template, read_facts
 from minitune.tokenizer import load_tokenizer
 from minitune.train import train
 
@@ -202,7 +194,7 @@ def test_ctrl_c_while_answers_are_written_keeps_them_all(many, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_batch_is_in_the_file_when_the_next_one_begins(name, many, tmp_path, monkeypatch):
-    import minitune.answer as module
+    import minitune.jobs.generate as module
 
     out, real, seen = tmp_path / name, module.decode, []
 
@@ -318,7 +310,7 @@ def test_an_edited_answer_is_refused_and_one_without_a_checksum_said(name, tmp_p
     with pytest.raises(ValueError, match=r"line .: tokens is -1"), open_answers(path, {}, QUESTIONS, 1, False):
         pass
     path.write_text(whole)
-    write_json(answer_file.settings_path(path), {})
+    write_json(answers.settings_path(path), {})
     with open_answers(path, {}, QUESTIONS, 1, False) as file:
         assert file.records == ANSWERS and "no checksums" in capsys.readouterr().err
 
@@ -339,7 +331,7 @@ def test_a_damaged_line_is_named_and_two_processes_do_not_write_one_file(tmp_pat
         open_answers(path, {}, QUESTIONS, 1, False),
     ):
         pass
-    answer_file.settings_path(path).write_text("{}")
+    answers.settings_path(path).write_text("{}")
     with (
         pytest.raises(ValueError, match="other settings: x None -> 1"),
         open_answers(path, {"x": 1}, QUESTIONS, 1, False),
@@ -348,7 +340,7 @@ def test_a_damaged_line_is_named_and_two_processes_do_not_write_one_file(tmp_pat
 
 
 def test_what_is_printed_of_a_file_comes_batch_by_batch_and_a_stopped_list_is_closed(many, capsys, monkeypatch):
-    import minitune.answer as module
+    import minitune.jobs.generate as module
 
     real, calls = module.decode, []
 
@@ -418,7 +410,7 @@ def test_the_model_is_the_one_that_the_adapter_was_trained_on(adapter, tmp_path)
 
 def test_the_prompt_is_the_one_of_training_to_the_last_token(adapter):
     answerer = Answerer(AnswerConfig(prompt="x", adapter=str(adapter), device="cpu"), QUIET)
-    from minitune.data import encode_row
+    from minitune.data.labels import encode_row
 
     row = {"instruction": "Add.", "input": "", "output": "7"}
     trained = encode_row(row, answerer.tokenizer, "alpaca")
@@ -543,7 +535,7 @@ def test_an_answer_that_the_context_cuts_is_said(adapter):
 
 @pytest.mark.parametrize("when", ["before the answer", "between the tokens", "while a step runs", "after the answer"])
 def test_ctrl_c_at_any_moment_keeps_the_chat_and_the_turns_before(when, adapter, monkeypatch):
-    import minitune.chat as module
+    import minitune.jobs.chat as module
 
     real, question = module.decode, iter([1, 2, 3])
 
@@ -603,7 +595,7 @@ def test_letters_that_the_screen_does_not_have_are_escaped(adapter, monkeypatch)
 
 
 def test_a_question_beyond_the_context_is_named_before_anything_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("minitune.answer.decode", lambda *args, **options: pytest.fail("something was decoded"))
+    monkeypatch.setattr("minitune.jobs.generate.decode", lambda *args, **options: pytest.fail("something was decoded"))
     for name, text, place in (
         ("q.json", json.dumps(["a", "word " * 600]), "row 1"),
         ("q.txt", "a\n\n" + "word " * 600, "line 3"),
@@ -616,7 +608,7 @@ def test_a_question_beyond_the_context_is_named_before_anything_is_decoded(tmp_p
 
 
 def test_out_of_memory_names_the_options_and_keeps_the_answers_before(many, tmp_path, monkeypatch):
-    import minitune.answer as module
+    import minitune.jobs.generate as module
 
     real, calls, out = module.decode, [], tmp_path / "answers.jsonl"
 
@@ -642,7 +634,7 @@ def test_what_is_said_after_a_stopped_answer_has_its_own_line(adapter, capsys, m
             if len(self.ids) == 4:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("minitune.answer.Writer", Cut)
+    monkeypatch.setattr("minitune.jobs.generate.Writer", Cut)
     with pytest.raises(KeyboardInterrupt):
         answer(AnswerConfig(prompt="x", adapter=str(adapter), min_new_tokens=6), QUIET)
     text = capsys.readouterr().out

@@ -6,15 +6,11 @@ import sys
 import pytest
 import torch
 
-from minitune import benchmark
-from minitune.benchmark import (
-    BenchGenerateConfig,
-    BenchTrainConfig,
-    bench_generate,
-    bench_train,
-    run_measured,
-    write_random_checkpoint,
-)
+from minitune.bench import decoding, shapes
+from minitune.bench.decoding import BenchGenerateConfig, bench_generate
+from minitune.bench.shapes import write_random_checkpoint
+from minitune.bench.training import BenchTrainConfig, bench_train
+from minitune.bench.turns import run_measured
 from minitune.checkpoint import load_model
 
 
@@ -66,7 +62,7 @@ def test_the_shape_of_a_large_model_is_decoded_with_random_weights(monkeypatch):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    monkeypatch.setattr(benchmark, "MISTRAL_7B", benchmark.MISTRAL_7B | small | {"num_key_value_heads": 2})
+    monkeypatch.setattr(decoding, "MISTRAL_7B", shapes.MISTRAL_7B | small | {"num_key_value_heads": 2})
     config = BenchGenerateConfig(
         model="mistral-7b-shape", quantize="nf4", modes=("greedy",), prompt=4, new=6, repeats=1
     )

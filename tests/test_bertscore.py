@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from minitune import hub
 from minitune.checkpoint import load_encoder
 from minitune.config import parse
-from minitune.evaluate import EvaluateConfig, evaluate
 from minitune.files import read_json, write_json
+from minitune.jobs.evaluate import EvaluateConfig, evaluate
 from minitune.metrics import bertscore as module
 from minitune.metrics.bertscore import LAYERS, bert_score
 from minitune.tokenizer import BERT_SPECIAL, ROBERTA_SPECIAL, load_tokenizer

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from minitune import quant
 from minitune.checkpoint import load_model
-from minitune.generate import GenerateConfig, generate
+from minitune.decoding.options import GenerateConfig
+from minitune.generate import generate
 from minitune.models import build
 from minitune.tokenizer import load_tokenizer
 

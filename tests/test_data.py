@@ -11,8 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from minitune import data, hub
-from minitune.inspect_data import InspectConfig, inspect_data, token_kinds
-from minitune.prompts import alpaca_prompt, detect, segments
+from minitune.data import dataset, labels
+from minitune.formats.rows import detect, segments
+from minitune.formats.templates import alpaca_prompt
+from minitune.jobs.inspect_data import InspectConfig, inspect_data, token_kinds
 from minitune.tokenizer import load_tokenizer
 
 FOLDERS = ("tokenizers/llama-2", "tokenizers/mistral-v0.1", "tokenizers/phi-2", "tokenizers/gpt2", "stories260K")
@@ -248,16 +250,16 @@ def test_a_null_in_parquet_is_an_error_that_names_the_row(tmp_path, tokenizer):
     ],
 )
 def test_split_takes_the_first_rows_of_numpys_permutation(n, test_size, count):
-    train, test = data.split(n, test_size, 42)
+    train, test = dataset.split(n, test_size, 42)
     assert test + train == np.random.default_rng(42).permutation(n).tolist() and len(test) == count
-    assert data.split(n, test_size, 42) == (train, test)
-    assert data.split(n, test_size, 43) != (train, test)
+    assert dataset.split(n, test_size, 42) == (train, test)
+    assert dataset.split(n, test_size, 43) != (train, test)
 
 
 @pytest.mark.parametrize("test_size", [10, 11, 0.95, -1, -0.1, 1.5, float("nan"), True])
 def test_split_refuses_sizes_that_leave_nothing_or_mean_nothing(test_size):
     with pytest.raises(ValueError, match="test_size"):
-        data.split(10, test_size)
+        dataset.split(10, test_size)
 
 
 class OneToken:
@@ -298,11 +300,11 @@ def test_alpaca_splits_into_the_27_test_instructions_of_the_study(alpaca):
 
 def test_a_file_that_is_not_the_original_alpaca_is_an_error(alpaca):
     rows, path, _ = alpaca
-    data.check_alpaca(rows, path)
+    dataset.check_alpaca(rows, path)
     with pytest.raises(ValueError, match="has 52,001 rows, but the original Alpaca has 52,002"):
-        data.check_alpaca(rows[:-1], path)
+        dataset.check_alpaca(rows[:-1], path)
     with pytest.raises(ValueError, match="not the original Alpaca: .* the study's 27 test rows"):
-        data.check_alpaca(rows[::-1], path)
+        dataset.check_alpaca(rows[::-1], path)
     write(path, rows[::-1])
     with pytest.raises(ValueError, match="not the original Alpaca"):
         data.load("alpaca", OneToken(), split_seed=7, test_size=100)
@@ -316,7 +318,7 @@ def test_a_file_that_is_not_the_original_alpaca_is_an_error(alpaca):
 def test_a_row_is_bos_prompt_answer_and_a_supervised_end_with_every_tokenizer(data_dir, name, trap):
     tokenizer, text = load_tokenizer(data_dir / name), TRAPS[trap]
     row = {"instruction": text, "input": text, "output": text}
-    example = data.encode_row(row, tokenizer, "alpaca", 5)
+    example = labels.encode_row(row, tokenizer, "alpaca", 5)
     start = 0 if tokenizer.bos_id is None else 1
     prompt, answer = example.ids[start : example.prompt_length], example.ids[example.prompt_length : -1]
     assert example.row == 5 and example.labels == [-100] * example.prompt_length + answer + [tokenizer.eos_id]
@@ -329,14 +331,14 @@ def test_a_row_is_bos_prompt_answer_and_a_supervised_end_with_every_tokenizer(da
 
 def test_loss_on_all_supervises_everything_but_bos(byte_tokenizers):
     for tokenizer in byte_tokenizers:
-        example = data.encode_row(pair("ab", "cd"), tokenizer, "prompt_completion", loss_on="all")
+        example = labels.encode_row(pair("ab", "cd"), tokenizer, "prompt_completion", loss_on="all")
         bos = [] if tokenizer.bos_id is None else [-100]
         assert example.labels == bos + example.ids[len(bos) :] and len(example.ids) == len(bos) + 5
 
 
 def test_text_rows_are_supervised_whole(byte_tokenizers):
     for tokenizer in byte_tokenizers:
-        example = data.encode_row({"text": "ab"}, tokenizer, "text")
+        example = labels.encode_row({"text": "ab"}, tokenizer, "text")
         bos = [] if tokenizer.bos_id is None else [-100]
         assert example.labels == bos + example.ids[len(bos) :] and example.ids[-1] == EOS
 
@@ -346,7 +348,7 @@ def test_a_tokenizer_without_an_end_token_is_refused():
         eos_id = None
 
     with pytest.raises(ValueError, match="names no end token"):
-        data.encode_row({"text": "a"}, Endless(), "text")
+        labels.encode_row({"text": "a"}, Endless(), "text")
 
 
 # Over-length
@@ -372,7 +374,7 @@ def test_truncate_refuses_a_prompt_that_alone_fills_max_length_and_shows_the_row
     ):
         data.load(path, tokenizer, test_size=0, max_length=7, loss_on=loss_on)
     train, _ = data.load(path, tokenizer, test_size=0, max_length=8, loss_on=loss_on)
-    assert train.truncated == 1 and data.count_supervised(max(train.examples, key=lambda e: e.row).labels) >= 1
+    assert train.truncated == 1 and labels.count_supervised(max(train.examples, key=lambda e: e.row).labels) >= 1
 
 
 def test_drop_leaves_longer_rows_out_and_counts_them(tmp_path, tokenizer):
@@ -449,7 +451,7 @@ def test_the_fingerprint_is_of_the_rows_used(tmp_path, tokenizer):
 
 
 def examples_of(tokenizer, *pairs, loss_on="answer"):
-    return [data.encode_row(pair(*p), tokenizer, "prompt_completion", i, loss_on) for i, p in enumerate(pairs)]
+    return [labels.encode_row(pair(*p), tokenizer, "prompt_completion", i, loss_on) for i, p in enumerate(pairs)]
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])

@@ -5,7 +5,7 @@ import torch
 from minitune_kernels import built, decode
 from torch.nn import functional as F
 
-from minitune.lora import LoRALinear
+from minitune.adapters.lora import LoRALinear
 from minitune.models import layers
 from minitune.models.cache import Cache
 from minitune.models.layers import Linear, RMSNorm, apply_rope, project, swiglu

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from minitune import data, hub, lora, scoring
-from minitune import evaluate as module
+from minitune import data, hub
+from minitune.adapters import lora
 from minitune.checkpoint import load_model
 from minitune.config import TrainConfig, parse
-from minitune.evaluate import EvaluateConfig, Run, evaluate, read_options
+from minitune.decoding.options import GenerateConfig
+from minitune.evaluation import held_out as module
+from minitune.evaluation import scoring
+from minitune.evaluation.held_out import Run, read_options
 from minitune.files import read_json, write_json
-from minitune.generate import GenerateConfig, generate
+from minitune.generate import generate
+from minitune.jobs.evaluate import EvaluateConfig, evaluate
 from minitune.metrics.bleu import corpus_bleu, sentence_bleu
 from minitune.metrics.chrf import corpus_chrf, segment_chrf
 from minitune.metrics.exact_match import exact_match
@@ -27,7 +31,7 @@ from minitune.metrics.perplexity import judge_perplexity
 from minitune.metrics.rouge import rouge_l, rouge_lsum, rouge_n
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
 from minitune.metrics.token_f1 import token_f1
-from minitune.run_folder import read_lines
+from minitune.runs.folder import read_lines
 from minitune.screen import cells
 from minitune.tokenizer import load_tokenizer
 from minitune.train import held_out_loss, train

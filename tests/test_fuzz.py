@@ -22,11 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minitune import hub
 from minitune.config import RECIPES
-from minitune.evaluate import EvaluateConfig, evaluate
 from minitune.files import write_json
+from minitune.jobs.evaluate import EvaluateConfig, evaluate
+from minitune.jobs.sweep import SweepConfig, sweep
 from minitune.models import build, build_encoder
 from minitune.quant import NF4Linear
-from minitune.sweep import SweepConfig, sweep
 from minitune.train import TrainConfig, train
 
 SCALE = int(os.environ.get("MINITUNE_FUZZ_SCALE", 1))  # times as many inputs, drawn anew at every start where above 1

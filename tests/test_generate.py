@@ -9,10 +9,12 @@ import weakref
 import pytest
 import torch
 
-from minitune import lora, sampling
+from minitune.adapters import lora
 from minitune.checkpoint import load_model
-from minitune.generate import GenerateConfig, decode, earlier_copies, generate, steady_rows
-from minitune.lookup import Lookup
+from minitune.decoding import sampling
+from minitune.decoding.lookup import Lookup
+from minitune.decoding.options import GenerateConfig
+from minitune.generate import decode, earlier_copies, generate, steady_rows
 from minitune.models import build
 from minitune.models.cache import Cache, Memory
 from minitune.quant import NF4Linear

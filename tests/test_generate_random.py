@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from minitune.generate import GenerateConfig, decode
+from minitune.decoding.options import GenerateConfig
+from minitune.generate import decode
 from minitune.models import build
 
 CASES = 40  # of each family

@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 
-from minitune import hub, sampling
-from minitune.chat import ChatConfig, chat
+from minitune import hub
 from minitune.checkpoint import load_model
-from minitune.generate import GenerateConfig, generate
+from minitune.decoding import sampling
+from minitune.decoding.options import GenerateConfig
+from minitune.generate import generate
 from minitune.generation_config import DecodingOptions, settle
+from minitune.jobs.chat import ChatConfig, chat
 from minitune.tokenizer import load_tokenizer
 
 PROMPT = "What is 3 + 4? What is 20 + 2?"

@@ -8,89 +8,94 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [  # a module imports only from floors below its own; a name that ends with a dot stands for all below it
-    ["minitune_kernels."],
-    [
+FLOORS = {  # name: its modules. One imports only from floors below, and from those that stand before it on its own floor
+    "bits": ["minitune_kernels."],
+    "ground": [  # knows no model
         "minitune.interrupts",
         "minitune.screen",
         "minitune.schema",
         "minitune.files",
         "minitune.config",
         "minitune.device",
-        "minitune.hub",
-        "minitune.quant",
-        "minitune.lora",
-        "minitune.prompts",
-        "minitune.tiny_corpus",
-        "minitune.models.layers",
-        "minitune.models.config_json",
-        "minitune.sampling",
-        "minitune.lookup",
+        "minitune.formats.templates",
+        "minitune.formats.rows",
+        "minitune.formats.files",
+        "minitune.metrics.pairs",
+        "minitune.metrics.ngrams",
+        "minitune.metrics.writing",
+        "minitune.metrics.bleu_tokens",
         "minitune.metrics.",
     ],
-    [
+    "network": [  # formulas wired into blocks
+        "minitune.models.layers",
+        "minitune.models.config_json",
+        "minitune.models.cache",
         "minitune.models.llama",
         "minitune.models.mistral",
         "minitune.models.phi",
         "minitune.models.gpt2",
         "minitune.models.roberta",
-        "minitune.models.cache",
+        "minitune.models",
+        "minitune.quant",
+        "minitune.adapters.lora",
+        "minitune.decoding.",
     ],
-    ["minitune.models", "minitune.tokenizer", "minitune.generate"],
-    [
+    "disk": [  # weights, adapters, rows, the state of a run
+        "minitune.hub",
+        "minitune.tokenizer",
+        "minitune.tensor_files",
+        "minitune.adapters.peft_files",
         "minitune.checkpoint",
-        "minitune.data",
-        "minitune.run_folder",
         "minitune.generation_config",
-        "minitune.reports.commands",
-        "minitune.reports.study_files",
-        "minitune.reports.figures",
+        "minitune.data.labels",
+        "minitune.data.batches",
+        "minitune.data.dataset",
+        "minitune.data",
+        "minitune.runs.",
+        "minitune.study.",
+        "minitune.embedded.corpus",
+        "minitune.embedded.make",
     ],
-    [
+    "engines": [  # one subject each, no command line
+        "minitune.generate",
         "minitune.train",
-        "minitune.answer_file",
-        "minitune.reports.results",
+        "minitune.session",
+        "minitune.evaluation.scoring",
+        "minitune.evaluation.held_out",
+        "minitune.reports.commands",
+        "minitune.reports.figures",
         "minitune.reports.page",
         "minitune.reports.words",
-    ],
-    [
-        "minitune.tiny",
-        "minitune.demo",
-        "minitune.inspect_data",
-        "minitune.benchmark",
-        "minitune.kernel_benchmark",
-        "minitune.metric_benchmark",
-        "minitune.answer",
-        "minitune.scoring",
-        "minitune.reports.scores",
+        "minitune.reports.results",
         "minitune.reports.runs",
+        "minitune.reports.scores",
     ],
-    ["minitune.chat", "minitune.bertscore_benchmark", "minitune.evaluate", "minitune.report"],
-    ["minitune.sweep"],
-    ["scripts."],
-]
-PACKAGES = ("minitune", "minitune.metrics", "minitune.reports")  # with no code of their own
-GROUND = [  # what other modules of floor 1 may use; among themselves, those that stand before them
-    "minitune.interrupts",
-    "minitune.screen",
-    "minitune.schema",
-    "minitune.files",
-    "minitune.config",
-    "minitune.metrics.pairs",
-    "minitune.metrics.ngrams",
-    "minitune.metrics.writing",
-    "minitune.metrics.bleu_tokens",
-    "minitune.models.layers",
-]
+    "jobs": [
+        "minitune.bench.turns",
+        "minitune.bench.shapes",
+        "minitune.bench.",
+        "minitune.jobs.",
+    ],  # several subjects put together
+    "scripts": ["scripts."],
+}
+ORDER = [(name, entry) for name, entries in FLOORS.items() for entry in entries]
+PACKAGES = {  # with no code of their own
+    "minitune",
+    *(
+        f"minitune.{room}"
+        for room in "adapters bench decoding embedded evaluation formats jobs metrics reports runs study".split()
+    ),
+}
 PEERS = {"transformers", "peft", "bitsandbytes", "sacrebleu", "rouge_score", "bert_score", "hypothesis", "datasets"}
 RUNTIME = {"torch", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "numpy", "nltk", "regex", "scipy",
            "tqdm", "matplotlib", "minitune", "minitune_kernels", "pyarrow", "triton"}  # fmt: skip
 
 
-def floor(name):
-    for number, row in enumerate(FLOORS):
-        if any(name == entry or entry.endswith(".") and name.startswith(entry) for entry in row):
-            return number
+def place(name):
+    """(number of the floor, number in ORDER) of a module; the whole name goes before a room's."""
+    for number, (floor, entry) in sorted(enumerate(ORDER), key=lambda found: found[1][1].endswith(".")):
+        if name == entry or entry.endswith(".") and name.startswith(entry):
+            return list(FLOORS).index(floor), number
     raise AssertionError(f"{name} stands on no floor: add it to FLOORS in {__file__}")
 
 
@@ -108,21 +113,22 @@ def imports(path):
             assert node.level == 0, f"{path} uses a relative import; write the whole name"
             for alias in node.names:
                 inner = ROOT / f"{node.module}.{alias.name}".replace(".", "/").replace("minitune_kernels", "kernels")
-                yield f"{node.module}.{alias.name}" if inner.with_suffix(".py").exists() else node.module
+                is_module = inner.with_suffix(".py").exists() or (inner / "__init__.py").exists()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize("name, path", [pytest.param(*m, id=m[0]) for m in modules() if m[0] not in PACKAGES])
+@pytest.mark.parametrize(
+    "name, path", [pytest.param(*m, id=m[0]) for m in modules() if m[0] not in PACKAGES - {"minitune.data"}]
+)
 def test_imports_point_down(name, path):
     for target in imports(path):
         if target.split(".")[0] not in ("minitune", "minitune_kernels"):
             continue
         same_kernels = name.startswith("minitune_kernels") and target.startswith("minitune_kernels")
-        below = GROUND[: GROUND.index(name)] if name in GROUND else GROUND
-        ground = target in below and floor(name) == floor(target)
-        assert same_kernels or ground or floor(target) < floor(name), (
-            f"{path.relative_to(ROOT)} imports {target}, from its floor or above"
+        assert same_kernels or place(target) < place(name), (
+            f"{path.relative_to(ROOT)} imports {target}, which stands above it or beside it"
         )
 
 
@@ -137,7 +143,7 @@ def test_only_the_runtime_dependencies_are_imported():
 
 
 def test_importing_minitune_loads_no_peer():
-    code = f"import sys, minitune.demo, minitune.tiny; print(sorted(set(sys.modules) & set({sorted(PEERS)})))"
+    code = f"import sys, minitune.jobs.demo, minitune.embedded.make; print(sorted(set(sys.modules) & set({sorted(PEERS)})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -167,9 +173,18 @@ def test_every_script_has_help_and_one_clear_line_for_a_wrong_option(name, scrip
     assert wrong.returncode == 2 and "--no-such-option" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
-def test_readme_names_every_module():
-    readme = (ROOT / "README.md").read_text()
-    missing = [
-        str(path.relative_to(ROOT)) for _, path in modules() if path.name != "__init__.py" and path.name not in readme
-    ]
-    assert not missing, f"the tree in README.md lacks {', '.join(missing)}"
+@pytest.mark.parametrize("folder", ["minitune", "kernels", "scripts", "tests"])
+def test_a_folder_s_readme_lists_its_modules_and_nothing_else(folder):
+    page = (ROOT / folder / "README.md").read_text()
+    tree = page.split(f"```\n{folder}/\n")[1].split("```")[0]
+    listed, room = set(), ROOT / folder
+    for line in tree.splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        room = ROOT / folder if indent == 2 else room
+        if name.endswith("/"):
+            room = ROOT / folder / name
+        listed |= {room / word for word in line.split()[: 2 if folder == "kernels" else 1] if word.endswith(".py")}
+    real = {p for p in (ROOT / folder).rglob("*.py") if p.name != "__init__.py" or p.parent.name in ("models", "data")}
+    assert {str(p.relative_to(ROOT)) for p in listed ^ real} == set(), (
+        "listed without being there, or there without being listed"
+    )

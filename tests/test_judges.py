@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitune.checkpoint import default_targets, load_encoder, load_model
-from minitune.generate import GenerateConfig, generate
+from minitune.decoding.options import GenerateConfig
+from minitune.generate import generate
 
 transformers = pytest.importorskip("transformers", reason="parity is proven against transformers")
 

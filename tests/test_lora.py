@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 
-from minitune import checkpoint, data, lora, quant
-from minitune.checkpoint import load_adapter, load_model, save_adapter
+from minitune import checkpoint, data, quant
+from minitune.adapters import lora, peft_files
+from minitune.adapters.peft_files import load_adapter, save_adapter
+from minitune.checkpoint import load_model
 from minitune.config import TrainConfig
 from minitune.models import ARCHITECTURES, build
 from minitune.tokenizer import load_tokenizer
@@ -458,7 +460,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved_and_the_one_before_stays(bas
 
 
 def test_what_was_saved_is_read_back(bases, tmp_path, monkeypatch):
-    model, write = adapted(bases["llama"]), checkpoint.write_whole
+    model, write = adapted(bases["llama"]), peft_files.write_whole
 
     def flip_a_bit(path, content):
         write(path, content[:-1] + bytes([content[-1] ^ 1]))
@@ -467,7 +469,7 @@ def test_what_was_saved_is_read_back(bases, tmp_path, monkeypatch):
         write(path, content[:-1])
 
     for fault, message in ((flip_a_bit, "does not hold what was written"), (cut, "is not a whole safetensors file")):
-        monkeypatch.setattr(checkpoint, "write_whole", fault)
+        monkeypatch.setattr(peft_files, "write_whole", fault)
         with pytest.raises(ValueError, match=message):
             save_adapter(model, tmp_path)
 
@@ -557,7 +559,7 @@ def test_an_adapter_of_another_method_is_refused_as_what_it_is(method, saved, ba
 
 
 def test_every_setting_of_the_installed_peft_is_read_or_refused_when_it_is_not_its_default(saved, peft):
-    harmless = checkpoint.ADAPTER_IGNORED | checkpoint.ADAPTER_READ | {"init_lora_weights"}
+    harmless = peft_files.ADAPTER_IGNORED | peft_files.ADAPTER_READ | {"init_lora_weights"}
     defaults = peft.LoraConfig(r=4, target_modules=["fc1"], task_type="CAUSAL_LM").to_dict()
     checked = 0
     for field in dataclasses.fields(peft.LoraConfig):
@@ -569,11 +571,11 @@ def test_every_setting_of_the_installed_peft_is_read_or_refused_when_it_is_not_i
         )
         edit(saved, **{field.name: other})
         with pytest.raises(ValueError, match=f"adapter_config.json: {field.name} is "):
-            checkpoint.read_adapter_config(saved)
+            peft_files.read_adapter_config(saved)
         edit(saved, **{field.name: default})
         checked += 1
     assert checked > 15
-    checkpoint.read_adapter_config(saved)  # with every key at PEFT's default
+    peft_files.read_adapter_config(saved)  # with every key at PEFT's default
 
 
 @pytest.mark.parametrize("value", [None, False, {}, [], True, "on", 3, {"a": 1}])
@@ -739,7 +741,7 @@ def test_null_is_the_default_of_every_key_that_has_one(saved, bases):
     expected = logits(load_model(bases["phi"], adapter=saved))
     edit(
         saved,
-        **dict.fromkeys([*checkpoint.ADAPTER_DEFAULTS, *checkpoint.ADAPTER_IGNORED, "lora_dropout", "use_rslora"]),
+        **dict.fromkeys([*peft_files.ADAPTER_DEFAULTS, *peft_files.ADAPTER_IGNORED, "lora_dropout", "use_rslora"]),
     )
     assert torch.equal(logits(load_model(bases["phi"], adapter=saved)), expected)
 

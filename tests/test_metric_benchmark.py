@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from minitune.metric_benchmark import BenchMetricsConfig, bench_metrics, synthetic_pairs
+from minitune.bench.metrics import BenchMetricsConfig, bench_metrics, synthetic_pairs
 
 
 def test_minitune_and_the_libraries_give_the_same_scores_of_synthetic_pairs(tmp_path):

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from minitune.files import fingerprint
+from minitune.jobs.report import ReportConfig, default_out, report
 from minitune.metrics.correlation import correlate
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap
-from minitune.report import ReportConfig, default_out, report
 from minitune.reports import figures, page
 from minitune.reports.results import read_results, sweep_lines
 from minitune.reports.runs import repeated_words
 from minitune.reports.scores import scores_section
-from minitune.reports.study_files import GRADES, parse_name
-from minitune.run_folder import adapter_fingerprint
+from minitune.runs.folder import adapter_fingerprint
+from minitune.study.files import GRADES, parse_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"

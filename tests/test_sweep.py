@@ -10,19 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from minitune import evaluate as evaluating
 from minitune import hub
-from minitune import sweep as module
 from minitune import train as training
 from minitune.checkpoint import load_model
 from minitune.config import TrainConfig, parse, sigterm_as_ctrl_c
-from minitune.evaluate import EvaluateConfig, evaluate, read_options
+from minitune.decoding.options import GenerateConfig
+from minitune.evaluation import held_out as evaluating
+from minitune.evaluation.held_out import read_options
 from minitune.files import read_json, write_json
-from minitune.generate import Decoder, GenerateConfig, generate
+from minitune.generate import Decoder, generate
+from minitune.jobs import sweep as module
+from minitune.jobs.evaluate import EvaluateConfig, evaluate
+from minitune.jobs.sweep import STUDY, SweepConfig, decoding_points, sweep, table
 from minitune.metrics.significance import paired_permutation
 from minitune.reports.results import read_results
-from minitune.run_folder import hold, read_lines
-from minitune.sweep import STUDY, SweepConfig, decoding_points, sweep, table
+from minitune.runs.folder import hold, read_lines
 from minitune.train import train
 
 ROOT = Path(__file__).resolve().parents[1]

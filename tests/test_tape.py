@@ -9,8 +9,8 @@ from minitune_kernels.tape import RECORDED, Graph, Repeated, Tape
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from minitune import lora
-from minitune.generate import GenerateConfig
+from minitune.adapters import lora
+from minitune.decoding.options import GenerateConfig
 from minitune.generate import decode as decode_prompts
 from minitune.models import build, cache, layers
 from minitune.quant import NF4Linear

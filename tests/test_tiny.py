@@ -9,15 +9,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from minitune import hub, tiny, tiny_corpus
+from minitune import hub
 from minitune.checkpoint import load_model
+from minitune.decoding.options import GenerateConfig
+from minitune.embedded import corpus, make
 from minitune.files import read_json
-from minitune.generate import GenerateConfig, generate
-from minitune.prompts import alpaca_prompt, segments
+from minitune.formats.rows import segments
+from minitune.formats.templates import alpaca_prompt
+from minitune.generate import generate
 from minitune.tokenizer import load_tokenizer
 
-TRAIN, TEST = tiny_corpus.rows(0)
-DOCUMENTS = list(tiny_corpus.documents(0, 3000))
+TRAIN, TEST = corpus.rows(0)
+DOCUMENTS = list(corpus.documents(0, 3000))
 
 
 def stored(family, name):
@@ -25,7 +28,7 @@ def stored(family, name):
 
 
 def test_stored_rows_are_what_the_seed_gives(tmp_path):
-    tiny.write_rows(tmp_path, seed=0)
+    make.write_rows(tmp_path, seed=0)
     for part in ("train", "test"):
         assert (tmp_path / f"{part}.json").read_bytes() == hub.embedded_rows(part).read_bytes()
 
@@ -33,10 +36,10 @@ def test_stored_rows_are_what_the_seed_gives(tmp_path):
 @pytest.mark.parametrize("family", hub.EMBEDDED)
 def test_stored_tokenizer_is_what_the_seed_gives(family, tmp_path):
     library = "tokenizers" if family == "tiny-phi" else "sentencepiece"
-    made_with, here = stored(family, "training.json")["versions"][library], tiny.versions()[library]
+    made_with, here = stored(family, "training.json")["versions"][library], make.versions()[library]
     if made_with != here:
         pytest.skip(f"the tokenizer was made with {library} {made_with}, here is {here}")
-    tiny.train_tokenizers(tmp_path, (family,), seed=0)
+    make.train_tokenizers(tmp_path, (family,), seed=0)
     written = sorted(path.name for path in (tmp_path / family).iterdir())
     assert written == ["tokenizer.json" if family == "tiny-phi" else "tokenizer.model", "tokenizer_config.json"]
     for name in written:
@@ -55,18 +58,18 @@ def test_held_out_rows_share_no_instruction_and_input_with_training_rows():
 def test_no_wording_of_a_held_out_fact_is_in_the_training_rows():
     asked = {row["instruction"] for _, row in TRAIN}
     held_out = 0
-    for fact in tiny_corpus.world(0):
-        wordings = {q.format(s=fact.subject) for q in tiny_corpus.RELATIONS[fact.relation].questions}
+    for fact in corpus.world(0):
+        wordings = {q.format(s=fact.subject) for q in corpus.RELATIONS[fact.relation].questions}
         if any(name == fact.relation and row["instruction"] in wordings for name, row in TEST):
             held_out += 1
             assert not wordings & asked, fact
-    assert 2 * held_out == sum(name in tiny_corpus.RELATIONS for name, _ in TEST) > 60
+    assert 2 * held_out == sum(name in corpus.RELATIONS for name, _ in TEST) > 60
 
 
 def test_every_held_out_task_input_is_new():
     seen = {text for name, row in TRAIN for text in (row["instruction"] + "|" + row["input"],)}
     for name, row in TEST:
-        if name in tiny_corpus.TASKS and row["input"]:
+        if name in corpus.TASKS and row["input"]:
             same = [text for text in seen if text.endswith("|" + row["input"])]
             assert name == "repeat" or not same, (name, row)  # a word may be repeated another number of times
 
@@ -74,8 +77,8 @@ def test_every_held_out_task_input_is_new():
 def test_every_instruction_wording_of_the_held_out_rows_is_in_the_training_rows():
     for part in (TRAIN, TEST):
         for name, wordings in {
-            **{name: relation.questions for name, relation in tiny_corpus.RELATIONS.items()},
-            **{name: task.instructions for name, task in tiny_corpus.TASKS.items()},
+            **{name: relation.questions for name, relation in corpus.RELATIONS.items()},
+            **{name: task.instructions for name, task in corpus.TASKS.items()},
         }.items():
             asked = [row["instruction"] for relation, row in part if relation == name]
             used = [
@@ -94,23 +97,23 @@ def test_the_corpus_has_no_question_instruction_or_template():
 
 
 def test_the_corpus_states_the_answers_of_the_held_out_facts():
-    text = "\n".join(tiny_corpus.documents(0, 20_000))
-    for fact in tiny_corpus.world(0):
-        statements = tiny_corpus.RELATIONS[fact.relation].statements
+    text = "\n".join(corpus.documents(0, 20_000))
+    for fact in corpus.world(0):
+        statements = corpus.RELATIONS[fact.relation].statements
         assert sum(s.format(s=fact.subject, v=fact.value) in text for s in statements) >= 3, fact
 
 
 def test_another_stream_states_the_same_world_in_other_documents():
-    assert DOCUMENTS[:50] == list(tiny_corpus.documents(0, 50))
-    others = list(tiny_corpus.documents(0, 300, stream=1))
+    assert DOCUMENTS[:50] == list(corpus.documents(0, 50))
+    others = list(corpus.documents(0, 300, stream=1))
     assert not set(others) & set(DOCUMENTS)
-    homes = {fact.subject: fact.value for fact in tiny_corpus.world(0) if fact.relation == "home"}
+    homes = {fact.subject: fact.value for fact in corpus.world(0) if fact.relation == "home"}
     found = re.findall(r"(\w+) has a house in the city of (\w+)\.", "\n".join(others))
     assert len(found) > 5 and all(homes[person] == city for person, city in found)
 
 
 def test_another_seed_gives_another_world():
-    assert tiny_corpus.world(0) == tiny_corpus.world(0) != tiny_corpus.world(1)
+    assert corpus.world(0) == corpus.world(0) != corpus.world(1)
 
 
 def test_answers_are_right():
@@ -120,19 +123,19 @@ def test_answers_are_right():
         "first": lambda text, row: words_in(text)[0],
         "last": lambda text, row: words_in(text)[-1],
         "join": lambda text, row: ", ".join(words_in(text)),
-        "repeat": lambda text, row: " ".join(words_in(text) * tiny_corpus.NUMBERS.index(times(text))),
+        "repeat": lambda text, row: " ".join(words_in(text) * corpus.NUMBERS.index(times(text))),
         "sequence": lambda text, row: ", ".join(map(str, counting(*map(int, re.findall(r"\d+", text))))),
         "initial": lambda text, row: words_in(text)[-1][0],
     }
 
     def times(text):
-        return next(word for word in re.findall(r"\w+", text) if word in tiny_corpus.NUMBERS)
+        return next(word for word in re.findall(r"\w+", text) if word in corpus.NUMBERS)
 
     def counting(first, final):
         return range(first, final + 1) if first < final else range(first, final - 1, -1)
 
     def words_in(text):
-        return [word for word in re.findall(r"\w+", text) if word in tiny_corpus.WORDS]
+        return [word for word in re.findall(r"\w+", text) if word in corpus.WORDS]
 
     checked = set()
     for name, row in TRAIN + TEST:
@@ -147,7 +150,7 @@ def test_answers_are_right():
 def test_tokenizer_keeps_names_whole_digits_single_and_text_as_it_is(family):
     tokenizer = load_tokenizer(hub.EMBEDDED_FOLDER / family)
     encode = lambda text: tokenizer.encode(text, add_bos=False)
-    assert all(len(encode(name)) == 1 for name in tiny_corpus.NAMES)
+    assert all(len(encode(name)) == 1 for name in corpus.NAMES)
     assert len(encode("12345")) == 6  # the space before a text, and five digits
     assert encode("is Mara")[-1:] == encode("Mara")  # an answer begins as the word does in a sentence
     for text in (*DOCUMENTS[:50], "Zürich 東京 \U0001f40d", "  two  spaces \n\n### end "):
@@ -175,10 +178,10 @@ def test_base_is_small_bf16_and_trained_within_ten_minutes_on_two_cores(family):
 @pytest.mark.parametrize("family", hub.EMBEDDED)
 def test_base_has_the_recorded_loss_on_documents_that_it_has_not_read(family):
     record = stored(family, "training.json")
-    config = replace(tiny.TinyConfig(), steps=record["steps"])
-    rows = tiny.corpus_rows(load_tokenizer(hub.EMBEDDED_FOLDER / family), config, 64, stream=1)
+    config = replace(make.TinyConfig(), steps=record["steps"])
+    rows = make.corpus_rows(load_tokenizer(hub.EMBEDDED_FOLDER / family), config, 64, stream=1)
     with torch.no_grad():
-        loss = tiny.next_token_loss(load_model(family), rows).item()
+        loss = make.next_token_loss(load_model(family), rows).item()
     assert loss == pytest.approx(record["held_out_loss"], abs=2e-3)  # another number of threads adds up differently
 
 
@@ -197,8 +200,8 @@ def test_base_knows_the_held_out_facts(family):
     """Greedy, it ends statements as the world does: what fine-tuning has to bring is the format only."""
     model, tokenizer = load_model(family), load_tokenizer(hub.EMBEDDED_FOLDER / family)
     right = total = 0
-    for fact in tiny_corpus.world(0)[::12]:
-        statement = tiny_corpus.RELATIONS[fact.relation].statements[1]
+    for fact in corpus.world(0)[::12]:
+        statement = corpus.RELATIONS[fact.relation].statements[1]
         if statement.endswith("{v}."):
             prompt = tokenizer.encode(statement.format(s=fact.subject, v="").rstrip(". "))
             whole = tokenizer.encode(statement.format(s=fact.subject, v=fact.value))
@@ -223,11 +226,11 @@ def test_transformers_loads_the_base_with_the_same_logits(family):
 
 @pytest.mark.parametrize("family", hub.EMBEDDED)
 def test_make_all_writes_a_folder_that_loads_and_whose_loss_falls(family, tmp_path):
-    config = tiny.TinyConfig(
+    config = make.TinyConfig(
         str(tmp_path), (family,), steps=12, batch_size=4, row_length=64, warmup=2, threads=torch.get_num_threads()
     )
     lines = []
-    tiny.make_all(config, lines.append)
+    make.make_all(config, lines.append)
     record = read_json(tmp_path / family / "training.json")
     assert record["tokens"] == 12 * 4 * 64
     assert record["held_out_loss"] < math.log(1024) - 1, "a model that knows nothing has a loss of ln(1024) = 6.9"

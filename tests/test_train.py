@@ -21,12 +21,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
 import minitune.train as loop
-from minitune import checkpoint, data, lora, run_folder
+from minitune import checkpoint, data
+from minitune.adapters import lora
 from minitune.config import TrainConfig, parse, run_script
+from minitune.decoding.options import GenerateConfig
 from minitune.files import read_json
-from minitune.generate import GenerateConfig, generate
+from minitune.generate import generate
 from minitune.models import build
-from minitune.run_folder import append_line, hold, keep_lines, read_lines, read_progress
+from minitune.runs import folder as run_folder
+from minitune.runs.folder import append_line, hold, keep_lines, read_lines, read_progress
 from minitune.tokenizer import load_tokenizer
 from minitune.train import StepPlan, learning_rate, train
 

@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import fields
 
-from minitune.generate import GenerateConfig
+from minitune.decoding.options import GenerateConfig
 
 SCORED = {  # options of scoring that evaluate.py and sweep.py share, with their defaults
     **dict.fromkeys(("judge", "encoder", "encoder_layer", "encoder_baseline", "limit")),

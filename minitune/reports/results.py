@@ -1,7 +1,7 @@
 """What run folders and the study's files hold, read and checked for a report. Nothing is drawn or computed here.
 
 A run folder has evaluation.json, sweep/*/evaluation.json, metrics.jsonl, environment.json, any of them; any other folder is
-searched for run folders and for files of the study (see study_files.py). Each file has one shape, and what was made from
+searched for run folders and for files of the study (see study/files.py). Each file has one shape, and what was made from
 another adapter than the one in the run folder is left out, with a note."""
 
 import os
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from minitune.files import fingerprint, paths_explained, read_json, to_json
 from minitune.metrics.significance import Interval
-from minitune.reports import study_files
 from minitune.reports.commands import evaluate_again, sweep_again
-from minitune.reports.study_files import PARAMETERS, SCORE, Grades
-from minitune.run_folder import STEPS, adapter_fingerprint, adapter_folder, read_lines
+from minitune.runs.folder import STEPS, adapter_fingerprint, adapter_folder, read_lines
 from minitune.schema import COUNT, Number, check
 from minitune.screen import short, some
+from minitune.study import files as study_files
+from minitune.study.files import PARAMETERS, SCORE, Grades
 
 RUN_FILES = ("evaluation.json", "metrics.jsonl", "environment.json", "sweep")
 KNOWN = {

@@ -4,7 +4,6 @@ from minitune.reports import figures
 from minitune.reports.commands import evaluate_command, example_run
 from minitune.reports.page import Card, Cards, Cell, Chart, Folded, Part, Section, Table, one_line
 from minitune.reports.results import fixed_terms, prompts_words, short_places, sweep_lines, table_lines
-from minitune.reports.study_files import GRADES
 from minitune.reports.words import (
     FIGURE,
     GRADE_NAMES,
@@ -18,7 +17,8 @@ from minitune.reports.words import (
     shown,
     with_arrow,
 )
-from minitune.run_folder import Curve, curves
+from minitune.runs.folder import Curve, curves
+from minitune.study.files import GRADES
 
 ON_A_CARD = (*FIGURE, "exact_match", "length_ratio")  # scores that are shown with an answer
 MOST_AXES = 12  # columns of a figure

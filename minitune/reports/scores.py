@@ -10,7 +10,6 @@ from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, 
 from minitune.reports.commands import evaluate_command, example_run
 from minitune.reports.page import Cell, Folded, Section, Table
 from minitune.reports.results import by_prompts, table_lines
-from minitune.reports.study_files import AVERAGES, GRADES
 from minitune.reports.words import (
     FIGURE,
     GRADE_NAMES,
@@ -27,9 +26,10 @@ from minitune.reports.words import (
     terms_apart,
     with_arrow,
 )
+from minitune.study.files import AVERAGES, GRADES
 
 JUDGES = {"bertscore": "--encoder", "perplexity": "--judge"}  # options of evaluate.py that name a model
-FILE_OF_GRADES = (  # see study_files.py
+FILE_OF_GRADES = (  # see study/files.py
     "a list of `index`, `grammatical_correctness`, `coherence`, `correctness_of_answer` and `comment`, one for each answer"
 )
 

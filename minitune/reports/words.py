@@ -4,7 +4,7 @@ import json
 from typing import NamedTuple
 
 from minitune.files import to_json
-from minitune.reports.study_files import PARAMETERS
+from minitune.study.files import PARAMETERS
 
 
 class Metric(NamedTuple):

@@ -1,8 +1,6 @@
-"""Formats of rows, and the templates that turn a row or a conversation into text. No tokens here, and no files."""
+"""Templates that turn an instruction or a conversation into text. No tokens here, and no files."""
 
 from typing import NamedTuple
-
-from minitune.screen import short, some
 
 # Stanford Alpaca's, to the letter, with one newline after the last colon as in the study's `text` column.
 TEMPLATES = {
@@ -15,62 +13,12 @@ TEMPLATES = {
         "### Instruction:\n{instruction}\n\n### Response:\n",
     },
 }
-FORMATS = {  # name -> the keys that it reads; a row has the first format whose first key it has
-    "alpaca": ("instruction", "input", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-SUPPORTED = (
-    "minitune reads Alpaca rows (instruction, output and perhaps input), prompt/completion rows (prompt, "
-    "completion) and text rows (text)"
-)
-CONVERSATIONS = ("messages", "conversations")
-
-
-def detect(row):
-    """The name of a row's format, by its keys. Raises ValueError that names the supported formats where none fits."""
-    for name, keys in FORMATS.items():
-        if keys[0] in row:
-            return name
-    if found := [key for key in CONVERSATIONS if key in row]:
-        raise ValueError(f"{found[0]!r} makes it a conversation, which is not supported yet; {SUPPORTED}")
-    raise ValueError(f"its keys are {some(map(repr, row)) or 'none'}; {SUPPORTED}")
-
-
-def segments(row, row_format):
-    """The text of a row in pieces, each with whether it is the answer: [(text, is_supervised), ...].
-
-    Joined they are the text of the row. No marker has to be searched for in it.
-    Raises ValueError that names the key where a value is missing or is not text."""
-    if row_format == "text":
-        return [(text_of(row, "text"), True)]
-    if row_format == "prompt_completion":
-        return [(text_of(row, "prompt"), False), (text_of(row, "completion"), True)]
-    if row_format == "alpaca":
-        return [
-            (
-                alpaca_prompt(
-                    text_of(row, "instruction"), text_of(row, "input") if row.get("input") is not None else ""
-                ),
-                False,
-            ),
-            (text_of(row, "output"), True),
-        ]
-    raise ValueError(f"row_format is {row_format!r}, expected one of {', '.join(FORMATS)}")
 
 
 def alpaca_prompt(instruction, input=""):
     """The Alpaca prompt, which ends with "### Response:\\n". A blank input counts as none."""
     template = TEMPLATES["alpaca"]["with_input" if input.strip() else "without_input"]
     return template.format(instruction=instruction, input=input)
-
-
-def text_of(row, key):
-    if key not in row:
-        raise ValueError(f"{key!r} is missing; the row has {some(map(repr, row))}")
-    if not isinstance(row[key], str):
-        raise ValueError(f"{key!r} is {short(row[key])}, expected text")
-    return row[key]
 
 
 # --- conversations ---

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from minitune import data, hub
-from minitune.benchmark import measure_peer
+from minitune.bench.turns import measure_peer
 from minitune.checkpoint import load_encoder
 from minitune.config import arg, positive
 from minitune.device import DTYPES, choose_device, environment

@@ -102,7 +102,7 @@ def synthetic_pairs(count, words, seed):
 
 def measure(command):
     """One run of a program on one thread. Returns its JSON line. Raises ValueError with its last lines where it fails."""
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environ = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environ)

@@ -8,13 +8,13 @@ import threading
 from dataclasses import dataclass, replace
 
 from minitune import screen
-from minitune.answer import Answerer, ModelConfig, Writer, out_of_memory_explained
 from minitune.config import arg
 from minitune.files import write_json
+from minitune.formats.templates import conversation
 from minitune.generate import decode
 from minitune.models.cache import Memory
-from minitune.prompts import conversation
 from minitune.screen import short
+from minitune.session import Answerer, ModelConfig, Writer, out_of_memory_explained
 
 HELP = (
     "/reset forgets the conversation, /save FILE writes it as JSON, /help, /quit or Ctrl-D ends, Ctrl-C stops an answer"

@@ -1,7 +1,4 @@
-"""Base beside tuned on the held-out rows of a run, or two files of answers: the job of scripts/evaluate.py.
-
-Answers stream into generations/NAME.jsonl, so that a kill loses none that was written and a second start repeats none. The
-metrics are those of minitune/scoring.py. Point by point, the sweep does the same through Run."""
+"""A run's answers to its held-out rows, and their scores."""
 
 import functools
 import json
@@ -14,24 +11,24 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 
-from minitune import data, files, hub, lora, schema, scoring, screen
-from minitune.answer import Answerer, ModelConfig
+from minitune import data, hub, schema, screen
+from minitune.adapters import lora
 from minitune.config import TrainConfig, arg, from_file, positive
 from minitune.device import choose_device, choose_dtype, environment
+from minitune.evaluation import scoring
+from minitune.evaluation.scoring import ScoreConfig
 from minitune.files import differences, fingerprint, prove_writable, read_json, to_json, write_json, write_whole
-from minitune.generate import GenerateConfig, Prefix, decode, earlier_copies
+from minitune.generate import Prefix, decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
-from minitune.metrics.pairs import as_list
 from minitune.metrics.perplexity import sequence_nll
-from minitune.run_folder import adapter_fingerprint, adapter_folder, append_line, hold, model_fingerprint, read_lines
+from minitune.runs.folder import adapter_fingerprint, adapter_folder, append_line, hold, model_fingerprint, read_lines
 from minitune.schema import COUNT
-from minitune.scoring import ScoreConfig
 from minitune.screen import short
+from minitune.session import Answerer, ModelConfig
+from minitune.study.names import point_name
 from minitune.tokenizer import load_tokenizer
 
-ANSWER_KEYS = ("answer", "output", "completion", "text")  # of a row of predictions, the first that it has
 GROUP = 16  # held-out rows whose loss is computed together
-REFERENCE_KEYS = ("reference", "references", "output", "completion", "answer", "text")
 ANSWER = {  # a line of generations/NAME.jsonl behind its first, which is {"settings": {...}}
     "row": COUNT,
     "answer": str,
@@ -99,48 +96,18 @@ class EvaluateConfig(DecodeConfig, DecodingOptions):
             raise ValueError(f"{decoding[0]} is about decoding, and files are scored as they are; leave it out")
 
 
-def evaluate(config, say=screen.say):
-    """Answer or read, score, write evaluation.json and print a table. Returns what evaluation.json holds.
+def next_command(folder):
+    """The last line of a job that scored something: what to do next."""
+    return f"next: python scripts/report.py {shlex.quote(str(folder))} --out {shlex.quote(str(folder / 'report.html'))}"
 
-    Raises ValueError on bad input, KeyboardInterrupt, with what is kept, after Ctrl-C or SIGTERM."""
-    if config.out is not None:
-        prove_writable(config.out)
-    if config.run is None:
-        return evaluate_files(config, say)
-    run = Run(config, say)
-    prove_writable(config.out or run.folder / "evaluation.json")
-    try:
-        return run.evaluate(config, run.folder, scoring.Judges(config, say), config.base, config.out, say)
-    except KeyboardInterrupt:
-        raise stopped(config, run.kept()) from None
+
+# --- files ---
 
 
 def stopped(config, kept):
     """The KeyboardInterrupt that says what is kept, in words, and how to go on."""
     without = " without --resume never" if config.resume == "never" else ""
     return KeyboardInterrupt(f"{kept}; the same command{without} goes on from there")
-
-
-def evaluate_files(config, say):
-    systems, judges = read_systems(config), scoring.Judges(config, say)
-    source = config.references[0] if len(config.references) == 1 else list(config.references)
-    settings = {"model": None, "adapter": None, "data": source, "decoding": None}
-    try:
-        result = assess(systems, config, judges, settings | score_settings(config))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written; the same command starts again") from None
-    say("\n".join(scoring.table(result["systems"], result["comparisons"])))
-    if config.out is not None:
-        write_json(config.out, result)
-        say(f"written: {config.out}")
-        if Path(config.out).name == "evaluation.json":
-            say(next_command(Path(config.out).parent))
-    return result
-
-
-def next_command(folder):
-    """The last line of a job that scored something: what to do next."""
-    return f"next: python scripts/report.py {shlex.quote(str(folder))} --out {shlex.quote(str(folder / 'report.html'))}"
 
 
 def assess(systems, config, judges, settings):
@@ -460,147 +427,3 @@ def other_settings(file, stored, settings):
         return f"{file} holds answers of another adapter: the run was trained again since. {ANEW}"
     flat = [{k: v for k, v in s.items() if k != "decoding"} | dict(s.get("decoding") or {}) for s in (stored, settings)]
     return f"{file} holds answers of other settings: {screen.some(differences(*flat)) or 'a field is missing'}. {ANEW}"
-
-
-SHORT = {"top_k": "topk", "num_beams": "nb", "temperature": "t"}
-NAMED = (  # options that change answers and are named where they are not at their default
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "min_new_tokens",
-    "length_penalty",
-    "early_stopping",
-    "seed",
-)
-
-
-def point_name(config, others=()):
-    """The name of a decoding: the study's, topk50_nb5_t1, where tokens are drawn; greedy or beam5 where none are. Behind it is
-    what is not at its default, topk50_nb1_t1_topp0.9, and what `others` names: options that are varied.
-
-    The longest answer is not in it: two files of one name are never mixed, since a file says its settings."""
-    named = SHORT if config.do_sample else {}
-    words = [f"{short_name}{written(getattr(config, name))}" for name, short_name in named.items()]
-    if not config.do_sample:
-        words = ["greedy" if config.num_beams == 1 else f"beam{config.num_beams}"]
-        named = {"num_beams": "nb"}
-    meaning, default = config.meaning(), {f.name: f.default for f in fields(GenerateConfig)}
-    set_apart = [name for name in NAMED if name in default and getattr(meaning, name) != default[name]]
-    extra = dict.fromkeys(name for name in (*set_apart, *others) if name not in named)
-    return "_".join(
-        [*words, *(f"{SHORT.get(name, name.replace('_', ''))}{written(getattr(config, name))}" for name in extra)]
-    )
-
-
-def written(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# --- files ---
-
-
-def read_systems(config):
-    """{key: (name, records)} of --predictions, and of --other where there is one, beside --references."""
-    paths = [path for path in (config.predictions, config.other) if path is not None]
-    references = read_references(config.references, paths)
-    systems = {}
-    for key, path in zip(("predictions", "other"), paths, strict=False):
-        found = read_texts(path, ANSWER_KEYS)
-        check_length(len(found), path, "answers", references, config.references[0])
-        records = []
-        for number, (answer, row) in enumerate(found):
-            reference, given = references[number]
-            schema.check(row, {"tokens?": (COUNT, None), "ended_by?": (str, None)}, f"{path}, row {number}")
-            asked = [r[k] for r in (given, row) for k in ("instruction", "prompt") if isinstance(r.get(k), str)]
-            record = {"prompt": asked[0] if asked else None, "reference": reference, "answer": answer}
-            record["input"] = given.get("input") if isinstance(given.get("input"), str) else None
-            records.append(record | {"tokens": row.get("tokens"), "ended_by": row.get("ended_by")})
-        if all(record["answer"] in as_list(record["reference"]) for record in records) and len(records) > 1:
-            screen.warn(
-                f"every answer in {path} is the same as in {' '.join(config.references)}: if one was made from the other, these "
-                "scores say nothing"
-            )
-        name = Path(path).stem
-        systems[key] = path if any(name == other for other, _ in systems.values()) else name, records[: config.limit]
-    return systems
-
-
-def read_references(paths, answered):
-    """[(reference, row)] of one file, or of several side by side: a reference is then a list of texts. answered: the files of
-    answers. Raises ValueError where a file holds a model's answers, and a system would be scored against itself."""
-    files_read = []
-    for path in paths:
-        for other in answered:
-            if Path(path).exists() and Path(other).exists() and os.path.samefile(path, other):
-                refuse(path, "is the file of answers itself")
-        files_read.append(read_texts(path, REFERENCE_KEYS, several=True))
-        if is_answered(Path(path), files_read[-1]):
-            refuse(path, "holds answers of a model")
-        check_length(len(files_read[-1]), path, "references", files_read[0], paths[0])
-    if len(files_read) == 1:
-        return files_read[0]
-    side_by_side = zip(*files_read, strict=True)
-    return [([text for reference, _ in row for text in as_list(reference)], row[0][1]) for row in side_by_side]
-
-
-def check_length(count, path, what, references, first):
-    if count != len(references):
-        raise ValueError(
-            f"{path} has {count} {what} and {first} has {len(references)} references, expected as many (a blank line of a .txt "
-            "file counts)"
-        )
-
-
-def refuse(path, why):
-    folder = Path(path).absolute().parent
-    run = folder.parent if folder.name == "generations" else "RUN"
-    raise ValueError(
-        f"--references {path} {why}, not right answers: a system would be scored against itself. Give the right answers; "
-        f"those to the questions of a run are in {run}/heldout.jsonl"
-    )
-
-
-def is_answered(path, found):
-    """Whether a file of references is one of answers that minitune wrote: it says so in its head, in its rows, or the file
-    that it was made from lies beside it."""
-    made_by = {"ended_by", "reference_loss"}
-    if any("answer" in row and "reference" not in row and made_by & row.keys() for _, row in found):
-        return True
-    if files.expand(f"{path}.settings.json").is_file():  # of generate.py --out
-        return True
-    beside = path.with_suffix(".jsonl")
-    if not beside.is_file() or path.suffix.lower() not in (".json", ".jsonl"):
-        return False
-    with open(beside, "rb") as file:
-        return file.read(13) == b'{"settings": '
-
-
-def read_texts(path, keys, several=False):
-    """[(text, row)] of a file; row: the object that the text is of, or {}. several: a list of texts may stand in place of one.
-    Raises ValueError with the file and the row."""
-    path = files.expand(path)
-    if path.suffix.lower() == ".txt":
-        text = files.read_text(path)
-        if not text:
-            raise ValueError(f"{path} is empty, expected a text a line")
-        return [(line.removesuffix("\r"), {}) for line in text.removesuffix("\n").split("\n")]
-    rows = data.read_rows(path, of_texts=True, of_lists=several)
-    first = 1 if isinstance(rows[0], dict) and set(rows[0]) == {"settings"} else 0  # the head of generations/*.jsonl
-    if len(rows) == first:
-        raise ValueError(f"{path} has no answers")
-    found = []
-    for number, row in enumerate(rows[first:], first):
-        row = row if isinstance(row, dict) else {keys[0]: row}
-        key = next((key for key in keys if key in row), None)
-        if key is None:
-            raise ValueError(f"{path}, row {number} has none of {', '.join(keys)}: {short(row)}")
-        schema.check(row, {key: (str, [str]) if several else str}, f"{path}, row {number}")
-        texts = as_list(row[key])
-        if not texts:
-            raise ValueError(f"{path}, row {number}: {key} is an empty list, expected a text or several")
-        if any(screen.LONE_SURROGATE.search(text) for text in texts):
-            raise ValueError(f"{path}, row {number}: {key} has half a character (a lone surrogate)")
-        found.append((texts[0] if len(texts) == 1 else texts, row))
-    return found

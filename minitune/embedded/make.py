@@ -1,6 +1,6 @@
 """Makes the embedded models: a tokenizer and a base of 1.5-1.8 M parameters for each family, and the instruction rows.
 
-Not here: fine-tuning (train.py) and the text itself (tiny_corpus.py). The tokenizers are trained on the corpus and on
+Not here: fine-tuning (train.py) and the text itself (corpus.py). The tokenizers are trained on the corpus and on
 the training rows in Alpaca's template, so that a prompt stays short; a tokenizer is no base, and the bases read the
 corpus only. The same seed gives the same rows and tokenizers byte for byte; the weights agree as far as the machine's
 arithmetic does."""
@@ -21,11 +21,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from minitune import hub, tiny_corpus
+from minitune import hub
 from minitune.config import arg, positive
+from minitune.embedded import corpus
 from minitune.files import write_json, write_whole
+from minitune.formats.rows import segments
 from minitune.models import build
-from minitune.prompts import segments
 from minitune.tokenizer import END_OF_TEXT, load_tokenizer
 
 TOKENIZER_DOCUMENTS = 4000  # as much of the corpus as the tokenizers are trained on
@@ -120,7 +121,7 @@ def make_all(config: TinyConfig, say=print):
     train_tokenizers(folder, config.families, config.seed, config.vocab_size)
     say(f"tokenizers of {', '.join(config.families)}: {config.vocab_size} tokens each")
     if config.corpus:
-        texts = tiny_corpus.documents(config.seed, documents_needed(config))
+        texts = corpus.documents(config.seed, documents_needed(config))
         write_whole(config.corpus, "\n\n".join(texts) + "\n")
     for family in config.families if config.steps else ():
         record = train_base(family, folder / family, config)
@@ -133,7 +134,7 @@ def make_all(config: TinyConfig, say=print):
 
 def write_rows(folder, seed=0):
     """Write train.json and test.json, Alpaca rows without the names of their tasks. Returns {part: number of rows}."""
-    parts = dict(zip(("train", "test"), tiny_corpus.rows(seed), strict=True))
+    parts = dict(zip(("train", "test"), corpus.rows(seed), strict=True))
     for part, named in parts.items():
         lines = [json.dumps(row, ensure_ascii=False) for _, row in named]
         write_whole(Path(folder) / f"{part}.json", "[\n" + ",\n".join(lines) + "\n]\n")
@@ -172,13 +173,13 @@ def train_tokenizers(folder, families=hub.EMBEDDED, seed=0, vocab_size=TinyConfi
 
 def tokenizer_text(seed):
     """The lines that the tokenizers are trained on."""
-    for text in tiny_corpus.documents(seed, TOKENIZER_DOCUMENTS):
+    for text in corpus.documents(seed, TOKENIZER_DOCUMENTS):
         yield from text.split("\n")
-    train, _ = tiny_corpus.rows(seed)
+    train, _ = corpus.rows(seed)
     for _, row in train:
         for text, _ in segments(row, "alpaca"):
             yield from filter(None, text.removeprefix(" ").split("\n"))
-    for name in tiny_corpus.NAMES:
+    for name in corpus.NAMES:
         yield from [f"is {name}"] * NAME_LINES
 
 
@@ -296,7 +297,7 @@ def documents_needed(config):
 def corpus_rows(tokenizer, config, count, stream=0):
     """(count, row_length) int64: documents end to end, each after BOS (where the family has one) and before the end."""
     ids, needed = [], count * config.row_length
-    for text in tiny_corpus.documents(config.seed, documents_needed(config), stream):
+    for text in corpus.documents(config.seed, documents_needed(config), stream):
         ids += [*tokenizer.encode(text, allow_special=False), tokenizer.eos_id]
         if len(ids) >= needed:
             return torch.tensor(ids[:needed]).view(count, config.row_length)

@@ -36,7 +36,7 @@ LAYERS = {  # name: (out, in)
 }
 MATRICES = 8  # that a cycling measurement goes through
 CEILING_BYTES = 256 << 20
-FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"
+FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
 @dataclass(frozen=True)

@@ -13,25 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitune import schema, scoring, screen
+from minitune import schema, screen
 from minitune.config import TrainConfig, arg, field_type, misfit, positive
-from minitune.evaluate import (
-    DecodeConfig,
-    EvaluateConfig,
-    Run,
-    next_command,
-    point_name,
-    read_options,
-    sealed,
-    stopped,
-    written,
-)
+from minitune.decoding.options import GenerateConfig
+from minitune.evaluation import scoring
+from minitune.evaluation.held_out import DecodeConfig, EvaluateConfig, Run, next_command, read_options, sealed, stopped
+from minitune.evaluation.scoring import METRICS, Rows, ScoreConfig
 from minitune.files import read_json, write_json
-from minitune.generate import GenerateConfig
 from minitune.generation_config import OPTIONS
-from minitune.run_folder import hold
-from minitune.scoring import METRICS, Rows, ScoreConfig
+from minitune.runs.folder import hold
 from minitune.screen import table_lines, wrap
+from minitune.study.names import point_name, written
 from minitune.train import train
 
 # The study drew tokens within beam search: its answers change with top_k, and its two runs of one point differ.

@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685) by hand: a frozen linear layer plus B(A(x)) * scaling, wrapped by name, and PEFT's key names.
 
-Files are not touched here: minitune/checkpoint.py reads and writes adapters."""
+Files are not touched here: peft_files.py reads and writes adapters."""
 
 import math
 import re

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from minitune import checkpoint, data, hub
 from minitune.config import TrainConfig, arg
+from minitune.decoding.options import GenerateConfig
 from minitune.device import choose_device, choose_dtype
 from minitune.files import write_json
-from minitune.generate import GenerateConfig, generate
+from minitune.generate import generate
 from minitune.metrics.exact_match import exact_match
-from minitune.run_folder import read_lines
+from minitune.runs.folder import read_lines
 from minitune.tokenizer import load_tokenizer
 from minitune.train import train
 

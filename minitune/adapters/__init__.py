@@ -1,0 +1,1 @@
+"""Methods of adapting a frozen model, and PEFT's files of them."""

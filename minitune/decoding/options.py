@@ -1,0 +1,89 @@
+"""The options of decoding, as transformers means them."""
+
+from dataclasses import dataclass, fields, replace
+
+from minitune.config import arg, check_types, positive
+
+EARLY = {False: "no", True: "yes"}  # transformers' spelling of early_stopping
+IN_FILE = {"is_option": False}
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How an answer is decoded."""
+
+    max_new_tokens: int = arg(64, "longest answer, in tokens", low=1)
+    min_new_tokens: int = arg(0, "an answer does not end before this many tokens")
+    num_beams: int = arg(1, "beams; 1: no beam search", low=1, high=1024)
+    do_sample: bool = arg(False, "draw tokens instead of taking the most likely")
+    temperature: float = arg(1.0, "sampling: scores are divided by it; 0: not sampled")
+    top_k: int = arg(50, "sampling: only the k most likely tokens; 0: all")
+    top_p: float = arg(1.0, "sampling: only the most likely tokens that reach this probability, above 0 to 1")
+    min_p: float = arg(0.0, "sampling: only tokens at least this probable, as a share of the most likely one, 0 to 1")
+    repetition_penalty: float = arg(1.0, "tokens that were there are made less likely by it (above 1)")
+    no_repeat_ngram_size: int = arg(0, "no n-gram of this many tokens comes twice; 0: allowed")
+    length_penalty: float = arg(1.0, "beams: the score of an answer is divided by its length to this power")
+    early_stopping: str = arg(
+        "no",
+        "beams: yes ends when num_beams answers are done, no when a better one is unlikely, never when it is impossible",
+        choices=("no", "yes", "never"),
+    )
+    num_return_sequences: int = arg(1, "answers of each prompt: samples, or the best beams", low=1, high=4096)
+    stop: tuple[str, ...] = arg((), "texts that end an answer")
+    seed: int = arg(0, "seed of the sampling")
+    lookup: int | None = arg(
+        None,
+        "greedy, one prompt: guess up to this many tokens from a repeated n-gram and check them in one step; 0: off; "
+        "not set: where it cannot change the answer",
+        high=1024,
+    )
+    eos_ids: tuple[int, ...] | None = arg(None, "token ids that end an answer; not set: the checkpoint's")
+    # What a checkpoint's generation_config.json may ask for beside these; no options of the command line.
+    max_length: int | None = arg(None, "prompt and answer, in tokens; with max_new_tokens the smaller holds", **IN_FILE)
+    min_length: int | None = arg(None, "prompt and answer, in tokens, before which no answer ends", **IN_FILE)
+    typical_p: float | None = arg(None, "sampling: only the most typical tokens of this probability", **IN_FILE)
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = arg(None, "lists of token ids that no answer has", **IN_FILE)
+    suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer has", **IN_FILE)
+    begin_suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer begins with", **IN_FILE)
+    forced_bos_token_id: int | None = arg(None, "the first token after a prompt of one token", **IN_FILE)
+    forced_eos_token_id: tuple[int, ...] | None = arg(None, "what the last token of the longest answer is", **IN_FILE)
+    renormalize_logits: bool | None = arg(None, "beams: scores are log-probabilities again after penalties", **IN_FILE)
+
+    def __post_init__(self):
+        if isinstance(self.early_stopping, bool):  # transformers' spelling
+            object.__setattr__(self, "early_stopping", EARLY[self.early_stopping])
+        check_types(self)
+        positive(self, "repetition_penalty")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected a number above 0 and up to 1")
+        if self.typical_p is not None and not 0 < self.typical_p <= 1:
+            raise ValueError(f"typical_p is {self.typical_p}, expected a number above 0 and up to 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}, expected a number from 0 to 1")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        if self.num_return_sequences > 1 and not self.samples and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}, but greedy decoding has one answer and beam search "
+                f"num_beams={self.num_beams}; sample, or raise num_beams"
+            )
+        if 0 < self.temperature < 1e-5:
+            raise ValueError(f"temperature is {self.temperature}, expected 0 (nothing is drawn) or 0.00001 and more")
+        if self.lookup and (self.num_beams > 1 or self.samples):
+            raise ValueError("lookup is for greedy decoding; set it to 0 with beams or sampling")
+        if "" in self.stop:
+            raise ValueError("stop has an empty text, which every answer contains; leave it out")
+
+    @property
+    def samples(self):
+        """Whether tokens are drawn: a temperature of 0 means that they are not."""
+        return self.do_sample and self.temperature > 0
+
+    def meaning(self):
+        """The same decoding, with the defaults in place of options that change nothing in it: two configs with one meaning
+        decode the same."""
+        idle = () if self.samples else ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+        idle += () if self.num_beams > 1 else ("length_penalty", "early_stopping", "renormalize_logits")
+        return replace(self, **{f.name: f.default for f in fields(GenerateConfig) if f.name in idle})

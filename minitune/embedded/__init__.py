@@ -1,0 +1,1 @@
+"""The embedded models and rows, and how they are made from a seed."""

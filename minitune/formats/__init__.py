@@ -1,0 +1,1 @@
+"""Kinds of rows, templates of chats, and the files that hold rows."""

@@ -1,0 +1,1 @@
+"""What a script does: one dataclass of options and one function a module."""

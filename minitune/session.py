@@ -1,0 +1,249 @@
+"""A loaded model that answers: model and adapter with their tokenizer, template and decoding. generate, chat and evaluate
+share it."""
+
+import functools
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitune import checkpoint, hub, screen
+from minitune.adapters import peft_files
+from minitune.config import arg, is_out_of_memory
+from minitune.data import labels
+from minitune.device import DTYPES, choose_device, choose_dtype
+from minitune.files import expand, read_json
+from minitune.formats.templates import ADAPTER_TEMPLATES, CHAT_TEMPLATES, for_tokenizer
+from minitune.generation_config import DecodingOptions, settle
+from minitune.screen import short, some
+from minitune.tokenizer import load_tokenizer
+
+ADAPTER_CONFIG = peft_files.ADAPTER_CONFIG
+ADAPTERS = ("adapter", "best", "last")  # of a run folder, the first that is there
+TEXT = (None, str)
+FACTS = {  # minitune.json of an adapter
+    "template?": TEXT,
+    "base_model?": TEXT,
+    "revision?": TEXT,
+    "special_text?": (None, {"text", "tokens"}),
+    "dtype?": (None, {"auto", *DTYPES}),
+    "quantize?": (None, {"none", "nf4", "nf4-dq"}),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig(DecodingOptions):
+    """Which model answers, and how: the options that generate and chat share."""
+
+    model: str | None = arg(
+        None,
+        "llama2, mistral, phi2, an embedded model, a hub id, or a folder; not set: what the adapter was trained on, else "
+        "tiny-mistral",
+        group="model",
+    )
+    revision: str | None = arg(None, "branch, tag or commit of a hub id")
+    adapter: str | None = arg(
+        None,
+        "a run folder, or the folder of an adapter in PEFT's format, such as runs/NAME/adapter; template, --quantize and "
+        "--dtype are then those of the run",
+        aliases=("run",),
+    )
+    template: str | None = arg(
+        None, "how a question is wrapped; not set: as the adapter was trained, else plain", choices=CHAT_TEMPLATES
+    )
+    special_text: str | None = arg(
+        None,
+        "what the text of a special token in a question is: text, or tokens; not set: as the adapter was trained, else text",
+        choices=("text", "tokens"),
+    )
+    quantize: str | None = arg(
+        None, "weights in 4 bit; not set: as the adapter was trained, else none", choices=("none", "nf4", "nf4-dq")
+    )
+    dtype: str | None = arg(
+        None,
+        "compute dtype; auto chooses by the device and says why; not set: as the adapter was trained, else auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+
+    @staticmethod
+    def of_run(folder, options):
+        """The options that the config.json of a training run in `folder` means here. options: what it holds."""
+        if any((folder / name / ADAPTER_CONFIG).is_file() for name in ADAPTERS):
+            return {"adapter": str(folder)}
+        return {name: options[name] for name in ("model", "revision", "quantize", "dtype") if options.get(name)}
+
+
+class Answerer:
+    """A model, which loads when it is first asked for, with its tokenizer, template and decoding.
+
+    config: a ModelConfig. weaker: defaults of decoding in place of GenerateConfig's, see generation_config.settle()."""
+
+    def __init__(self, config, say, **weaker):
+        self.config, self.say = config, say
+        self.adapter = None if config.adapter is None else adapter_folder(config.adapter)
+        trained = read_facts(self.adapter)  # a bad one is said before anything else
+        self.name = config.model if config.model is not None else trained["base"] or "tiny-mistral"
+        is_base = config.model is None or config.model == trained["base"]
+        revision = config.revision or (trained["revision"] if is_base else None)
+        try:
+            self.folder = hub.resolve(self.name, revision)
+        except ValueError as error:
+            if config.model is not None or config.adapter is None:
+                raise
+            raise ValueError(
+                f"{error} ({config.adapter} names this base; --model says where it is, or which other one to use)"
+            ) from None
+        self.tokenizer = load_tokenizer(self.folder)
+        self.template = choose_template(config, trained, say)
+        self.special_text = config.special_text or trained["special_text"] or "text"
+        self.device = choose_device(config.device)
+        self.dtype, self.reason = choose_dtype(config.dtype or trained["dtype"] or "auto", self.device)
+        self.quantize = config.quantize or trained["quantize"] or "none"
+        if config.dtype is None and trained["dtype"] not in (None, "auto"):
+            self.reason = "as the adapter was trained"
+        for name in ("quantize", "dtype"):
+            if trained[name] not in (None, "auto") and getattr(config, name) not in (None, trained[name]):
+                say(
+                    f"warning: the adapter was trained with --{name} {trained[name]}; answers with {getattr(config, name)} may "
+                    "differ from those of the evaluation"
+                )
+        self.decoding = settle(config, self.folder, self.tokenizer, say, **weaker)
+        say_idle(config.given(), self.decoding, say)
+
+    @functools.cached_property
+    def model(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        weights = "" if self.quantize == "none" else f", weights in {self.quantize}"
+        adapter = "" if self.adapter is None else f", with {self.adapter}"
+        self.say(f"{self.name} on {self.device}, {dtype} ({self.reason}){weights}{adapter}")
+        return checkpoint.load_model(self.folder, self.dtype, self.device, self.quantize, self.adapter, say=self.say)
+
+    def encode(self, pieces, special_text="text"):
+        """Token ids of a rendered conversation. Text from outside becomes a special token only with special_text "tokens"."""
+        pieces = for_tokenizer(pieces, self.tokenizer)
+        if special_text == "tokens":
+            pieces = labels.read_special(pieces, self.tokenizer)
+        return [token for ids in self.tokenizer.encode_pieces(pieces) for token in ids]
+
+    def text(self, answer):
+        """The text of an Answer, cut at a stop text."""
+        text = self.tokenizer.decode(answer.ids)
+        cuts = [text.find(stop) for stop in self.decoding.stop if stop in text] if answer.ended_by == "stop" else []
+        return text[: min(cuts)] if cuts else text
+
+
+def say_idle(given, decoding, say):
+    """Says which of the given options change nothing in a decoding, such as a temperature where nothing is drawn."""
+    meaning, samples = decoding.meaning(), decoding.do_sample  # temperature 0 is known to make the others idle
+    idle = [name for name in given if getattr(decoding, name) != getattr(meaning, name)]
+    for option, named in (
+        ("--num-beams", [name for name in idle if name in ("length_penalty", "early_stopping")]),
+        ("--do-sample", [name for name in idle if name in ("temperature", "top_k", "top_p", "min_p") and not samples]),
+    ):
+        if named:
+            flags = ", ".join("--" + name.replace("_", "-") for name in named)
+            say(f"warning: without {option}, {flags} changes nothing")
+
+
+def adapter_folder(path):
+    """The folder of an adapter: `path`, or what a run folder of that name holds. Raises ValueError where there is none."""
+    folder = expand(path)
+    for inner in (folder, *(folder / name for name in ADAPTERS)):
+        if (inner / ADAPTER_CONFIG).is_file():
+            return inner
+    raise ValueError(
+        f"{short(str(path))} is not the folder of an adapter: it has no {ADAPTER_CONFIG}, and no {' or '.join(ADAPTERS)} of a run"
+    )
+
+
+def read_facts(adapter):
+    """{"template", "base", "special_text", "revision", "dtype", "quantize"} that an adapter was trained with, None where its
+    files do not say, or there is no adapter. A run of an older minitune has revision, dtype and quantize in its config.json.
+    Raises ValueError where a value is not what minitune writes."""
+    facts = dict.fromkeys(("template", "base", "special_text", "revision", "dtype", "quantize"))
+    if adapter is None:
+        return facts
+    folder = Path(adapter)
+    base = peft_files.read_adapter_config(folder).get("base_model_name_or_path")
+    file, run = folder / "minitune.json", folder.parent / "config.json"
+    stored = read_json(file, FACTS) if file.is_file() else {}
+    rows = stored.get("template")
+    if rows is not None and rows not in tuple(ADAPTER_TEMPLATES):
+        raise ValueError(
+            f"{file}: template is {short(rows)}, expected one of {', '.join(ADAPTER_TEMPLATES)}; is it of a newer minitune?"
+        )
+    if stored and "dtype" not in stored and run.is_file():
+        stored = read_json(run, FACTS) | stored
+    base = stored.get("base_model", base)
+    facts |= {name: stored.get(name) for name in ("special_text", "revision", "dtype", "quantize")}
+    return facts | {"template": ADAPTER_TEMPLATES.get(rows), "base": base if isinstance(base, str) and base else None}
+
+
+def choose_template(config, trained, say):
+    """The template of the options, of the adapter, or plain. trained: of read_facts(). Says where these do not agree."""
+    names = [Path(hub.MODELS.get(name, name)).name for name in (trained["base"], config.model) if name is not None]
+    if len(set(names)) > 1:
+        say(f"warning: the adapter was trained on {some([trained['base']])}, not on {config.model}")
+    template = trained["template"]
+    if config.adapter is not None and template is None and config.template is None:
+        say("the adapter does not say which template it was trained with: questions go in as they are (--template)")
+    if template and config.template and config.template != template:
+        say(f"warning: the adapter was trained with the template {template}, and --template is {config.template}")
+    return config.template or template or "plain"
+
+
+@contextmanager
+def out_of_memory_explained(decoding, prompts):
+    """Turns what torch raises where memory is short, of a GPU and of the CPU, into a MemoryError that names the options."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        sequences = max(decoding.num_beams, decoding.num_return_sequences)
+        raise MemoryError(
+            f"out of memory with {prompts} questions of {sequences} sequences and {decoding.max_new_tokens} tokens each: lower "
+            "--batch-size, --num-beams, --num-return-sequences or --max-new-tokens, or use --quantize nf4"
+        ) from error
+
+
+# --- where answers go ---
+
+
+def speaks_unicode():
+    return (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+
+
+class Writer:
+    """Called with each token of an answer: writes the text that has become certain. A token may hold half a character, and text
+    that may begin one of the `stop` texts waits."""
+
+    def __init__(self, tokenizer, stream=None, stop=()):
+        self.tokenizer, self.stream, self.stop = tokenizer, stream or sys.stdout, stop
+        self.ids, self.shown = [], ""
+
+    def __call__(self, token):
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            self.write(text[: certain(text, self.stop)])
+
+    def write(self, text):
+        screen.show(self.stream, text[len(self.shown) :])
+        self.shown = max(self.shown, text, key=len)
+
+    def end(self, text=None):
+        """Write the rest: of `text`, the whole answer, or of all tokens."""
+        self.write(self.tokenizer.decode(self.ids) if text is None else text)
+        screen.show(self.stream, "\n")
+
+
+def certain(text, stop):
+    """How much of `text` is before any stop text, whole or begun at its end."""
+    ends = [len(text)]
+    for wanted in stop:
+        found = text.find(wanted)
+        begun = [len(text) - n for n in range(1, len(wanted)) if text.endswith(wanted[:n])]
+        ends += [found] if found >= 0 else begun
+    return min(ends)

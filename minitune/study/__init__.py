@@ -1,0 +1,1 @@
+"""The names and files of the study that this project grew from."""
