@@ -20,8 +20,8 @@ SCRIPT = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"
 def serve():
     import torch._dynamo  # noqa: F401 - torch.optim imports it at its first use
 
-    import minitune.chat
-    import minitune.sweep  # noqa: F401
+    import minitune.jobs.chat
+    import minitune.jobs.sweep  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
