@@ -1,9 +1,9 @@
-/* Attention over the key-value cache: pairs of a prompt and a key-value head. See decode.py's attend(). */
+/* Attention over the key-value cache: pairs of a prompt and a key-value head. See ops_cpu.py's attend(). */
 
 #include "common.h"
 #include "vectors.h"
 
-typedef struct {          // of an attention; the fields of decode.py's Shape
+typedef struct {          // of an attention; the fields of ops_cpu.py's Shape
   const int64_t *lengths; // (B) tokens of each prompt
   const int64_t *stored;  // (B) of them in the cache: the last ones
   const int32_t *writers; // (R, capacity) the sequence whose token stands in a slot, NULL: the own one

@@ -226,7 +226,7 @@ def load(path):
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoCompiler(f"the built library cannot be loaded: {error}") from None
-    library.record.argtypes, library.record.restype = (ctypes.c_void_p,), None  # of tape.c; see tape.py
+    library.record.argtypes, library.record.restype = (ctypes.c_void_p,), None  # of tape.c; see replay.py
     return library
 
 

@@ -1,7 +1,7 @@
 """The door to the fused operations: RMSNorm, RoPE, SwiGLU and cross-entropy, each in one pass over memory, with a backward.
 
 Beside each stands its reference in plain PyTorch, which is the specification: any device, any float dtype, gradients by
-autograd. The door checks what comes in and takes the Triton kernels of fused_triton.py where `why_not(device)` is None,
+autograd. The door checks what comes in and takes the Triton kernels of ops_triton.py where `why_not(device)` is None,
 elsewhere the reference. The kernels compute in fp32 and round where the reference rounds.
 
 Letters: B batch, T tokens, C hidden, H heads, D head dim, V vocabulary, N supervised tokens."""
@@ -33,12 +33,12 @@ def why_not(device):
 
 
 def kernels_for(device):
-    """The module fused_triton where it runs on `device`, else None. Triton is imported here, on first use."""
+    """The module ops_triton where it runs on `device`, else None. Triton is imported here, on first use."""
     if why_not(device) is not None:
         return None
-    from minitune_kernels import fused_triton
+    from minitune_kernels import ops_triton
 
-    return fused_triton
+    return ops_triton
 
 
 def rms_norm_reference(x, weight, eps):

@@ -1,4 +1,4 @@
-/* out (M, N) = x (M, K) times the transposed weight (N, K), for few rows of x. See decode.py's linears(). Sums in fp32. */
+/* out (M, N) = x (M, K) times the transposed weight (N, K), for few rows of x. See ops_cpu.py's linears(). Sums in fp32. */
 
 #include "common.h"
 #include "vectors.h"

@@ -1,4 +1,4 @@
-/* LoRA: out (M, N) += x (M, K) A^T (scaling * B)^T, with A (r, K) and B (N, r) in fp32. See decode.py's add_lora(). */
+/* LoRA: out (M, N) += x (M, K) A^T (scaling * B)^T, with A (r, K) and B (N, r) in fp32. See ops_cpu.py's add_lora(). */
 
 #include "common.h"
 #include "vectors.h"

@@ -1,4 +1,4 @@
-/* NF4 on a CPU: quantise, dequantise, and multiply by a 4-bit weight. Bits as in reference.py, the specification.
+/* NF4 on a CPU: quantise, dequantise, and multiply by a 4-bit weight. Bits as in nf4_reference.py, the specification.
 
 Built and called by nf4_cpu.py. The format: blocks of 64 elements share an absmax, two elements share a byte, the first in its
 high half. */

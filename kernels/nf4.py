@@ -1,7 +1,7 @@
 """The interface of the NF4 kernels: checks arguments, chooses a backend, and defines the gradient of x.
 
-The format is described in reference.py, plain PyTorch, whose bits every backend has:
-    torch   reference.py: any device
+The format is described in nf4_reference.py, plain PyTorch, whose bits every backend has:
+    torch   nf4_reference.py: any device
     cpu     nf4.c: portable C, AVX2, AVX-512, AMX
     triton  nf4_triton.py: CUDA from compute capability 8.0 on
     cuda    nf4.cu: V100 and T4, other chips by NVRTC
@@ -24,17 +24,17 @@ import threading
 
 import torch
 import torch.nn.functional as F
-from minitune_kernels import built, reference
+from minitune_kernels import built, nf4_reference
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-BLOCK = reference.BLOCK
-NESTED_BLOCK = reference.NESTED_BLOCK
-CODE = reference.CODE
+BLOCK = nf4_reference.BLOCK
+NESTED_BLOCK = nf4_reference.NESTED_BLOCK
+CODE = nf4_reference.CODE
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-BACKENDS = {"torch": "reference", "cpu": "nf4_cpu", "triton": "nf4_triton", "cuda": "nf4_cuda"}  # name -> module
+BACKENDS = {"torch": "nf4_reference", "cpu": "nf4_cpu", "triton": "nf4_triton", "cuda": "nf4_cuda"}  # name -> module
 
 _buffers = {}  # (device, dtype) -> the flat tensor that `workspace` lends
 _lent = threading.Lock()
@@ -116,7 +116,7 @@ def chosen(kind, index, wanted):
         passed.append(f"{name}: {fault}")
     else:
         raise ValueError(f"MINITUNE_KERNELS={wanted} does not run on {device}: {fault}")
-    if module is reference and passed:
+    if module is nf4_reference and passed:
         built.tell(f"4-bit weights in plain PyTorch, which is slow. {'; '.join(passed)}")
     return module, "as MINITUNE_KERNELS asks" if wanted else "; not ".join([f"the fastest on {kind} here", *passed])
 
@@ -148,17 +148,17 @@ def dequantize(packed, absmax, shape, dtype, out=None):
         made = torch.ops.minitune.nf4_dequantize(packed, scales, shape, dtype)
         return made if out is None else out.copy_(made)
     if out is None:
-        return decode(packed, scales, torch.empty(tuple(shape), dtype=dtype, device=packed.device))
+        return dequantize_into(packed, scales, torch.empty(tuple(shape), dtype=dtype, device=packed.device))
     torch.autograd.graph.increment_version(out)  # a backward pass that saved it raises, as for any in-place write
-    return decode(packed, scales, out)
+    return dequantize_into(packed, scales, out)
 
 
-def decode(packed, scales, out):
+def dequantize_into(packed, scales, out):
     """dequantize() into `out` without checks."""
     module = backend(out.device)
-    if module is reference:
-        absmax = reference.double_dequantize(*scales) if len(scales) == 4 else scales[0]
-        return reference.dequantize(packed.view(-1), absmax.view(-1), out)
+    if module is nf4_reference:
+        absmax = nf4_reference.double_dequantize(*scales) if len(scales) == 4 else scales[0]
+        return nf4_reference.dequantize(packed.view(-1), absmax.view(-1), out)
     return module.dequantize(packed, scales, out) if out.numel() else out
 
 
@@ -219,7 +219,7 @@ def multiply(x, packed, scales, shape, bias):
     module, count = backend(x.device), x.numel() // shape[1] if shape[1] else 0
     if not 0 < count <= module.max_rows(shape, x.dtype):
         with workspace(shape, x.dtype, x.device) as weight, torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, decode(packed, scales, weight), bias)
+            return F.linear(x, dequantize_into(packed, scales, weight), bias)
     out = x.new_empty(*x.shape[:-1], shape[0])  # not a view, since callers add to it in place
     module.matmul(x.contiguous(), packed, scales, shape, out)
     return out if bias is None else out.add_(bias)
@@ -246,7 +246,7 @@ def quantize_operator(weight):
 
 @operator("nf4_dequantize")
 def dequantize_operator(packed, scales, shape, dtype):
-    return decode(packed, scales, torch.empty(shape, dtype=dtype, device=packed.device))
+    return dequantize_into(packed, scales, torch.empty(shape, dtype=dtype, device=packed.device))
 
 
 @operator("nf4_matmul")
@@ -258,7 +258,7 @@ def matmul_operator(x, packed, scales, shape, bias):
 def matmul_grad_operator(grad, packed, scales, shape):
     """grad (.., out) -> (.., in): grad @ weight, the weight dequantised again."""
     with workspace(shape, grad.dtype, grad.device) as weight, torch.autocast(grad.device.type, enabled=False):
-        return grad @ decode(packed, scales, weight)
+        return grad @ dequantize_into(packed, scales, weight)
 
 
 @torch.library.register_fake("minitune::nf4_quantize")
@@ -315,14 +315,14 @@ def double_quantize(absmax):
     check("absmax", absmax, (torch.float32,))
     if absmax.dim() != 1 or absmax.numel() == 0:
         raise ValueError(f"absmax has shape {tuple(absmax.shape)}, expected (m,) with m >= 1")
-    return reference.double_quantize(absmax)
+    return nf4_reference.double_quantize(absmax)
 
 
 @torch.no_grad()
 def double_dequantize(q, absmax2, code2, offset):
     """absmax (m,) fp32 = code2[q] * absmax2 + offset, rounded twice, bit for bit bitsandbytes'."""
     check_nested(q, absmax2, code2, offset)
-    return reference.double_dequantize(q.view(-1), absmax2.view(-1), code2, offset.view(()))
+    return nf4_reference.double_dequantize(q.view(-1), absmax2.view(-1), code2, offset.view(()))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""NF4 in Triton, for NVIDIA GPUs of compute capability 8.0 and up. Format and bits are those of reference.py; the inputs are
+"""NF4 in Triton, for NVIDIA GPUs of compute capability 8.0 and up. Format and bits are those of nf4_reference.py; the inputs are
 taken as checked (see nf4.py). No autotuning and no atomics: the same bits on every run. A first call compiles (about a second
 for each type, number of rows of x and width); after it a CUDA graph may capture them all.
 
@@ -16,7 +16,7 @@ import os
 import types
 
 import torch
-from minitune_kernels import reference
+from minitune_kernels import nf4_reference
 
 NAME = "triton"
 OLDEST = (3, 5)  # of triton: the oldest that was seen to build these kernels
@@ -106,7 +106,7 @@ def quantize_tile(weight, midpoints, packed, absmax, left, BLOCKS: tl.constexpr,
     # Of absolute values the order is that of their bits, NaN above infinity; a maximum of floats would drop NaN.
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     largest = tl.where(largest > 0x7F800000, 0x7FC00000, largest)
-    at_least_tiny = tl.maximum(largest, 0x006CE3EE)  # the bits of reference.TINY
+    at_least_tiny = tl.maximum(largest, 0x006CE3EE)  # the bits of nf4_reference.TINY
     divisor = at_least_tiny.to(tl.float32, bitcast=True)
     scaled = x * tl.div_rn(1.0, divisor)[:, None]
     if not FULL:
@@ -261,7 +261,7 @@ def quantize(weight):
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-n // 64), dtype=torch.float32, device=weight.device)
     if n:
-        midpoints, grid = reference.tables(weight.device)[1], (triton.cdiv(n, QUANTIZE["BLOCKS"] * 64),)
+        midpoints, grid = nf4_reference.tables(weight.device)[1], (triton.cdiv(n, QUANTIZE["BLOCKS"] * 64),)
         with torch.cuda.device_of(weight):
             quantize_kernel[grid](weight, midpoints, packed, absmax, n, **QUANTIZE)
     return packed, absmax
@@ -272,7 +272,7 @@ def dequantize(packed, scales, out):
     scales: (absmax,), or (q, absmax2, code2, offset) of double quantisation, whose absmax is then computed in passing."""
     options, n = DEQUANTIZE[out.element_size()], out.numel()
     if n:
-        code, grid = reference.tables(out.device)[0], (triton.cdiv(n, options["GROUPS"] * options["BYTES"] * 2),)
+        code, grid = nf4_reference.tables(out.device)[0], (triton.cdiv(n, options["GROUPS"] * options["BYTES"] * 2),)
         with torch.cuda.device_of(out):
             dequantize_kernel[grid](code, packed, scales, out, n, **options)
     return out
@@ -293,7 +293,7 @@ def matmul(x, packed, scales, shape, out):
     Up to 4 rows the weights are the fp32 products code * absmax, unrounded; from 5 they are rounded to x.dtype, as
     dequantize gives them."""
     (N, K), M = shape, x.shape[:-1].numel()
-    code = reference.tables(x.device)[0]
+    code = nf4_reference.tables(x.device)[0]
     with torch.cuda.device_of(x):
         if M in GEMV_ROWS:
             rows = min(GEMV_ROWS[M], 1 << (N.bit_length() - 1))  # a power of two, and no more than the weight has

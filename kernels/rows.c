@@ -1,4 +1,4 @@
-/* Operations on rows of numbers: norms, sums, RoPE, SwiGLU, GELU, the most likely tokens. decode.py says what each computes.
+/* Operations on rows of numbers: norms, sums, RoPE, SwiGLU, GELU, the most likely tokens. ops_cpu.py says what each computes.
  *
  * Everything sums in fp32. dtype: FP32 or BF16; a value that torch would round to bf16 on its way is rounded here too. */
 

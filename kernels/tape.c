@@ -1,4 +1,4 @@
-/* Runs steps on threads, and records them on a tape, which runs the steps of many calls as one. See tape.py. */
+/* Runs steps on threads, and records them on a tape, which runs the steps of many calls as one. See replay.py. */
 
 #include "common.h"
 

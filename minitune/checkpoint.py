@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from minitune_kernels import decode, nf4
+from minitune_kernels import nf4, ops_cpu
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -59,7 +59,7 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
         tell(f"{folder} holds an adapter of its own, which is left out: {adapter} is asked for.")
     device = torch.device(device)
     if device.type == "cpu":
-        decode.prepare()
+        ops_cpu.prepare()
     net, stored_4bit = build_empty(folder)
     if quantize != "none" and not architecture(read_config(folder))[2]:
         raise ValueError(f"{folder} holds a GPT-2, which minitune does not quantise; use --quantize none")

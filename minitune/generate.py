@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from minitune_kernels import decode as kernels
 from minitune_kernels import nf4
+from minitune_kernels import ops_cpu as kernels
 from torch import nn
 
 from minitune.adapters.lora import LoRALinear

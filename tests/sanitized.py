@@ -4,10 +4,10 @@ usage: sanitized.py LIBRARY LEVEL"""
 import ctypes
 import sys
 
-from minitune_kernels import built, decode, nf4_cpu
+from minitune_kernels import built, nf4_cpu, ops_cpu
 
 BYTES = {0: 4, 1: 2, 2: 2}  # of a value, by the number of the dtype
-lib = steps = decode.typed(nf4_cpu.typed(built.load(sys.argv[1])))
+lib = steps = ops_cpu.typed(nf4_cpu.typed(built.load(sys.argv[1])))
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 
@@ -48,7 +48,7 @@ def run_linears(dtype):
         weight, bias = buffer(N * K * size), buffer(N * size)
         for M in (*range(1, 20), 127, 128):
             x, first, second = buffer(M * K * size), buffer(M * N * size), buffer(M * N * size)
-            layers = weight, bias, first, N, weight, None, second, N, *decode.NO_LAYER
+            layers = weight, bias, first, N, weight, None, second, N, *ops_cpu.NO_LAYER
             assert steps.decode_linears(2, dtype, x, M, K, *layers) == 0
             for address in (x, first, second):
                 libc.free(address)
@@ -101,7 +101,7 @@ def run_steps(dtype):
         numbers = (ctypes.c_int64 * B)(*lengths), (ctypes.c_int64 * B)(*stored)
         writers = (ctypes.c_int32 * (R * capacity))(*[row // n * n for row in range(R) for _ in range(capacity)])
         addresses = [ctypes.addressof(array) for array in (*numbers, writers)]
-        shape = decode.Shape(*addresses, B, n, H, H_kv, T, D, P, capacity, new, window)
+        shape = ops_cpu.Shape(*addresses, B, n, H, H_kv, T, D, P, capacity, new, window)
         q, out = buffer(R * T * H * D * size), buffer(R * T * H * D * size)
         k, v = buffer(R * T * H_kv * D * size), buffer(R * T * H_kv * D * size)
         prompts = [buffer(B * H_kv * P * D * size) for _ in range(2)]

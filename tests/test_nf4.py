@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minitune_kernels import nf4, reference
+from minitune_kernels import nf4, nf4_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -215,11 +215,11 @@ def test_any_shape_comes_back_within_half_the_widest_code_step(rows, columns, dt
 
 
 def test_table_search_counts_the_midpoints_below_every_float_around_them():
-    midpoints = reference.tables(CPU)[1]
+    midpoints = nf4_reference.tables(CPU)[1]
     around = midpoints.view(torch.int32).unsqueeze(1) + torch.arange(-70_000, 70_000, dtype=torch.int32)
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, float("nan"), -float("nan")])
     values = torch.cat([around.view(-1).view(torch.float32), torch.linspace(-1, 1, 100_001), special])
-    assert torch.equal(reference.nearest(values), torch.bucketize(values, midpoints).to(torch.uint8))
+    assert torch.equal(nf4_reference.nearest(values), torch.bucketize(values, midpoints).to(torch.uint8))
 
 
 def test_a_tie_between_two_code_values_goes_down():
@@ -240,7 +240,7 @@ def test_slabs_do_not_show_in_the_result(monkeypatch):
     weight = random_weight(37, 41, dtype=torch.bfloat16)
     packed, absmax = nf4.quantize(weight)
     back = nf4.dequantize(packed, absmax, weight.shape, torch.bfloat16)
-    monkeypatch.setattr(reference, "slab_blocks", lambda device: 3)
+    monkeypatch.setattr(nf4_reference, "slab_blocks", lambda device: 3)
     packed_slabs, absmax_slabs = nf4.quantize(weight)
     assert torch.equal(packed_slabs, packed) and torch.equal(absmax_slabs, absmax)
     assert torch.equal(nf4.dequantize(packed, absmax, weight.shape, torch.bfloat16), back)
@@ -262,8 +262,8 @@ def test_temporaries_do_not_grow_with_the_weight():
     weight = random_weight(2048, 4096, dtype=torch.bfloat16)  # 32 MiB in fp32, packed 4 MiB
     out = torch.empty_like(weight)
     with LargestResult() as largest:
-        packed, absmax = reference.quantize(weight)
-        reference.dequantize(packed, absmax, out)
+        packed, absmax = nf4_reference.quantize(weight)
+        nf4_reference.dequantize(packed, absmax, out)
     assert largest.bytes <= 4 << 20
 
 
@@ -549,7 +549,7 @@ def test_state_dict_copies_and_the_meta_device_keep_the_stored_bits():
 def test_layers_are_made_while_meta_is_the_default_device():
     weight = random_weight(4, 64)
     expected = NF4Linear.from_weight(weight, None, torch.float32, True).dequantize()
-    for cached in (reference.tables, reference.halves, reference.dynamic_map):
+    for cached in (nf4_reference.tables, nf4_reference.halves, nf4_reference.dynamic_map):
         cached.cache_clear()
     with torch.device("meta"):
         layer = NF4Linear.from_weight(weight, None, torch.float32, True)

@@ -1,4 +1,4 @@
-"""The C kernels: on every instruction set of this CPU the bits of reference.py, and its products up to rounding."""
+"""The C kernels: on every instruction set of this CPU the bits of nf4_reference.py, and its products up to rounding."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from minitune_kernels import built, nf4, nf4_cpu, reference
+from minitune_kernels import built, nf4, nf4_cpu, nf4_reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3, "AMX": 4, "AMX emulated": 4}
@@ -67,16 +67,16 @@ def test_every_instruction_set_gives_the_bits_of_the_reference(level, dtype):
     for shape in SHAPES:
         weight = weights(shape, dtype)
         packed, absmax = nf4_cpu.quantize(weight)
-        expected = reference.quantize(weight)
+        expected = nf4_reference.quantize(weight)
         assert same_bits(packed, expected[0]) and same_bits(absmax, expected[1]), shape
         if not weight.numel():
             continue
-        nested = reference.double_quantize(absmax)
+        nested = nf4_reference.double_quantize(absmax)
         for scales in ((absmax,), nested):
-            restored = reference.double_dequantize(*scales) if scales is nested else absmax
+            restored = nf4_reference.double_dequantize(*scales) if scales is nested else absmax
             for out in FLOATS:
                 ours = nf4_cpu.dequantize(packed, scales, torch.empty(shape, dtype=out))
-                theirs = reference.dequantize(packed, restored, torch.empty(shape, dtype=out))
+                theirs = nf4_reference.dequantize(packed, restored, torch.empty(shape, dtype=out))
                 assert same_bits(ours, theirs), (shape, out, len(scales))
 
 
@@ -86,21 +86,21 @@ def test_extreme_values_have_the_bits_of_the_reference(level, value, n):
     weight = weights((n,), torch.float32)
     weight[70], weight[n - 1] = value, value
     packed, absmax = nf4_cpu.quantize(weight)
-    expected = reference.quantize(weight)
+    expected = nf4_reference.quantize(weight)
     assert same_bits(packed, expected[0]) and same_bits(absmax, expected[1])
     for dtype in FLOATS:
         out = torch.empty(n, dtype=dtype)
         assert same_bits(
-            nf4_cpu.dequantize(packed, (absmax,), out.clone()), reference.dequantize(packed, absmax, out.clone())
+            nf4_cpu.dequantize(packed, (absmax,), out.clone()), nf4_reference.dequantize(packed, absmax, out.clone())
         )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_large_output_written_past_the_caches_has_the_same_bits(level, dtype, monkeypatch):
     monkeypatch.setattr(nf4_cpu, "STREAM_BYTES", 0)
-    packed, absmax = reference.quantize(weights((96, 321), dtype))
+    packed, absmax = nf4_reference.quantize(weights((96, 321), dtype))
     whole = torch.empty(96 * 321 + 1, dtype=dtype)
-    expected = reference.dequantize(packed, absmax, torch.empty(96 * 321, dtype=dtype))
+    expected = nf4_reference.dequantize(packed, absmax, torch.empty(96 * 321, dtype=dtype))
     for out in (whole[:-1], whole[1:]):  # the second is not aligned, and must not be streamed
         assert same_bits(nf4_cpu.dequantize(packed, (absmax,), out), expected)
 
@@ -111,10 +111,10 @@ def test_matmul_is_the_product_with_the_dequantised_weight(level, dtype, nested)
     # Sums of up to 2240 products in fp32, rounded once: half a unit in the last place, and what the fp32 sum loses.
     tolerance = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}[dtype]
     for shape in MATMULS:
-        packed, absmax = reference.quantize(weights(shape, dtype))
-        scales = reference.double_quantize(absmax) if nested else (absmax,)
-        restored = reference.double_dequantize(*scales) if nested else absmax
-        weight = reference.dequantize(packed, restored, torch.empty(shape, dtype=dtype)).double()
+        packed, absmax = nf4_reference.quantize(weights(shape, dtype))
+        scales = nf4_reference.double_quantize(absmax) if nested else (absmax,)
+        restored = nf4_reference.double_dequantize(*scales) if nested else absmax
+        weight = nf4_reference.dequantize(packed, restored, torch.empty(shape, dtype=dtype)).double()
         for rows in ROWS:
             x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
             out = nf4_cpu.matmul(x, packed, scales, shape, torch.full((rows, shape[0]), torch.nan, dtype=dtype))
@@ -124,7 +124,7 @@ def test_matmul_is_the_product_with_the_dequantised_weight(level, dtype, nested)
 
 
 def test_a_row_of_x_does_not_depend_on_its_neighbours(level):
-    packed, absmax = reference.quantize(weights((24, 1280), torch.bfloat16))
+    packed, absmax = nf4_reference.quantize(weights((24, 1280), torch.bfloat16))
     x = torch.randn(70, 1280, generator=torch.Generator().manual_seed(1)).bfloat16()
     run = lambda rows: nf4_cpu.matmul(rows, packed, (absmax,), (24, 1280), rows.new_empty(len(rows), 24))
     whole = run(x)
@@ -135,7 +135,7 @@ def test_a_row_of_x_does_not_depend_on_its_neighbours(level):
 
 
 def test_threads_change_nothing(level, monkeypatch):
-    packed, absmax = reference.quantize(weights((50, 320), torch.bfloat16))
+    packed, absmax = nf4_reference.quantize(weights((50, 320), torch.bfloat16))
     x, results = torch.randn(7, 320).bfloat16(), []
     before = torch.get_num_threads()
     try:

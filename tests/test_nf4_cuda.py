@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from minitune_kernels import built, nf4, nf4_cuda, nvrtc, reference
+from minitune_kernels import built, nf4, nf4_cuda, nf4_reference, nvrtc
 from minitune_kernels.cuda_driver import Driver
 
 TESTS = Path(__file__).resolve().parent
@@ -119,11 +119,11 @@ def shifted(tensor, elements):
 
 def quantized(weight, double, device):
     """(packed, scales as a backend takes them, absmax fp32) of the reference, the first two on `device`."""
-    packed, absmax = reference.quantize(weight)
+    packed, absmax = nf4_reference.quantize(weight)
     scales = (absmax,)
     if double:
-        scales = reference.double_quantize(absmax)
-        absmax = reference.double_dequantize(*scales)
+        scales = nf4_reference.double_quantize(absmax)
+        absmax = nf4_reference.double_dequantize(*scales)
     return packed.to(device), tuple(scale.to(device) for scale in scales), absmax
 
 
@@ -136,7 +136,7 @@ def test_quantize_gives_the_bits_of_the_reference(device, shape, dtype):
     for weight in (random(*shape, dtype=dtype), awkward(*shape, dtype=dtype)):
         for given in (weight.to(device), shifted(weight.to(device), 1)):
             packed, absmax = nf4_cuda.quantize(given)
-            expected_packed, expected_absmax = reference.quantize(weight)
+            expected_packed, expected_absmax = nf4_reference.quantize(weight)
             assert torch.equal(packed.cpu(), expected_packed)
             assert same(absmax, expected_absmax)
 
@@ -154,7 +154,7 @@ def test_quantize_multiplies_a_whole_block_and_divides_a_short_one_as_the_refere
 def test_dequantize_gives_the_bits_of_the_reference(device, shape, dtype, double):
     weight = random(*shape) if double else awkward(*shape, dtype=torch.float32)
     packed, scales, absmax = quantized(weight, double, device)
-    expected = reference.dequantize(packed.cpu(), absmax, torch.empty(shape, dtype=dtype))
+    expected = nf4_reference.dequantize(packed.cpu(), absmax, torch.empty(shape, dtype=dtype))
     for packed_shift, out_shift in ((0, 0), (1, 0), (2, 0), (0, 1), (3, 1)):
         out = shifted(torch.full(shape, 9.0, dtype=dtype, device=device), out_shift)
         assert nf4_cuda.dequantize(shifted(packed, packed_shift), scales, out) is out
@@ -166,9 +166,9 @@ def test_dequantize_keeps_the_nan_of_the_reference_that_double_quantisation_spre
     q = torch.arange(256, dtype=torch.uint8).repeat(2)
     packed = torch.arange(512 * 32, dtype=torch.int32).to(torch.uint8)
     for bad in (float("nan"), -float("nan"), float("inf")):
-        scales = q, torch.tensor([1.0, bad]), reference.dynamic_map(CPU), torch.tensor(0.1)
+        scales = q, torch.tensor([1.0, bad]), nf4_reference.dynamic_map(CPU), torch.tensor(0.1)
         expected = torch.empty(512, 64, dtype=dtype)
-        reference.dequantize(packed, reference.double_dequantize(*scales), expected)
+        nf4_reference.dequantize(packed, nf4_reference.double_dequantize(*scales), expected)
         out = torch.empty(512, 64, dtype=dtype, device=device)
         nf4_cuda.dequantize(packed.to(device), tuple(scale.to(device) for scale in scales), out)
         assert same(out, expected) and expected.isnan().any()
@@ -190,7 +190,7 @@ def assert_product(out, x, weight):
 @pytest.mark.parametrize("shape", [(1, 64), (7, 320), (18, 1088), (9, 2112)])
 def test_matmul_is_the_product_with_the_weight_of_the_reference(device, shape, dtype, double):
     packed, scales, absmax = quantized(random(*shape), double, device)
-    weight = reference.dequantize(packed.cpu(), absmax, torch.empty(shape))
+    weight = nf4_reference.dequantize(packed.cpu(), absmax, torch.empty(shape))
     assert nf4_cuda.max_rows(shape, dtype) == 8
     for rows in range(1, 9):
         x = random(rows, shape[1], dtype=dtype, seed=rows) * 20
@@ -217,7 +217,7 @@ def test_a_row_of_matmul_has_the_same_bits_whatever_rows_come_along(device, dtyp
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_matmul_of_pointers_that_are_not_aligned_is_the_product_of_the_reference(device, dtype):
     packed, scales, absmax = quantized(random(6, 128), False, device)
-    weight = reference.dequantize(packed.cpu(), absmax, torch.empty(6, 128))
+    weight = nf4_reference.dequantize(packed.cpu(), absmax, torch.empty(6, 128))
     x = random(2, 128, dtype=dtype)
     for packed_shift, x_shift in ((1, 0), (4, 0), (0, 1), (8, 2)):
         out = torch.empty(2, 6, dtype=dtype, device=device)
@@ -234,7 +234,7 @@ def test_matmul_gives_nan_where_the_reference_does(device, bad):
     x[2, 100] = bad
     out = torch.empty(3, 5, device=device)
     nf4_cuda.matmul(x.to(device), packed, scales, (5, 128), out)
-    expected = x @ reference.dequantize(packed.cpu(), absmax, torch.empty(5, 128)).T
+    expected = x @ nf4_reference.dequantize(packed.cpu(), absmax, torch.empty(5, 128)).T
     assert torch.equal(out.cpu().isnan(), expected.isnan()) and out[:2, [0, 2, 3]].isfinite().all()
 
 

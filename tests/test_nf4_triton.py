@@ -1,4 +1,4 @@
-"""NF4 in Triton against reference.py: on a GPU where there is one, else in Triton's interpreter; and the builds for GPUs that
+"""NF4 in Triton against nf4_reference.py: on a GPU where there is one, else in Triton's interpreter; and the builds for GPUs that
 are not here. Run as a program with a compute capability, it prints what a build of every launch is made of."""
 
 import json
@@ -13,7 +13,7 @@ import types
 import pytest
 import torch
 import triton_interpreter
-from minitune_kernels import nf4_triton, reference
+from minitune_kernels import nf4_reference, nf4_triton
 from minitune_kernels.nf4_triton import jit, tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,11 +52,11 @@ def assert_same_bits(got, expected):
 
 def quantized(shape, nested, seed=0):
     """(packed, scales, the same weight's absmax), on the CPU."""
-    packed, absmax = reference.quantize(random_weight(*shape, seed=seed))
+    packed, absmax = nf4_reference.quantize(random_weight(*shape, seed=seed))
     if not nested:
         return packed, (absmax,), absmax
-    scales = reference.double_quantize(absmax)
-    return packed, scales, reference.double_dequantize(*scales)
+    scales = nf4_reference.double_quantize(absmax)
+    return packed, scales, nf4_reference.double_dequantize(*scales)
 
 
 def to_device(*tensors):
@@ -137,12 +137,12 @@ def test_bf16_arithmetic_rounds_as_torch_does(backend):
 @pytest.mark.parametrize("shape", [(0,), (1,), (2,), (63,), (64,), (7, 9), (5, 13), (32, 64), (33, 63), (3, 1431)])
 def test_quantize_gives_the_bits_of_the_reference(backend, shape, dtype):
     weight = random_weight(*shape, dtype=dtype)
-    for got, expected in zip(backend.quantize(weight.to(DEVICE)), reference.quantize(weight), strict=True):
+    for got, expected in zip(backend.quantize(weight.to(DEVICE)), nf4_reference.quantize(weight), strict=True):
         assert_same_bits(got, expected)
 
 
 def test_whole_blocks_multiply_by_the_reciprocal_and_a_short_block_divides(backend):
-    midpoints = reference.tables(torch.device("cpu"))[1]
+    midpoints = nf4_reference.tables(torch.device("cpu"))[1]
     absmax = torch.rand(400, generator=torch.Generator().manual_seed(5)) + 0.5
     blocks = torch.cat([midpoints * absmax[:, None], absmax[:, None]], dim=1)  # (400, 16), each value at a tie
     divided, multiplied = blocks / absmax[:, None], blocks * (1 / absmax)[:, None]
@@ -152,13 +152,13 @@ def test_whole_blocks_multiply_by_the_reciprocal_and_a_short_block_divides(backe
     )  # in whole blocks of four rows, and in rows that may stand at the end
     for rest in blocks[384:][differ[384:]]:
         weight = torch.cat([blocks[:384].repeat_interleave(4, 0).view(-1), rest])
-        assert_same_bits(backend.quantize(weight.to(DEVICE))[0], reference.quantize(weight)[0])
+        assert_same_bits(backend.quantize(weight.to(DEVICE))[0], nf4_reference.quantize(weight)[0])
 
 
 def test_quantize_puts_ties_down(backend):
-    code = torch.tensor(reference.CODE)
+    code = torch.tensor(nf4_reference.CODE)
     ties = torch.cat([(code[:-1] + code[1:]) / 2, torch.ones(49)])
-    assert_same_bits(backend.quantize(ties.to(DEVICE))[0], reference.quantize(ties)[0])
+    assert_same_bits(backend.quantize(ties.to(DEVICE))[0], nf4_reference.quantize(ties)[0])
 
 
 SPECIAL = {
@@ -180,7 +180,7 @@ SPECIAL = {
 @pytest.mark.parametrize("name", SPECIAL)
 def test_extreme_values_are_stored_as_the_reference_stores_them(backend, name, length, dtype):
     weight = torch.tensor([0.25, -1.0] * 32 + SPECIAL[name][:length]).to(dtype)
-    for got, expected in zip(backend.quantize(weight.to(DEVICE)), reference.quantize(weight), strict=True):
+    for got, expected in zip(backend.quantize(weight.to(DEVICE)), nf4_reference.quantize(weight), strict=True):
         assert_same_bits(got, expected)
 
 
@@ -191,7 +191,7 @@ def test_dequantize_gives_the_bits_of_the_reference(backend, shape, nested, dtyp
     packed, scales, absmax = quantized(shape, nested)
     out = torch.full(shape, 7.0, dtype=dtype, device=DEVICE)
     assert backend.dequantize(packed.to(DEVICE), to_device(*scales), out) is out
-    assert_same_bits(out, reference.dequantize(packed, absmax, torch.empty(shape, dtype=dtype)))
+    assert_same_bits(out, nf4_reference.dequantize(packed, absmax, torch.empty(shape, dtype=dtype)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -201,7 +201,7 @@ def test_dequantize_of_extreme_scales_gives_the_bits_of_the_reference(backend, d
     absmax = torch.tensor(scales).repeat_interleave(8)
     out = torch.empty(packed.numel() * 2, dtype=dtype, device=DEVICE)
     backend.dequantize(*to_device(packed), to_device(absmax), out)
-    assert_same_bits(out, reference.dequantize(packed, absmax, torch.empty(out.shape, dtype=dtype)))
+    assert_same_bits(out, nf4_reference.dequantize(packed, absmax, torch.empty(out.shape, dtype=dtype)))
 
 
 def test_dequantize_of_no_elements_does_nothing(backend):
@@ -214,7 +214,7 @@ def test_tensors_may_start_at_any_element(backend):
     shifted = [torch.cat([t[:1], t]).to(DEVICE)[1:] for t in (packed, absmax)]
     out = torch.zeros(200 * 64 + 2, dtype=torch.bfloat16, device=DEVICE)
     backend.dequantize(shifted[0], (shifted[1],), out[1:-1])
-    expected = reference.dequantize(packed, absmax, torch.zeros(200 * 64, dtype=torch.bfloat16))
+    expected = nf4_reference.dequantize(packed, absmax, torch.zeros(200 * 64, dtype=torch.bfloat16))
     assert_same_bits(
         out, torch.cat([torch.zeros(1), expected, torch.zeros(1)]).bfloat16()
     )  # and no element is past its end
@@ -227,7 +227,7 @@ def assert_product(out, x, packed, absmax, shape):
     """Half a step of the output type, and what fp32 sums may lose: 2**-17 of the sum of the absolute products, where rounding
     the weights of a GEMV to bf16 would cost 2**-14."""
     weight_dtype = torch.float32 if x.shape[0] <= 4 else x.dtype
-    weight = reference.dequantize(packed, absmax, torch.empty(shape, dtype=weight_dtype)).double()
+    weight = nf4_reference.dequantize(packed, absmax, torch.empty(shape, dtype=weight_dtype)).double()
     exact, x = x.double() @ weight.T, x.double()
     bound = torch.finfo(out.dtype).eps / 2 * exact.abs() + 2**-17 * (x.abs() @ weight.abs().T)
     assert ((out.cpu().double() - exact).abs() <= bound).all()
@@ -268,7 +268,7 @@ def test_matmul_takes_any_number_of_blocks_and_rows_of_the_weight(backend, rows,
 def test_matmul_keeps_nan_and_infinity_in_the_row_of_the_weight(backend, rows, value):
     weight = random_weight(66, 128)
     weight[3, 70] = value
-    packed, absmax = reference.quantize(weight)
+    packed, absmax = nf4_reference.quantize(weight)
     x = random_weight(rows, 128, dtype=torch.bfloat16, seed=1)
     out = torch.empty(rows, 66, dtype=torch.bfloat16, device=DEVICE)
     backend.matmul(*to_device(x, packed), to_device(absmax), (66, 128), out)
@@ -313,11 +313,11 @@ def test_more_than_two_to_the_31_elements_are_addressed(backend):
     weight = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
     weight[-tail:] = random_weight(tail).to(DEVICE)
     packed, absmax = backend.quantize(weight)
-    expected = reference.quantize(weight[-tail:].cpu())
+    expected = nf4_reference.quantize(weight[-tail:].cpu())
     assert_same_bits(packed[-((tail + 1) // 2) :], expected[0])
     assert_same_bits(absmax[-3:], expected[1])
     backend.dequantize(packed, (absmax,), weight)
-    assert_same_bits(weight[-tail:], reference.dequantize(*expected, torch.empty(tail, dtype=torch.bfloat16)))
+    assert_same_bits(weight[-tail:], nf4_reference.dequantize(*expected, torch.empty(tail, dtype=torch.bfloat16)))
 
 
 # Builds

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import regex
 import torch
-from minitune_kernels import decode
+from minitune_kernels import ops_cpu
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,10 +40,10 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         A, B = self.lora_A.weight, self.lora_B.weight
         is_fp32 = A.dtype is B.dtype is torch.float32 and A.is_cpu and B.is_cpu  # .to(dtype) may have changed them
-        few = x.numel() <= decode.MAX_ROWS * x.shape[-1]
-        if is_fp32 and few and not self.training and decode.takes(x):
+        few = x.numel() <= ops_cpu.MAX_ROWS * x.shape[-1]
+        if is_fp32 and few and not self.training and ops_cpu.takes(x):
             y = self.base_layer(x).to(x.dtype).contiguous()
-            return decode.add_lora(y, x, A, B, self.scaling)
+            return ops_cpu.add_lora(y, x, A, B, self.scaling)
         rows = x.flatten(0, -2)  # (B * T, in)
         A, B = A.to(x.dtype), (B * self.scaling).to(x.dtype)
         low = F.linear(self.lora_dropout(rows), A)  # (B * T, r)

@@ -6,8 +6,8 @@ beams x prompt. Letters as in layers.py, and: B prompts, n sequences of each, R 
 import weakref
 
 import torch
-from minitune_kernels import decode
-from minitune_kernels.tape import Graph, Tape
+from minitune_kernels import ops_cpu
+from minitune_kernels.replay import Graph, Tape
 from torch.nn import functional as F
 
 from minitune.models.layers import causal_mask
@@ -31,8 +31,8 @@ class Cache:
         self.capacity = min(most, FIRST_CAPACITY if window is None else window) + draft  # a ring has its size at once
         self.layers = [LayerCache(self) for _ in range(num_layers)]
         self.writers = None  # (R, capacity) int32: the sequence whose token stands in a slot; None: each its own
-        self.in_c = False  # whether decode.attend does the work; known when the prompts have been read
-        self.shape = None  # decode.attend's; made anew where prompts leave
+        self.in_c = False  # whether ops_cpu.attend does the work; known when the prompts have been read
+        self.shape = None  # ops_cpu.attend's; made anew where prompts leave
         self.tapes = {}  # the form of a step -> its Tape or Graph
 
     def read(self, pieces):
@@ -75,7 +75,7 @@ class Cache:
     def recorder(self, x):
         """What replays steps: Tape, Graph or None."""
         if self.in_c:
-            return Tape if decode.takes(x) else None
+            return Tape if ops_cpu.takes(x) else None
         return Graph if x.is_cuda and not torch.is_grad_enabled() else None
 
     def make_room(self, T):
@@ -165,12 +165,12 @@ class Cache:
         self.lengths, self.shape, self.tapes = [self.lengths[i] for i in prompts], None, {}
 
     def next_shape(self, T):
-        """decode.attend's Shape for the next T tokens: the same object each time, since a tape holds its address. It keeps the
+        """ops_cpu.attend's Shape for the next T tokens: the same object each time, since a tape holds its address. It keeps the
         tensors that it points to alive."""
         if self.shape is None:
             layer = self.layers[0]
             B, H_kv, P, D = layer.prompt_k.shape
-            self.shape = decode.Shape(B=B, n=self.sequences, H_kv=H_kv, D=D, P=P, window=self.window or 0)
+            self.shape = ops_cpu.Shape(B=B, n=self.sequences, H_kv=H_kv, D=D, P=P, window=self.window or 0)
             self.shape.tensors = torch.tensor(self.lengths), torch.tensor(layer.stored)
             self.shape.lengths, self.shape.stored = (t.data_ptr() for t in self.shape.tensors)
         shape = self.shape
@@ -235,7 +235,7 @@ class LayerCache:
         if self.cache.in_c:
             shape = self.cache.next_shape(q.shape[2])
             shape.H = q.shape[1]
-            return decode.attend(q, k, v, shape, (self.prompt_k, self.prompt_v, self.k, self.v))
+            return ops_cpu.attend(q, k, v, shape, (self.prompt_k, self.prompt_v, self.k, self.v))
         return self.step(q, k, v, layout)
 
     def read(self, q, k, v):
@@ -267,7 +267,7 @@ class LayerCache:
         self.stored = [k.shape[1] for k, _ in parts]
         H_kv, _, D = parts[0][0].shape
         shape = len(parts), H_kv, max(self.stored), D
-        in_c, self.dtype = decode.takes(parts[0][0]), parts[0][0].dtype
+        in_c, self.dtype = ops_cpu.takes(parts[0][0]), parts[0][0].dtype
         self.cache.in_c = in_c
         # torch multiplies in fp32 here, and on a CPU would convert all keys at every step.
         device = parts[0][0].device

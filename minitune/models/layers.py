@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from minitune_kernels import decode
+from minitune_kernels import ops_cpu
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,7 +19,7 @@ MAX_NUMBER = 1e30  # of a setting of config.json: its square is still finite in 
 
 def gelu_tanh(x):
     """GELU with tanh for the error function (arXiv 1606.08415)."""
-    return decode.gelu_tanh(x) if decode.takes(x) else F.gelu(x, approximate="tanh")
+    return ops_cpu.gelu_tanh(x) if ops_cpu.takes(x) else F.gelu(x, approximate="tanh")
 
 
 ACTIVATIONS = {
@@ -36,8 +36,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         weight, bias = self.weight, self.bias
-        if decode.fits(x, weight, bias):
-            return decode.linear(x, weight, bias)
+        if ops_cpu.fits(x, weight, bias):
+            return ops_cpu.linear(x, weight, bias)
         return F.linear(x, weight, bias)
 
 
@@ -45,8 +45,8 @@ def project(x, *layers):
     """[layer(x) for layer in layers], at most three: in one call where a decoding step on a CPU allows it."""
     if all(type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers):
         parts = [(layer.weight, layer.bias) for layer in layers]
-        if all(decode.fits(x, *part) for part in parts):
-            return decode.linears(x, *parts)
+        if all(ops_cpu.fits(x, *part) for part in parts):
+            return ops_cpu.linears(x, *parts)
     return [layer(x) for layer in layers]
 
 
@@ -55,8 +55,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x):
         weight, bias = self.weight, self.bias
-        if bias is not None and decode.takes(x) and decode.is_along(weight, x) and decode.is_along(bias, x):
-            return decode.layer_norm(x, weight, bias, self.eps)
+        if bias is not None and ops_cpu.takes(x) and ops_cpu.is_along(weight, x) and ops_cpu.is_along(bias, x):
+            return ops_cpu.layer_norm(x, weight, bias, self.eps)
         return super().forward(x)
 
 
@@ -70,8 +70,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         weight = self.weight
-        if decode.takes(x) and decode.is_along(weight, x):
-            return decode.rms_norm(x, weight, self.eps)
+        if ops_cpu.takes(x) and ops_cpu.is_along(weight, x):
+            return ops_cpu.rms_norm(x, weight, self.eps)
         return RMSNormFunction.apply(x, weight, self.eps)
 
 
@@ -101,8 +101,8 @@ class RMSNormFunction(torch.autograd.Function):
 
 def swiglu(gate, up):
     """silu(gate) * up (arXiv 2002.05202), all of one shape."""
-    if decode.takes(gate) and up.dtype is gate.dtype and up.shape == gate.shape:
-        return decode.swiglu(gate, up)
+    if ops_cpu.takes(gate) and up.dtype is gate.dtype and up.shape == gate.shape:
+        return ops_cpu.swiglu(gate, up)
     return SwiGLUFunction.apply(gate, up)
 
 
@@ -253,8 +253,8 @@ def first_given(*values):
 def apply_rope(x, cos, sin):
     """Turn x (B, H, T, D) by its positions: dim i goes with dim i + d/2, for the first d dims (Phi turns a part of a head); the
     rest stays as it is. cos, sin: (B, 1, T, d/2)."""
-    if decode.takes(x) and x.stride(-1) == 1 and decode.turns(cos, x) and decode.turns(sin, x):
-        return decode.rope(x, cos, sin)
+    if ops_cpu.takes(x) and x.stride(-1) == 1 and ops_cpu.turns(cos, x) and ops_cpu.turns(sin, x):
+        return ops_cpu.rope(x, cos, sin)
     return RopeFunction.apply(x, cos, sin)
 
 

@@ -10,7 +10,7 @@ import copy
 import weakref
 
 import torch
-from minitune_kernels import decode
+from minitune_kernels import ops_cpu
 from minitune_kernels.built import tell
 from torch.overrides import TorchFunctionMode
 
@@ -66,13 +66,13 @@ class Tape(Repeated):
 
     def __init__(self, modules=()):
         super().__init__(modules)
-        library, _ = decode.library()
+        library, _ = ops_cpu.library()
         self.address = library.tape_new()
         weakref.finalize(self, free, self.address)
 
     def record(self, function, *inputs):
         """function(*inputs), recorded. inputs: tensors that play() reads; fill them before it."""
-        library, _ = decode.library()
+        library, _ = ops_cpu.library()
         watch = Watch()
         try:
             library.record(self.address)
@@ -86,7 +86,7 @@ class Tape(Repeated):
 
     def play(self):
         """Recomputes the tensor that record() returned, from what its inputs hold now. Raises MemoryError."""
-        library, _ = decode.library()
+        library, _ = ops_cpu.library()
         if library.tape_run(self.address):
             raise MemoryError("no memory for a decoding step")
         return self.output
@@ -94,7 +94,7 @@ class Tape(Repeated):
 
 def free(address):
     """Free a tape, also one that an interrupt left recording."""
-    decode.library()[0].tape_free(address)
+    ops_cpu.library()[0].tape_free(address)
 
 
 class Graph(Repeated):
@@ -153,7 +153,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", str(function))
         if name in ("add", "add_") and not kwargs and len(args) == 2 and is_sum(*args):
-            result = decode.add(*args, out=args[0] if name == "add_" else None)
+            result = ops_cpu.add(*args, out=args[0] if name == "add_" else None)
             self.kept += [t.detach() for t in (*args, result)]
             return result
         result = function(*args, **(kwargs or {}))
@@ -171,7 +171,7 @@ class Watch(TorchFunctionMode):
 
 
 def is_sum(x, y):
-    """Whether decode.add takes these."""
+    """Whether ops_cpu.add takes these."""
     return (
         isinstance(x, torch.Tensor)
         and isinstance(y, torch.Tensor)
@@ -179,7 +179,7 @@ def is_sum(x, y):
         and (x.shape == y.shape or y.shape == x.shape[-1:])
         and x.is_contiguous()
         and y.is_contiguous()
-        and decode.takes(x)
+        and ops_cpu.takes(x)
         and y.is_cpu
     )
 

@@ -31,9 +31,9 @@ def kernels():
 
         triton_interpreter.install()
     assert fused.why_not(torch.device(DEVICE)) is None
-    from minitune_kernels import fused_triton
+    from minitune_kernels import ops_triton
 
-    return fused_triton
+    return ops_triton
 
 
 @pytest.fixture
@@ -457,12 +457,12 @@ def build(kernel, arguments, options, capability):
 
 def report_builds(folder):
     """Prints {"kernel dtype capability": ["STACK:0", "LOCAL:0"]}, the bytes a thread that did not fit in registers, as JSON."""
-    from minitune_kernels import fused_triton
+    from minitune_kernels import ops_triton
     from triton import knobs
 
     report, path = {}, Path(folder, "kernel.cubin")
     for capability, dtypes in BUILDS.items():
-        for kernel, arguments, options in launches(fused_triton, dtypes):
+        for kernel, arguments, options in launches(ops_triton, dtypes):
             path.write_bytes(build(kernel, arguments, options, capability))
             command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -474,8 +474,8 @@ def report_builds(folder):
 
 def test_every_kernel_builds_for_cuda_without_spills(tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-c", f"import test_fused; test_fused.report_builds({str(tmp_path)!r})"]
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    command = [sys.executable, "-c", f"import test_ops_triton; test_ops_triton.report_builds({str(tmp_path)!r})"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)

@@ -4,8 +4,8 @@ import gc
 
 import pytest
 import torch
-from minitune_kernels import decode
-from minitune_kernels.tape import RECORDED, Graph, Repeated, Tape
+from minitune_kernels import ops_cpu
+from minitune_kernels.replay import RECORDED, Graph, Repeated, Tape
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ DECODINGS = {
 }
 
 pytestmark = pytest.mark.skipif(
-    not decode.runs_here(None) or not decode.max_rows(torch.bfloat16), reason="no C compiler, or no AVX-512 bf16"
+    not ops_cpu.runs_here(None) or not ops_cpu.max_rows(torch.bfloat16), reason="no C compiler, or no AVX-512 bf16"
 )
 
 
@@ -257,7 +257,7 @@ def test_tables_that_are_parts_of_a_buffer_stay_as_they_are(monkeypatch):
 def test_dropout_in_place_is_no_view():
     tape = Tape()
     with torch.no_grad():
-        tape.record(lambda x: decode.add(F.dropout(x, 0.5, training=True, inplace=True), x), torch.ones(2, 64))
+        tape.record(lambda x: ops_cpu.add(F.dropout(x, 0.5, training=True, inplace=True), x), torch.ones(2, 64))
     assert tape.fault == "torch's dropout()"
 
 
@@ -274,7 +274,7 @@ def test_a_tape_repeats_what_it_recorded_with_other_numbers():
     x, y, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 64), (3, 64), (96, 64)))
 
     def function(x):
-        return decode.linear(decode.rms_norm(x + x, weight[0], 1e-5), weight)
+        return ops_cpu.linear(ops_cpu.rms_norm(x + x, weight[0], 1e-5), weight)
 
     with torch.no_grad():
         expected = function(x), function(y)
@@ -292,22 +292,22 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_no_tape_running():
     x = torch.ones(2, 64)
     with torch.no_grad():
         with pytest.raises(ZeroDivisionError):
-            Tape().record(lambda x: decode.add(x, x) + 1 / 0, x)
+            Tape().record(lambda x: ops_cpu.add(x, x) + 1 / 0, x)
         other = Tape()
-        other.record(lambda x: decode.add(x, x), x.clone())
+        other.record(lambda x: ops_cpu.add(x, x), x.clone())
         other.inputs[0].mul_(3)
         assert torch.equal(other.play(), 6 * x)
 
 
 def test_a_tape_that_an_interrupt_left_open_is_closed_when_it_goes():
     x, tape = torch.ones(2, 64), Tape()
-    decode.library()[0].record(tape.address)
+    ops_cpu.library()[0].record(tape.address)
     del tape
     with torch.no_grad():
         for _ in range(100):
-            decode.add(x, x)  # to memory that is another's now, if it were written down
+            ops_cpu.add(x, x)  # to memory that is another's now, if it were written down
         other = Tape()
-        other.record(lambda x: decode.add(x, x), x.clone())
+        other.record(lambda x: ops_cpu.add(x, x), x.clone())
         assert torch.equal(other.play(), 2 * x)
 
 
@@ -319,7 +319,7 @@ def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
         hidden.data_ptr()
         with torch._C.DisableTorchFunction():  # as compiled code does
             hidden.copy_(x[0] * 2)
-        return decode.add(x, hidden)
+        return ops_cpu.add(x, hidden)
 
     tape, results = Tape(), []
     with torch.no_grad():
@@ -383,9 +383,9 @@ def test_layer_norm_and_sums_are_torchs(dtype):
         weight, bias = (torch.randn(shape[-1], generator=generator).to(dtype) for _ in range(2))
         with torch.no_grad():
             torch.testing.assert_close(
-                decode.layer_norm(x, weight, bias, 1e-5),
+                ops_cpu.layer_norm(x, weight, bias, 1e-5),
                 F.layer_norm(x, shape[-1:], weight, bias, 1e-5),
                 rtol=step,
                 atol=4 * step,
             )
-            assert torch.equal(decode.add(x, y), x + y) and torch.equal(decode.add(x, bias), x + bias)
+            assert torch.equal(ops_cpu.add(x, y), x + y) and torch.equal(ops_cpu.add(x, bias), x + bias)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from minitune_kernels import built, decode
+from minitune_kernels import built, ops_cpu
 from torch.nn import functional as F
 
 from minitune.adapters.lora import LoRALinear
@@ -14,22 +14,22 @@ FLOATS = (torch.float32, torch.bfloat16)
 LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3}
 STEP = {torch.float32: 2**-20, torch.bfloat16: 2**-7}  # sums in another order; two roundings: shares of the value
 
-pytestmark = pytest.mark.skipif(not decode.runs_here(None), reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(not ops_cpu.runs_here(None), reason="there is no C compiler")
 with_bf16 = pytest.mark.skipif(
-    not decode.runs_here(None) or decode.library()[1] < 3, reason="this CPU has no AVX-512 bf16"
+    not ops_cpu.runs_here(None) or ops_cpu.library()[1] < 3, reason="this CPU has no AVX-512 bf16"
 )
 
 
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
     """Runs a test on one instruction set. Skips those that this CPU lacks."""
-    library, highest = decode.library()
+    library, highest = ops_cpu.library()
     wanted = LEVELS[request.param]
     if wanted > highest:
         pytest.skip(f"this CPU has {built.LEVELS[highest]}, not {request.param}")
     if wanted < highest:
-        library = decode.typed(built.load(built.build(wanted)))
-    monkeypatch.setattr(decode, "library", lambda: (library, wanted))
+        library = ops_cpu.typed(built.load(built.build(wanted)))
+    monkeypatch.setattr(ops_cpu, "library", lambda: (library, wanted))
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +54,9 @@ def close(found, expected, dtype, size=1.0):
 @pytest.mark.parametrize("shape", [(1, 1, 768), (3, 2, 100), (40, 1, 33), (7,), (0, 5)])
 def test_rms_norm_is_torchs(level, dtype, shape):
     x, weight = random(*shape, dtype=dtype), random(shape[-1], seed=1, dtype=dtype)
-    close(decode.rms_norm(x, weight, 1e-5), layers.RMSNormFunction.apply(x, weight, 1e-5), dtype)
+    close(ops_cpu.rms_norm(x, weight, 1e-5), layers.RMSNormFunction.apply(x, weight, 1e-5), dtype)
     strided = random(*shape, 2, dtype=dtype)[..., 0]
-    assert torch.equal(decode.rms_norm(strided, weight, 1e-5), decode.rms_norm(strided.contiguous(), weight, 1e-5))
+    assert torch.equal(ops_cpu.rms_norm(strided, weight, 1e-5), ops_cpu.rms_norm(strided.contiguous(), weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -65,9 +65,9 @@ def test_rope_is_torchs(level, dtype, B, H, T, D, tables):
     angles = random(tables, 1, T, D // 2, dtype=torch.float32) * 100
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     for x in (random(B, H, T, D, dtype=dtype), random(B, T, H, D, dtype=dtype).transpose(1, 2)):
-        close(decode.rope(x, cos, sin), layers.turn(x, cos, sin), dtype)
+        close(ops_cpu.rope(x, cos, sin), layers.turn(x, cos, sin), dtype)
     part = random(B, T, H, 2 * D, dtype=dtype).transpose(1, 2)[..., :D]  # Phi turns the first part of a head
-    close(decode.rope(part, cos, sin), layers.turn(part, cos, sin), dtype)
+    close(ops_cpu.rope(part, cos, sin), layers.turn(part, cos, sin), dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -81,12 +81,12 @@ def test_what_a_sequence_attends_to_does_not_depend_on_the_others(level, dtype, 
         fresh = [random(n, 1, capacity, D, seed=seed + 60 + i, dtype=dtype) for i in range(2)]
         sizes = {"B": 1, "H": G, "H_kv": 1, "T": T, "D": D, "P": P, "capacity": capacity, "new_tokens": new}
         length = torch.tensor([P])
-        shape = decode.Shape(length.data_ptr(), length.data_ptr(), n=n, **sizes)
-        together = decode.attend(q, k, v, shape, (*prompts, *fresh))
+        shape = ops_cpu.Shape(length.data_ptr(), length.data_ptr(), n=n, **sizes)
+        together = ops_cpu.attend(q, k, v, shape, (*prompts, *fresh))
         for row in range(n):
-            shape, part = decode.Shape(length.data_ptr(), length.data_ptr(), n=1, **sizes), slice(row, row + 1)
+            shape, part = ops_cpu.Shape(length.data_ptr(), length.data_ptr(), n=1, **sizes), slice(row, row + 1)
             own = [t[part].clone() for t in fresh]
-            assert torch.equal(decode.attend(q[part], k[part], v[part], shape, (*prompts, *own)), together[part])
+            assert torch.equal(ops_cpu.attend(q[part], k[part], v[part], shape, (*prompts, *own)), together[part])
 
 
 def test_shapes_that_do_not_fit_are_torchs_to_judge(level):
@@ -111,12 +111,12 @@ def test_shapes_that_do_not_fit_are_torchs_to_judge(level):
 @pytest.mark.parametrize("shape", [(1, 1, 2048), (5, 37), (3, 3, 3333), (0, 8)])
 def test_swiglu_is_torchs(level, dtype, shape):
     gate, up = random(*shape, dtype=dtype) * 8, random(*shape, seed=1, dtype=dtype)
-    close(decode.swiglu(gate, up), layers.SwiGLUFunction.apply(gate, up), dtype, size=2.0)
+    close(ops_cpu.swiglu(gate, up), layers.SwiGLUFunction.apply(gate, up), dtype, size=2.0)
 
 
 def test_swiglu_keeps_nan_and_vanishes_where_it_should(level):
     gate = torch.tensor([torch.nan, 300.0, -300.0, torch.inf, 0.0])
-    found = decode.swiglu(gate, torch.ones(5))
+    found = ops_cpu.swiglu(gate, torch.ones(5))
     assert found[0].isnan() and found[1] == 300 and found[2].abs() < 1e-30 and found[3] == torch.inf and found[4] == 0
 
 
@@ -125,7 +125,7 @@ def test_swiglu_keeps_nan_and_vanishes_where_it_should(level):
 def test_the_likeliest_tokens_are_those_of_log_softmax(level, dtype, count):
     logits = random(5, 1001, dtype=dtype) * 4
     logits[1, :900], logits[2] = -torch.inf, 0.5  # a ban; all equal
-    values, ids = decode.rank(logits, count)
+    values, ids = ops_cpu.rank(logits, count)
     logprobs = logits.double().log_softmax(-1)
     assert (values - logprobs.gather(1, ids)).abs().nan_to_num().max() < 2e-5
     best = logprobs.topk(count).values
@@ -136,7 +136,7 @@ def test_the_likeliest_tokens_are_those_of_log_softmax(level, dtype, count):
 def test_logits_with_nan_have_nan_as_log_probabilities(level):
     logits = random(3, 100, dtype=torch.float32)
     logits[1, 57] = torch.nan
-    assert decode.rank(logits, 2)[0].isnan().any(1).tolist() == [False, True, False]
+    assert ops_cpu.rank(logits, 2)[0].isnan().any(1).tolist() == [False, True, False]
 
 
 def cached(dtype, lengths, n, heads, kv_heads, D, window=None, new=6, draft=0, seed=0):
@@ -229,34 +229,34 @@ def test_rows_are_multiplied_as_in_fp64_and_rounded_once(shape):
         size = x.double().abs() @ weight.double().abs().T
         for given in (None, bias):
             exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
-            found = decode.linear(x, weight, given).double()
+            found = ops_cpu.linear(x, weight, given).double()
             assert ((found - exact).abs() <= exact.abs() * 2**-8 + size * 2**-20).all()
 
 
 @with_bf16
 def test_a_row_does_not_depend_on_its_neighbours():
     weight, x, bias = random(50, 128), random(64, 128, seed=1), random(50, seed=2)
-    whole = decode.linear(x, weight, bias)
+    whole = ops_cpu.linear(x, weight, bias)
     for rows in (1, 2, 5, 8, 9, 15, 40):
-        assert torch.equal(decode.linear(x[:rows], weight, bias), whole[:rows])
+        assert torch.equal(ops_cpu.linear(x[:rows], weight, bias), whole[:rows])
 
 
 @with_bf16
 def test_views_and_more_axes_are_read_where_they_lie():
     weight, x = random(16, 64), random(65, 6, seed=2)
     strided = x[1:].T  # (6, 64), its elements 6 apart
-    assert torch.equal(decode.linear(strided, weight), decode.linear(strided.contiguous(), weight))
+    assert torch.equal(ops_cpu.linear(strided, weight), ops_cpu.linear(strided.contiguous(), weight))
     shifted = random(16 * 64 + 1)[1:].view(16, 64)  # not aligned
-    assert torch.equal(decode.linear(strided, shifted), decode.linear(strided, shifted.clone()))
-    assert decode.linear(strided.reshape(2, 3, 64), weight).shape == (2, 3, 16)
-    assert decode.linear(random(64), weight).shape == (16,)
+    assert torch.equal(ops_cpu.linear(strided, shifted), ops_cpu.linear(strided, shifted.clone()))
+    assert ops_cpu.linear(strided.reshape(2, 3, 64), weight).shape == (2, 3, 16)
+    assert ops_cpu.linear(random(64), weight).shape == (16,)
 
 
 @with_bf16
 def test_numbers_that_overflow_vanish_or_are_none_come_out_as_such():
     weight = torch.zeros(4, 32, dtype=torch.bfloat16)
     weight[0], weight[1], weight[2], weight[3, 0] = 3e38, torch.nan, torch.inf, 1e-40
-    found = decode.linear(torch.ones(1, 32, dtype=torch.bfloat16), weight)[0]
+    found = ops_cpu.linear(torch.ones(1, 32, dtype=torch.bfloat16), weight)[0]
     assert found[0] == torch.inf and found[1].isnan() and found[2] == torch.inf
 
 
@@ -277,21 +277,21 @@ def test_projections_of_one_x_are_the_layers_and_their_hooks_run():
 
 def test_the_kernels_are_taken_without_a_gradient_and_on_plain_tensors_only(monkeypatch):
     x = random(2, 64)
-    assert decode.takes(x) and decode.takes(x.float())
-    assert not decode.takes(x.half()) and not decode.takes(x.to("meta"))
+    assert ops_cpu.takes(x) and ops_cpu.takes(x.float())
+    assert not ops_cpu.takes(x.half()) and not ops_cpu.takes(x.to("meta"))
     with torch.enable_grad():
-        assert not decode.takes(x)
+        assert not ops_cpu.takes(x)
     with torch._subclasses.FakeTensorMode() as mode:
-        assert not decode.takes(mode.from_tensor(x))
-    assert not torch.func.vmap(lambda row: row * decode.takes(row))(x).any()
+        assert not ops_cpu.takes(mode.from_tensor(x))
+    assert not torch.func.vmap(lambda row: row * ops_cpu.takes(row))(x).any()
     monkeypatch.setenv("MINITUNE_KERNELS", "torch")
-    assert not decode.takes(x)
+    assert not ops_cpu.takes(x)
 
 
 @with_bf16
 def test_a_layer_takes_its_kernel_for_few_rows_of_bf16(monkeypatch):
     layer, taken = Linear(64, 16, dtype=torch.bfloat16), []
-    monkeypatch.setattr(decode, "linear", lambda x, *rest: taken.append(x) or x.new_zeros(*x.shape[:-1], 16))
+    monkeypatch.setattr(ops_cpu, "linear", lambda x, *rest: taken.append(x) or x.new_zeros(*x.shape[:-1], 16))
     layer(random(2, 32, 64))
     assert len(taken) == 1
     for x in (random(129, 64), random(0, 64)):
@@ -299,7 +299,7 @@ def test_a_layer_takes_its_kernel_for_few_rows_of_bf16(monkeypatch):
     layer.half()(random(2, 64, dtype=torch.float16))
     assert len(taken) == 1
     layer.float()(random(2, 64, dtype=torch.float32))
-    assert len(taken) == (2 if decode.max_rows(torch.float32) else 1)
+    assert len(taken) == (2 if ops_cpu.max_rows(torch.float32) else 1)
 
 
 def test_layers_with_and_without_a_gradient_agree():
@@ -330,18 +330,18 @@ def test_fp32_rows_are_multiplied_to_the_last_places_and_do_not_depend_on_each_o
     weight, bias, x = (
         random(*s, seed=i, dtype=torch.float32) for i, s in enumerate((shape, shape[:1], (40, shape[1])))
     )
-    whole = decode.linear(x, weight, bias)
+    whole = ops_cpu.linear(x, weight, bias)
     exact = F.linear(x.double(), weight.double(), bias.double())
     assert ((whole - exact).abs() <= 2**-20 * (x.double().abs() @ weight.double().abs().T + 1)).all()
     for rows in (1, 2, 3, 4, 7):
-        assert torch.equal(decode.linear(x[:rows], weight, bias), whole[:rows])
+        assert torch.equal(ops_cpu.linear(x[:rows], weight, bias), whole[:rows])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gelu_is_torchs(level, dtype):
     x = random(3, 333, dtype=dtype) * 4
-    close(decode.gelu_tanh(x), F.gelu(x, approximate="tanh"), dtype)
-    odd = decode.gelu_tanh(torch.tensor([torch.nan, 1e30, -1e30, 0.0]))
+    close(ops_cpu.gelu_tanh(x), F.gelu(x, approximate="tanh"), dtype)
+    odd = ops_cpu.gelu_tanh(torch.tensor([torch.nan, 1e30, -1e30, 0.0]))
     assert odd[0].isnan() and odd[1] == 1e30 and odd[2] == 0 and odd[3] == 0
 
 
@@ -351,9 +351,9 @@ def test_parameters_that_lie_or_are_otherwise_than_x_go_through_torch():
     layer.bias.data, norm.weight.data = wide[::2], wide[1::2]
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, wide[::2]))
     torch.testing.assert_close(norm(x), F.rms_norm(x, (64,), wide[1::2], 1e-5), rtol=1e-5, atol=1e-5)
-    assert decode.takes(x)
+    assert ops_cpu.takes(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not decode.takes(x)
+        assert not ops_cpu.takes(x)
     cache = cached(torch.bfloat16, [4], 1, 4, 2, 16)
     with pytest.raises(ValueError, match="expected one dtype"):
         q, k = random(1, 4, 1, 16, dtype=torch.float32), random(1, 2, 1, 16)
