@@ -21,7 +21,7 @@ from minitune.config import TrainConfig, parse
 from minitune.jobs import chat, evaluate, inspect_data, report, sweep
 from minitune.jobs import generate as generate_job
 from minitune.reports.results import read_results
-from minitune.runs import folder as run_folder
+from minitune.runs import state as run_state
 from minitune.tokenizer import load_tokenizer
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -87,7 +87,7 @@ READERS = {
     "questions": lambda: ask(prompts="questions/asked.txt"),
     "answers": lambda: ask(prompts="questions/asked.txt", out="questions/out.jsonl"),
     "answers as a list": lambda: ask(prompts="questions/asked.txt", out="questions/out.json"),
-    "state": lambda: run_folder.read_progress("run/last/state.safetensors"),
+    "state": lambda: run_state.read_progress("run/last/state.safetensors"),
     "resume": go_on,
     "evaluate a run": lambda: evaluate.evaluate(evaluate.EvaluateConfig(run="run", max_new_tokens=2, **QUICK)),
     "sweep a run": sweep_on,

@@ -24,6 +24,7 @@ from minitune.evaluation.held_out import Run, read_options
 from minitune.files import read_json, write_json
 from minitune.generate import generate
 from minitune.jobs.evaluate import EvaluateConfig, evaluate
+from minitune.loss import held_out_loss
 from minitune.metrics.bleu import corpus_bleu, sentence_bleu
 from minitune.metrics.chrf import corpus_chrf, segment_chrf
 from minitune.metrics.exact_match import exact_match
@@ -34,7 +35,7 @@ from minitune.metrics.token_f1 import token_f1
 from minitune.runs.folder import read_lines
 from minitune.screen import cells
 from minitune.tokenizer import load_tokenizer
-from minitune.train import held_out_loss, train
+from minitune.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = lambda line: None

@@ -18,9 +18,11 @@ from minitune.adapters import lora, peft_files
 from minitune.adapters.peft_files import load_adapter, save_adapter
 from minitune.checkpoint import load_model
 from minitune.config import TrainConfig
+from minitune.loss import batch_loss
 from minitune.models import ARCHITECTURES, build
+from minitune.plan import StepPlan
 from minitune.tokenizer import load_tokenizer
-from minitune.train import StepPlan, batch_loss, train
+from minitune.train import train
 
 SIZES = {
     "vocab_size": 264,

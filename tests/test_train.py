@@ -28,10 +28,14 @@ from minitune.decoding.options import GenerateConfig
 from minitune.files import read_json
 from minitune.generate import generate
 from minitune.models import build
+from minitune.plan import StepPlan, learning_rate
+from minitune.runs import curves as run_curves
 from minitune.runs import folder as run_folder
-from minitune.runs.folder import append_line, hold, keep_lines, read_lines, read_progress
+from minitune.runs import state as run_state
+from minitune.runs.folder import append_line, hold, keep_lines, read_lines
+from minitune.runs.state import read_progress
 from minitune.tokenizer import load_tokenizer
-from minitune.train import StepPlan, learning_rate, train
+from minitune.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = {"seconds", "tokens_per_s", "peak_bytes"}  # what no two runs share
@@ -351,7 +355,7 @@ def test_the_scaler_of_fp16_has_a_history_worth_keeping(exact):
     norms = [record["grad_norm"] for record in metrics(run) if "loss" in record]
     assert None in norms, "no gradient ever overflowed, so nothing was skipped"
     assert norms[0] is not None
-    _, facts = run_folder.read_state(run / "last" / "state.safetensors")
+    _, facts = run_state.read_state(run / "last" / "state.safetensors")
     assert json.loads(facts["scaler"])["scale"] != 65536.0
 
 
@@ -902,11 +906,11 @@ def test_where_no_step_beats_the_base_the_last_is_kept_and_it_is_said(options, t
 
 
 def test_curves_are_a_whole_picture(done, tmp_path):
-    run_folder.draw_curves(read_lines(done / "metrics.jsonl"), tmp_path / "curves.png")
+    run_curves.draw_curves(read_lines(done / "metrics.jsonl"), tmp_path / "curves.png")
     png = (tmp_path / "curves.png").read_bytes()
     assert png.startswith(b"\x89PNG") and png.endswith(b"IEND\xaeB`\x82") and len(png) > 10_000
-    run_folder.draw_curves([], tmp_path / "curves.png")
-    run_folder.draw_curves([{"step": 0, "eval_loss": 2.0}], tmp_path / "curves.png")
+    run_curves.draw_curves([], tmp_path / "curves.png")
+    run_curves.draw_curves([{"step": 0, "eval_loss": 2.0}], tmp_path / "curves.png")
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 

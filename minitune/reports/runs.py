@@ -17,7 +17,7 @@ from minitune.reports.words import (
     shown,
     with_arrow,
 )
-from minitune.runs.folder import Curve, curves
+from minitune.runs.curves import Curve, curves
 from minitune.study.files import GRADES
 
 ON_A_CARD = (*FIGURE, "exact_match", "length_ratio")  # scores that are shown with an answer

@@ -1,28 +1,23 @@
-"""The files of a run: metrics.jsonl, the state that makes a resume exact, curves.png. Each appears whole or not at
-all."""
+"""The folder of a run: who holds it, what a run writes at its start, and the lines of metrics.jsonl and samples.jsonl. The state
+is in state.py, curves.png in curves.py."""
 
 import errno
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
-import re
 import tempfile
 import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
-from minitune.files import parse_json, read_bytes, read_json, to_json, write_whole
-from minitune.schema import COUNT, Number, check
-from minitune.screen import short, some
+from minitune.device import environment
+from minitune.files import parse_json, read_bytes, read_json, to_json, write_json, write_whole
+from minitune.schema import COUNT, check
+from minitune.screen import short
 
 
 @contextmanager
@@ -196,206 +191,56 @@ def adapter_fingerprint(folder):
     return None if None in parts else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-@dataclass
-class Progress:
-    """What a run knows of itself beyond its tensors."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # tokens read, prompts included
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_sha256: str | None = None  # of the weights in best/, which a kill may leave newer than this state
-    evaluations_since_best: int = 0
-    first_loss: float | None = None  # of step 1
-    recent_losses: list[float] = field(default_factory=list)
-    logged: dict = field(default_factory=dict)  # {file: [bytes, crc32]} of metrics.jsonl and samples.jsonl up to here
-    config: dict = field(default_factory=dict)
-    facts: dict = field(default_factory=dict)  # what must be the same in a resume beyond the options: {what: value}
+def free_name(run):
+    """A run folder beside `run` that does not exist."""
+    return next(path for i in itertools.count(2) if not (path := run.with_name(f"{run.name}-{i}")).exists())
 
 
-PROGRESS = {
-    "step": COUNT,
-    "tokens": COUNT,
-    "best_loss": (float, None),
-    "best_step": (COUNT, None),
-    "best_sha256": (str, None),
-    "evaluations_since_best": COUNT,
-    "first_loss": (float, None),
-    "recent_losses": [float],
-    "logged": {str: [COUNT]},
-    "config": {"max_steps": (COUNT, None), "epochs": Number(0), "model": str, "data": (str, None)},
-    "facts": {str: str},
-}
-SCALER = {
-    "scale": Number(0),
-    "growth_factor": Number(1),
-    "backoff_factor": Number(0, 1),
-    "growth_interval": COUNT,
-    "_growth_tracker": COUNT,
-}
-
-
-def random_state(device):
-    """{name: state} of the generators that the dropout of a step draws from."""
-    states = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def save_state(path, progress, parameters, optimizer, scaler, random):
-    """One safetensors file with everything that the next step depends on: weights, AdamW's moments, random state,
-    progress, and a checksum over the whole file.
-
-    parameters: {name: trained parameter}; random: of random_state(). One file, so that a kill can never leave halves of
-    two states."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value
-    tensors = {name: t.cpu().contiguous() for name, t in (tensors | random).items()}
-    facts = {"format": "pt", "progress": json.dumps(asdict(progress)), "scaler": json.dumps(scaler.state_dict())}
-    content = save(tensors, metadata=facts | {"sha256": NO_DIGEST})
-    start, end = place_of_digest(content)
-    write_whole(path, content[:start] + hashlib.sha256(content).hexdigest().encode() + content[end:])
-
-
-NO_DIGEST = "0" * 64  # stands where the checksum goes while it is computed
-
-
-def place_of_digest(content):
-    """(start, end) of the 64 digits of the checksum in the bytes of a state file, None where it has none."""
-    found = list(re.finditer(rb'"sha256":"([0-9a-f]{64})"', content[: 8 + int.from_bytes(content[:8], "little")]))
-    return found[0].span(1) if len(found) == 1 else None
-
-
-def read_state(path):
-    """(the bytes, the metadata) of a state file. Raises ValueError unless it is whole, bit for bit."""
-    content, problem = read_bytes(path), "it has no checksum"
-    if place := place_of_digest(content):
-        start, end = place
-        digest = hashlib.sha256(content[:start] + NO_DIGEST.encode())
-        digest.update(memoryview(content)[end:])
-        problem = "its checksum does not fit" if digest.hexdigest().encode() != content[start:end] else None
-    if problem:
-        raise ValueError(f"{path} is not a whole state of a run: {problem}; use --resume never to start again")
-    header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")].decode(), path)
-    return content, check(header, {"__metadata__": {"progress": str, "scaler": str}}, path)["__metadata__"]
-
-
-def read_progress(path):
-    """The Progress in a state file, or None where there is no such file. Raises ValueError where it is damaged."""
-    if not Path(path).exists():
-        return None
-    stored = check(parse_json(read_state(path)[1]["progress"], path), PROGRESS, f"{path}, progress")
-    return Progress(**{f.name: stored[f.name] for f in fields(Progress)})
-
-
-def load_state(path, parameters, optimizer, scaler):
-    """Put the tensors of a state file back in place. Raises ValueError, with nothing changed, where names, shapes, dtypes
-    or values are not those of a state of `parameters`: fused AdamW would read beyond the end of a moment."""
-    content, metadata = read_state(path)
-    scaler_state = parse_json(metadata["scaler"], path)
-    if scaler_state != {}:
-        check(scaler_state, SCALER, f"{path}, scaler")
+def place_of(run):
+    """What a folder is, whatever its name: None where there is none."""
     try:
-        tensors = load(content)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole state of a run: {error}; use --resume never to start again") from None
-    expected = {"random.cpu": torch.get_rng_state()}
-    for name, parameter in parameters.items():
-        expected[f"weight.{name}"] = parameter
-        if f"step.{name}" in tensors:  # none where fp16 has skipped every step
-            expected |= {f"{key}.{name}": parameter for key in ("exp_avg", "exp_avg_sq")}
-            expected[f"step.{name}"] = torch.zeros(())
-    device = next(iter(parameters.values())).device
-    if "random.cuda" in tensors:
-        expected["random.cuda"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else tensors["random.cuda"]
-    kinds = lambda found: {name: f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for name, t in found.items()}
-    there, wanted = kinds(tensors), kinds(expected)
-    if other := next((name for name in {**wanted, **there} if wanted.get(name) != there.get(name)), None):
-        raise ValueError(
-            f"{path} is the state of another adapter: {some([other])} is {there.get(other, 'missing')}, expected "
-            f"{wanted.get(other, 'no such tensor')}; use --resume never to start again"
+        found = os.stat(run)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def check_place(run, place):
+    """Raises OSError where the run folder is not the one that this training began in."""
+    if place_of(run) != place:
+        raise OSError(
+            f"the run folder {run} was removed or replaced while this training ran, so its state is lost; start again, "
+            "and leave the folder where it is"
         )
-    if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
-        raise ValueError(f"{path} holds NaN or infinity in {some(broken, 2)}; use --resume never to start again")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"weight.{name}"])
-        moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if moments["step"] is not None:
-            optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in moments.items()}
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
-    if scaler_state:
-        scaler.load_state_dict(scaler_state)
 
 
-class Curve:
-    """The records that curves.png is drawn from: every one of a short run, a regular part of a long one, so that neither
-    memory nor the time of a drawing grows with the run."""
-
-    LIMIT = 2000  # points of each line
-
-    def __init__(self, records=()):
-        self.lines = {"loss": [], "eval_loss": []}
-        self.every, self.seen = {"loss": 1, "eval_loss": 1}, {"loss": 0, "eval_loss": 0}
-        for record in records:
-            self.add(record)
-
-    def add(self, record):
-        for key, keys in (("loss", ("step", "loss", "lr")), ("eval_loss", ("step", "eval_loss"))):
-            if record.get(key) is None:
-                continue
-            if self.seen[key] % self.every[key] == 0:
-                self.lines[key].append({k: record[k] for k in keys})
-            self.seen[key] += 1
-            if len(self.lines[key]) > self.LIMIT:
-                self.lines[key], self.every[key] = self.lines[key][::2], self.every[key] * 2
-
-    def records(self):
-        return [*self.lines["loss"], *self.lines["eval_loss"]]
+def start_run(run, config, device, fingerprint):
+    """An empty run folder, with config.json and environment.json. What an earlier run left there is removed."""
+    for name in (
+        "last/state.safetensors",  # first: without it nobody goes on from what remains
+        "metrics.jsonl",
+        "samples.jsonl",
+        "curves.png",
+        *(
+            f"{part}/{file}"
+            for part in ("adapter", "best", "last")
+            for file in ("adapter_model.safetensors", "adapter_config.json", "minitune.json")
+        ),
+    ):
+        (run / name).unlink(missing_ok=True)
+    write_config(run, config)
+    write_json(run / "environment.json", environment(device) | {"seed": config.seed, "data_fingerprint": fingerprint})
 
 
-def draw_curves(records, path):
-    """curves.png: training and held-out loss over the steps, the learning rate below."""
-    image = io.BytesIO()
-    curves(records).savefig(image, format="png", dpi=130)
-    write_whole(path, image.getvalue())
+def write_held_out(run, test_set):
+    """heldout.jsonl: the held-out rows as they were read, for --prompts FILE and --references FILE."""
+    if not test_set.examples:
+        (run / "heldout.jsonl").unlink(missing_ok=True)
+    else:
+        rows = (json.loads(json.dumps(row, default=str)) for row in test_set.rows)  # Parquet has values JSON lacks
+        write_whole(run / "heldout.jsonl", "".join(to_json(row) + "\n" for row in rows))
 
 
-def curves(records, figsize=(7, 5)):
-    """The figure of curves.png, a matplotlib Figure, from the records of metrics.jsonl. figsize: in inches."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no state between figures
-    from matplotlib.ticker import MaxNLocator
-
-    train = [(r["step"], r["loss"], r["lr"]) for r in records if "loss" in r]
-    held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
-    figure = Figure(figsize=figsize, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    if train:
-        steps, losses, rates = zip(*train, strict=True)
-        smooth, average = [], losses[0]
-        for loss in losses:
-            average += (loss - average) * min(1.0, 2 / (1 + 0.05 * len(losses) + 1))
-            smooth.append(average)
-        top.plot(steps, losses, color="#9db8d9", linewidth=0.8)
-        top.plot(steps, smooth, color="#1f5fa8", linewidth=1.8, label="training (smoothed)")
-        bottom.plot(steps, rates, color="#555555", linewidth=1.2)
-    if held_out:
-        top.plot(
-            *zip(*held_out, strict=True), color="#c8501e", marker="o", markersize=4, linewidth=1.5, label="held-out"
-        )
-    if train or held_out:
-        top.legend(frameon=False)
-    top.set_ylabel("loss per supervised token (nats)")
-    bottom.set_ylabel("learning rate")
-    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    bottom.set_xlabel("optimizer step")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    return figure
+def write_config(run, config):
+    """config.json. `resume` is auto in it: who gives it as --config wants to go on, not to start again."""
+    write_json(run / "config.json", asdict(config) | {"run": str(run), "resume": "auto"})

@@ -1,0 +1,54 @@
+"""The loss of a micro-batch and of held-out rows: sums over the supervised tokens."""
+
+import math
+
+import torch
+
+from minitune import data
+from minitune.models.layers import chunked_cross_entropy
+
+
+def batch_loss(model, batch):
+    """Sum of the cross-entropy over the supervised tokens of a batch. Logits are computed only where a label is."""
+    device = model.model.embed_tokens.weight.device  # the head may be a LoRALinear
+    hidden = model.model(batch.input_ids.to(device), documents=batch.documents)[0]  # (N, C)
+    positions, next_tokens = (t.to(device) for t in batch.targets())
+    return chunked_cross_entropy(hidden[positions], model.lm_head, next_tokens)
+
+
+@torch.no_grad()
+def held_out_loss(model, examples, batch_size, pad_id):
+    """Cross-entropy per supervised token over all examples; every token weighs the same, whatever its batch."""
+    model.eval()
+    by_length = sorted(examples, key=lambda example: len(example.ids))
+    batches = [data.collate(by_length[i : i + batch_size], pad_id) for i in range(0, len(by_length), batch_size)]
+    losses = [batch_loss(model, batch).item() for batch in batches]
+    if bad := [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]:
+        where = first_nonfinite(model, bad[:1])
+        raise FloatingPointError(
+            f"the held-out loss is not finite{f', first in the output of {where}' if where else ''}. Its rows (counted "
+            f"from 0 in the file): {', '.join(map(str, bad[0].rows))}. Check the model's weights, or use --dtype fp32"
+        )
+    return math.fsum(losses) / sum(batch.supervised for batch in batches)
+
+
+@torch.no_grad()
+def first_nonfinite(model, batches):
+    """Name of the first module whose output is not finite, or None."""
+    found = []
+
+    def look(name):
+        def hook(module, args, output):
+            if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        for batch in batches:
+            batch_loss(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
