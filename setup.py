@@ -20,6 +20,7 @@ setup(
         "sentencepiece",  # tokenizer.model of Llama and Mistral
         "tokenizers",  # tokenizer.json of Phi and Llama 3
         "huggingface-hub>=1",  # downloads: its cache, token and HTTP client
+        "filelock",  # one process a run folder; huggingface-hub needs it anyway
         "numpy",  # the study's split, random bits
         "nltk",  # Porter stemmer of ROUGE-L
         "regex",  # Unicode classes of a BLEU tokeniser; nltk needs it anyway

@@ -105,8 +105,8 @@ class StopSignal:
 
     def __enter__(self):
         self.previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # of nohup
+        for number in SIGNALS:
+            if number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == signal.SIG_IGN:  # of nohup
                 continue
             try:
                 self.previous[number] = signal.signal(number, self.ask)

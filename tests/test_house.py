@@ -15,6 +15,7 @@ FLOORS = {  # name: its modules. One imports only from floors below, and from th
         "minitune.screen",
         "minitune.schema",
         "minitune.files",
+        "minitune.locks",
         "minitune.config",
         "minitune.device",
         "minitune.distributed",
@@ -93,8 +94,8 @@ PACKAGES = {  # with no code of their own
     ),
 }
 PEERS = {"transformers", "peft", "bitsandbytes", "sacrebleu", "rouge_score", "bert_score", "hypothesis", "datasets"}
-RUNTIME = {"torch", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "numpy", "nltk", "regex", "scipy",
-           "tqdm", "matplotlib", "minitune", "minitune_kernels", "pyarrow", "triton"}  # fmt: skip
+RUNTIME = {"torch", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "filelock", "numpy", "nltk", "regex",
+           "scipy", "tqdm", "matplotlib", "minitune", "minitune_kernels", "pyarrow", "triton"}  # fmt: skip
 
 
 def place(name):

@@ -5,14 +5,14 @@ What the answers depend on is in NAME.settings.json beside it, with a checksum o
 are refused."""
 
 import errno
-import fcntl
 import os
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from minitune.files import differences, parse_json, paths_explained, read_json, to_json, writable, write_json
 from minitune.interrupts import postponed
+from minitune.locks import held
 from minitune.schema import COUNT, check
 from minitune.screen import short, some, warn
 
@@ -42,23 +42,21 @@ def open_answers(path, settings, questions, each, start_over):
     question has. start_over: forget what is there. A new file that gets no answer goes away again. Raises ValueError where it
     holds anything but the first of these answers."""
     path, file = writable(path), None
-    is_new = not path.exists()
-    with paths_explained(path, "written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with ExitStack() as stack:
+        with paths_explained(path, "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.with_name(f".{path.name}.lock")
+            stack.enter_context(held(lock, f"another process writes {path}; wait for it, or choose another --out"))
+            is_new = not path.exists()
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        stack.callback(os.close, handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:  # anything else: a file system without locks, so we go without
-                raise ValueError(f"another process writes {path}; wait for it, or choose another --out") from None
-        file = AnswerFile(path, handle, settings, questions, each, start_over)
-        yield file
-    finally:
-        if is_new and file is not None and not file.records:
-            path.unlink(missing_ok=True)
-            settings_path(path).unlink(missing_ok=True)
-        os.close(handle)
+            file = AnswerFile(path, handle, settings, questions, each, start_over)
+            yield file
+        finally:
+            if is_new and file is not None and not file.records:
+                path.unlink(missing_ok=True)
+                settings_path(path).unlink(missing_ok=True)
 
 
 class AnswerFile:

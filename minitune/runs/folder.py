@@ -2,7 +2,6 @@
 is in state.py, curves.png in curves.py."""
 
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from minitune.device import environment
 from minitune.files import parse_json, read_bytes, read_json, to_json, write_json, write_whole
+from minitune.locks import held
 from minitune.schema import COUNT, check
 from minitune.screen import short
 
@@ -27,31 +27,25 @@ def hold(run):
 
     Raises ValueError where it cannot be written, is a model's folder, or another process works in it."""
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
-    handle = None
     try:
         try:
             run.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run).close()
-            handle = os.open(run, os.O_RDONLY)
         except OSError as error:
             raise ValueError(
                 f"the run folder {run} cannot be written: {error.strerror}; choose another --run"
             ) from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:  # anything else: a file system without locks, so we go without
-                raise ValueError(f"another process works in {run}; wait for it, or choose another --run") from None
-        if (run / "config.json").exists():
-            stored = read_json(run / "config.json")
-            if isinstance(stored, dict) and "model_type" in stored:
-                raise ValueError(f"{run} is the folder of a model, which a run would overwrite; choose another --run")
-        for half in (path for part in ("", "adapter", "best", "last") for path in (run / part).glob(".*.part")):
-            half.unlink()
-        yield
+        with held(run / ".lock", f"another process works in {run}; wait for it, or choose another --run"):
+            if (run / "config.json").exists():
+                stored = read_json(run / "config.json")
+                if isinstance(stored, dict) and "model_type" in stored:
+                    raise ValueError(
+                        f"{run} is the folder of a model, which a run would overwrite; choose another --run"
+                    )
+            for half in (path for part in ("", "adapter", "best", "last") for path in (run / part).glob(".*.part")):
+                half.unlink()
+            yield
     finally:
-        if handle is not None:
-            os.close(handle)
         with suppress(OSError):  # not empty
             for folder in made:
                 folder.rmdir()
