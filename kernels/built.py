@@ -83,11 +83,22 @@ def folder():
         found = path.stat()
     except OSError as error:
         return instead_of(path, error.strerror)
-    if found.st_uid != os.getuid():
+    if not is_own(found):
         return instead_of(path, "it belongs to another user")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if others_may_write(found):
         return instead_of(path, f"others may write there (chmod 700 {shlex.quote(str(path))})")
     return path
+
+
+def is_own(found):
+    """Whether a file of this os.stat() is this user's. Windows has no numbers of users: a folder there is the user's own
+    unless its access list says otherwise."""
+    return not hasattr(os, "getuid") or found.st_uid == os.getuid()
+
+
+def others_may_write(found):
+    """Whether another user may write a file of this os.stat(). Windows' st_mode does not tell."""
+    return hasattr(os, "getuid") and bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def instead_of(path, why):
@@ -99,9 +110,8 @@ def kept(name, suffix):
     """The path of the whole file in the cache whose name begins with `name`, or None. A damaged one is said and removed."""
     for path in sorted(folder().glob(f"{name}-*{suffix}")):
         found = path.lstat()
-        is_own = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
-        is_own = is_own and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if is_own and path.name == file_name(name, suffix, path.read_bytes()):
+        is_trusted = stat.S_ISREG(found.st_mode) and is_own(found) and not others_may_write(found)
+        if is_trusted and path.name == file_name(name, suffix, path.read_bytes()):
             return path
         tell(f"{path} is damaged or of somebody else; it is built again")
         path.unlink(missing_ok=True)

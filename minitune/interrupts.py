@@ -87,7 +87,7 @@ def postponed():
             yield
     finally:
         if came:
-            os.kill(os.getpid(), came[0])
+            signal.raise_signal(came[0])
 
 
 def sigterm_as_ctrl_c():

@@ -1,5 +1,6 @@
 """One process at a time: a lock file that is locked while it is held. What a killed process leaves of it stops nobody."""
 
+import warnings
 from contextlib import contextmanager, suppress
 
 from filelock import FileLock, Timeout
@@ -15,7 +16,9 @@ def held(path, refusal):
     system that has no locks that is said, and nothing is held."""
     lock = FileLock(path, timeout=0)
     try:
-        lock.acquire()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "flock not supported": filelock then writes its process id into the file
+            lock.acquire()
     except Timeout:
         raise ValueError(refusal) from None
     except PermissionError:

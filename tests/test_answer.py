@@ -178,15 +178,15 @@ def test_a_stopped_file_is_valid_and_a_second_start_gives_the_file_of_one_start(
 
 
 def test_ctrl_c_while_answers_are_written_keeps_them_all(many, tmp_path, monkeypatch):
-    out, real = tmp_path / "answers.json", os.pwrite
+    out, real = tmp_path / "answers.json", answers.write_at
 
-    def pwrite(handle, content, offset):
+    def write_at(handle, content, offset):
         count = real(handle, content, offset)
         if content.count(b"\n") > 2:
             os.kill(os.getpid(), signal.SIGINT)
         return count
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(answers, "write_at", write_at)
     with pytest.raises(KeyboardInterrupt, match="has 4 of 20 answers"):
         answer(AnswerConfig(prompts=str(many), out=str(out), max_new_tokens=2, batch_size=4), QUIET)
     assert len(entries(out)) == 4
@@ -281,12 +281,12 @@ def test_a_file_cut_at_any_byte_goes_on_to_the_same_file(name, tmp_path):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_full_disk_leaves_the_answers_before(name, tmp_path, monkeypatch):
-    path, real = tmp_path / name, os.pwrite
+    path, real = tmp_path / name, answers.write_at
     with open_answers(path, {}, QUESTIONS, 1, False) as file:
         file.write(ANSWERS[:2])
         before = path.read_bytes()
         short = iter([9])
-        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[: next(short, None)], at))
+        monkeypatch.setattr(answers, "write_at", lambda fd, data, at: real(fd, data[: next(short, None)], at))
         with pytest.raises(OSError) as error:
             file.write(ANSWERS[2:])
         assert error.value.errno == errno.ENOSPC and path.read_bytes() == before

@@ -73,11 +73,11 @@ class AnswerFile:
             self.take(content, self.check_settings(), questions, each)
         if not self.records:
             os.ftruncate(handle, 0)
-            os.pwrite(handle, opening + self.closing, 0)
+            write_at(handle, opening + self.closing, 0)
             self.write_settings()
         elif content[self.end :] != self.closing:  # torn by a crash of the machine
             os.ftruncate(handle, self.end)
-            os.pwrite(handle, self.closing, self.end)
+            write_at(handle, self.closing, self.end)
 
     def check_settings(self):
         """The checksums of the answers, None where an older minitune wrote none. Raises ValueError where they are of other
@@ -151,9 +151,9 @@ class AnswerFile:
         self.write_settings(lines)
         written = body + self.closing
         with postponed():
-            if os.pwrite(self.handle, written, self.end) < len(written):
+            if write_at(self.handle, written, self.end) < len(written):
                 os.ftruncate(self.handle, self.end)
-                os.pwrite(self.handle, self.closing, self.end)
+                write_at(self.handle, self.closing, self.end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             self.end += len(body)
             for record, line in zip(records, lines, strict=True):
@@ -161,6 +161,12 @@ class AnswerFile:
 
     def progress(self):
         return f"{self.path} has {len(self.records):,} of {self.total:,} answers"
+
+
+def write_at(handle, content, offset):
+    """Write bytes in one call; returns how many were written. Windows has no os.pwrite."""
+    os.lseek(handle, offset, os.SEEK_SET)
+    return os.write(handle, content)
 
 
 def read_all(handle):
