@@ -2,25 +2,22 @@
 
 Nothing here trains; the state of a run is written by minitune/runs/folder.py. Only safetensors and JSON are read."""
 
-import os
 import re
 import time
-from pathlib import Path
 
 import torch
 from minitune_kernels import nf4, ops_cpu
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from minitune import hub, quant
-from minitune.adapters.peft_files import ADAPTER_CONFIG, read_adapter_config
+from minitune import quant
 from minitune.adapters.peft_files import load_adapter as load_adapter
+from minitune.adapters.peft_files import read_adapter_config
 from minitune.adapters.peft_files import save_adapter as save_adapter
-from minitune.files import expand, read_json
-from minitune.models import architecture, build, build_encoder
+from minitune.files import expand
+from minitune.model_folder import ModelFolder, build_empty
+from minitune.models import build_encoder
 from minitune.screen import short, some, tell, warn
-from minitune.tensor_files import FLOATS, Tensors
-from minitune.tokenizer import end_ids
+from minitune.tensor_files import FLOATS
 
 STALE = re.compile(  # tables that old files hold as tensors, and that are computed from config.json
     r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids|token_type_ids)$"
@@ -40,8 +37,8 @@ FOREIGN = (  # names of another format in a checkpoint's tensors: what they mean
 def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapter=None, revision=None, say=None):
     """A model of minitune.models with the weights of a checkpoint, in eval mode, every parameter frozen.
 
-    model: folder, short name or hub id. quantize: "none", "nf4" or "nf4-dq" turns the linear layers of the blocks
-    into 4 bit as their tensors stream in; a checkpoint that bitsandbytes quantised stays as it is. adapter: folder in
+    model: a ModelFolder, or a folder, short name or hub id. quantize: "none", "nf4" or "nf4-dq" turns the linear layers of the
+    blocks into 4 bit as their tensors stream in; a checkpoint that bitsandbytes quantised stays as it is. adapter: folder in
     PEFT's format; None: that of the model's own folder, if one lies there. say: called with the line that describes the
     load. Memory above the loaded model stays below twice the largest tensor. Raises ValueError on a file that is
     missing, cut short or of another shape before any weight is read, and on a weight with NaN or infinity when it is."""
@@ -49,8 +46,8 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
         raise ValueError(f"quantize is {short(quantize)}, expected none, nf4 or nf4-dq")
     if adapter is not None:
         read_adapter_config(adapter)  # a bad one shows before gigabytes are read
-    folder = hub.resolve(str(model), revision)
-    own = own_adapter(folder)
+    opened = ModelFolder.open(model, revision)
+    folder, own = opened.path, opened.own_adapter
     if own is not None and adapter is None:
         read_adapter_config(own)
         tell(f"{folder} holds an adapter beside the model; it is applied, as transformers does.")
@@ -60,15 +57,14 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     device = torch.device(device)
     if device.type == "cpu":
         ops_cpu.prepare()
-    net, stored_4bit = build_empty(folder)
-    if quantize != "none" and not architecture(read_config(folder))[2]:
+    net, stored_4bit = opened.take_empty(), opened.is_4bit
+    if quantize != "none" and not opened.row[2]:
         raise ValueError(f"{folder} holds a GPT-2, which minitune does not quantise; use --quantize none")
     if stored_4bit and quantize != "none":
         raise ValueError(f"{folder} holds 4-bit weights already; use --quantize none, which keeps them in 4 bit")
     start = time.perf_counter()
-    tensors = weights_in(folder)
-    tied = tied_embedding(net)
-    groups = match_tensors(tensors, net, tied, stored_4bit)
+    tensors, tied = opened.tensors, tied_embedding(net)
+    groups = match_tensors(opened, net, tied, stored_4bit)
     for name, parts in groups.items():
         owner, _, leaf = name.rpartition(".")
         module = net.get_submodule(owner)
@@ -89,7 +85,7 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
             module._parameters[leaf] = read_parameter(tensors, name, parts["weight"], dtype, device)
     if tied and "lm_head.weight" not in groups:
         net.lm_head.weight = net.get_parameter(tied)
-    net.eos_ids = tuple(i for i in end_ids(folder) if i < net.config.vocab_size)
+    net.eos_ids = tuple(i for i in opened.eos_ids if i < net.config.vocab_size)
     check_filled(net)
     if say:
         seconds = time.perf_counter() - start
@@ -109,35 +105,16 @@ def load_encoder(model, dtype=torch.float32, device="cpu", revision=None):
 
     Arguments and errors as load_model's, with the same strict check. Keeps the name `model` as .name, by which
     metrics.bertscore finds the layer to use."""
-    folder = hub.resolve(str(model), revision)
-    device = torch.device(device)
-    net, stored_4bit = build_empty(folder, build_encoder)
-    if stored_4bit:
-        raise ValueError(f"{folder} holds 4-bit weights, expected an encoder in {', '.join(FLOATS)}")
-    tensors = weights_in(folder)
-    for name, parts in match_tensors(tensors, net, None, False).items():
+    opened = ModelFolder.open(model, revision)
+    net, tensors = build_empty(opened, build_encoder), opened.tensors
+    if opened.is_4bit:
+        raise ValueError(f"{opened.path} holds 4-bit weights, expected an encoder in {', '.join(FLOATS)}")
+    for name, parts in match_tensors(opened, net, None, False).items():
         owner, _, leaf = name.rpartition(".")
         net.get_submodule(owner)._parameters[leaf] = read_parameter(tensors, name, parts["weight"], dtype, device)
     check_filled(net)
-    net.name = str(model)
+    net.name = opened.name
     return net.eval()
-
-
-def own_adapter(folder):
-    """The folder of the adapter that lies beside a model in the model's own folder, None where there is none."""
-    return folder if (folder / ADAPTER_CONFIG).is_file() else None
-
-
-def weights_in(folder):
-    """The Tensors of a model's folder. Raises ValueError where it holds an adapter instead."""
-    has_weights = any(os.path.exists(folder / name) for name in ("model.safetensors", "model.safetensors.index.json"))
-    if not has_weights and own_adapter(folder):
-        base = read_adapter_config(folder).get("base_model_name_or_path")
-        raise ValueError(
-            f"{folder} holds an adapter, not the weights of a model; name its base{f' ({short(base)})' if base else ''} "
-            "with --model, and this folder with --adapter"
-        )
-    return Tensors(folder)
 
 
 def read_parameter(tensors, name, stored, dtype, device):
@@ -161,37 +138,6 @@ def tied_embedding(net):
     """The name of the embedding whose weight the head shares, None where the head has its own."""
     head = net.lm_head.weight
     return next((name for name, p in net.named_parameters() if p is head and name != "lm_head.weight"), None)
-
-
-def read_config(folder):
-    """config.json of a checkpoint folder as a dict."""
-    return read_json(Path(folder) / "config.json", {})
-
-
-class LeftAsIs(TorchFunctionMode):
-    """While open, torch.nn.init leaves tensors as they are: to draw numbers for meta tensors it would import torch._dynamo,
-    which takes 2 s."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-def build_empty(folder, build=build):
-    """(the model of a checkpoint folder on meta, without weights; whether its weights are stored in 4 bit).
-
-    build: of minitune.models, for a language model or for an encoder. Raises ValueError on a config.json that is not
-    supported."""
-    raw = read_config(folder)
-    try:
-        with torch.device("meta"), LeftAsIs():
-            return build(raw), quant.is_bnb_4bit(raw)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    except (RuntimeError, TypeError) as error:  # meta tensors fail for one reason only: their size
-        reason = short(str(error).splitlines()[0])
-        raise ValueError(f"{folder}: the sizes in config.json are too large for any machine: {reason}") from None
 
 
 def stored_tensors(net):
@@ -241,11 +187,12 @@ def own_name(name, net, parameters, prefix):
     return next((candidate for candidate in candidates if candidate in parameters), None)
 
 
-def match_tensors(tensors, net, tied, stored_4bit):
+def match_tensors(folder, net, tied, stored_4bit):
     """{parameter name: {"weight": tensor name}}, for a weight in 4 bit with "absmax" and the other parts beside it.
 
     Every parameter has its tensor, of its shape and of a dtype that is read, or a ValueError names what does not fit. A
     tensor that the model has no place for is left out, as in transformers, and named in a line."""
+    tensors = folder.tensors
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters(remove_duplicate=False)}
     linear = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     prefix = next(iter(shapes)).partition(".")[0] + "."
@@ -291,7 +238,7 @@ def match_tensors(tensors, net, tied, stored_4bit):
     if said:
         speak, text = said
         speak(f"{tensors.folder.name}: {text}")
-    say_left_out(tensors, net, prefix, left)
+    say_left_out(folder, net, prefix, left)
     return groups
 
 
@@ -334,41 +281,23 @@ def is_equal(tensors, first, second):
     return all(torch.equal(*(tensors.read(name)[i : i + 4096].float() for name in (first, second))) for i in starts)
 
 
-def say_left_out(tensors, net, prefix, left):
+def say_left_out(folder, net, prefix, left):
     """One line on what of a checkpoint has no effect here, and one on tensors of the blocks that config.json has no place
     for: these may mean that config.json is wrong."""
+    tensors, name_of_folder = folder.tensors, folder.path.name
     is_body = re.compile(rf"({re.escape(prefix)}|layers\.|h\.|encoder\.|lm_head\.)")
     loud, quiet = [], []
     for name in left:
         is_table = name.endswith(("cos_cached", "sin_cached", "inv_freq"))
         is_zero = name.endswith(".bias") and tensors.dtypes[name] in FLOATS and not tensors.read(name).any()
         (loud if is_body.match(name) and not is_table and not is_zero else quiet).append(name)
-    keys = [*net.config.unread, *quant.unknown_keys(read_config(tensors.folder))]
+    keys = [*net.config.unread, *quant.unknown_keys(folder.config)]
     notes = [f"{some(keys, 3)} of config.json"] if keys else []
     notes += [f"the tensors {some(quiet, 3)}"] if quiet else []
     if notes:
-        tell(f"{tensors.folder.name}: passed over, since this model does not use it: {'; '.join(notes)}.")
+        tell(f"{name_of_folder}: passed over, since this model does not use it: {'; '.join(notes)}.")
     if loud:
         warn(
-            f"{tensors.folder.name}: config.json has no place for some tensors of the files: {some(loud, 3)}. They are left "
+            f"{name_of_folder}: config.json has no place for some tensors of the files: {some(loud, 3)}. They are left "
             "out, as in transformers; if the model was trained with them, its answers will be wrong."
-        )
-
-
-def default_targets(folder):
-    """PEFT's LoRA targets for the architecture of a checkpoint folder. Raises ValueError on a judge, which has none."""
-    targets = architecture(read_config(folder))[2]
-    if not targets:
-        raise ValueError(
-            f"{folder} holds a GPT-2: minitune scores text with it and does not train it; name a Llama, Mistral or Phi"
-        )
-    return targets
-
-
-def check_trainable(folder):
-    """Raises ValueError where a model has an adapter of its own: a new one cannot be trained on top of it."""
-    if own_adapter(folder):
-        raise ValueError(
-            f"{folder} holds an adapter beside the model, and a new one cannot be trained on top of it. Merge it into the "
-            f"model first (PEFT's merge_and_unload), or move {ADAPTER_CONFIG} away to train the base alone"
         )

@@ -117,6 +117,23 @@ def read_json(path, shape=None):
     return value if shape is None else check(value, shape, path)
 
 
+class JsonFolder:
+    """The JSON files of a folder, each of which is parsed once, at its first use."""
+
+    def __init__(self, path):
+        self.path, self.parsed = Path(path), {}
+
+    def json(self, name, shape=None, is_optional=False):
+        """The value in the file `name`, which nobody may change; {} where is_optional and there is no such file. shape: for
+        schema.check(). Raises ValueError as read_json()."""
+        path = self.path / name
+        if is_optional and not path.is_file():
+            return {}
+        if name not in self.parsed:
+            self.parsed[name] = read_json(path)
+        return self.parsed[name] if shape is None else check(self.parsed[name], shape, path)
+
+
 def parse_json(text, where):
     """The value of JSON text. Raises ValueError that begins with `where`, whatever is wrong: broken, nested too deeply,
     a number without end."""

@@ -5,10 +5,8 @@ from dataclasses import dataclass, fields, make_dataclass
 
 from minitune.config import arg, check_types
 from minitune.decoding.options import GenerateConfig
-from minitune.files import read_json
 from minitune.schema import COUNT, TOKEN_ID, Number
 from minitune.screen import short, some
-from minitune.tokenizer import embedding_rows
 
 IDS = (None, [TOKEN_ID])
 WHOLE = Number(-(2**63), 2**63 - 1, is_whole=True)
@@ -96,23 +94,23 @@ class DecodingOptions(make_dataclass("Options", map(unset, OPTIONS), frozen=True
 
 
 def settle(options, folder, tokenizer, say, **weaker):
-    """The GenerateConfig that `options`, a DecodingOptions, mean for the checkpoint in `folder`, with the tokenizer's end
-    tokens where they name none. Says what the checkpoint changes.
+    """The GenerateConfig that `options`, a DecodingOptions, mean for the checkpoint in `folder`, a ModelFolder, with the
+    tokenizer's end tokens where they name none. Says what the checkpoint changes.
 
     weaker: defaults of a job in place of GenerateConfig's. Strongest first: the options, generation_config.json, weaker.
     Raises ValueError where these do not go together."""
-    rows = max(tokenizer.vocab_size, embedding_rows(folder))
-    given = {"eos_ids": tuple(i for i in tokenizer.eos_ids if i < (embedding_rows(folder) or rows))} | options.given()
+    rows = max(tokenizer.vocab_size, folder.vocab_size)
+    given = {"eos_ids": tuple(i for i in tokenizer.eos_ids if i < (folder.vocab_size or rows))} | options.given()
     if beyond := [i for i in options.eos_ids or () if i >= rows]:
-        raise ValueError(f"eos_ids is {some(beyond)}, but {folder} has the tokens 0 to {rows - 1:,}")
-    path, stored, passed_over = (folder, {}, []) if options.generation_config == "none" else read(folder)
+        raise ValueError(f"eos_ids is {some(beyond)}, but {folder.path} has the tokens 0 to {rows - 1:,}")
+    path, stored, passed_over = (folder.path, {}, []) if options.generation_config == "none" else read(folder)
     for length in ("max", "min"):  # an option overrides both spellings of a length
         if f"{length}_new_tokens" in given or f"{length}_new_tokens" in stored:
             stored.pop(f"{length}_length", None)
     stored = {name: value for name, value in stored.items() if name not in given}
     if not (weaker | stored | given).get("do_sample"):
         stored = {name: value for name, value in stored.items() if name not in SAMPLING}
-    check_ids(stored, path, embedding_rows(folder) or rows)
+    check_ids(stored, path, folder.vocab_size or rows)
     if "max_length" in stored:
         weaker = weaker | {"max_new_tokens": stored["max_length"]}
     if "min_new_tokens" in stored:
@@ -153,10 +151,10 @@ def check_ids(stored, path, rows):
 def read(folder):
     """(the file, {field of GenerateConfig: value} that it holds, keys in it that change answers and are not applied).
     Raises ValueError with the file and the key where a value is of the wrong kind."""
-    path = folder / "generation_config.json"
+    path = folder.path / "generation_config.json"
     if not path.is_file():
-        path = folder / "config.json"
-    content = read_json(path, {f"{key}?": shape for key, shape in SHAPES.items()})
+        path = folder.path / "config.json"
+    content = folder.json(path.name, {f"{key}?": shape for key, shape in SHAPES.items()})
     values = {FROM_FILE.get(key, key): content[key] for key in SHAPES if content.get(key) is not None}
     values = {key: value for key, value in values.items() if key not in OFF_BELOW_1 or value > 0}
     for name in ("stop", "forced_eos_token_id"):

@@ -15,8 +15,8 @@ from minitune.device import DTYPES, choose_device, choose_dtype
 from minitune.files import expand, read_json
 from minitune.formats.templates import ADAPTER_TEMPLATES, CHAT_TEMPLATES, for_tokenizer
 from minitune.generation_config import DecodingOptions, settle
+from minitune.model_folder import ModelFolder
 from minitune.screen import short, some
-from minitune.tokenizer import load_tokenizer
 
 ADAPTER_CONFIG = peft_files.ADAPTER_CONFIG
 ADAPTERS = ("adapter", "best", "last")  # of a run folder, the first that is there
@@ -77,9 +77,10 @@ class ModelConfig(DecodingOptions):
 class Answerer:
     """A model, which loads when it is first asked for, with its tokenizer, template and decoding.
 
-    config: a ModelConfig. weaker: defaults of decoding in place of GenerateConfig's, see generation_config.settle()."""
+    config: a ModelConfig. folder: the ModelFolder that it names, where it is open already. weaker: defaults of decoding in
+    place of GenerateConfig's, see generation_config.settle()."""
 
-    def __init__(self, config, say, **weaker):
+    def __init__(self, config, say, folder=None, **weaker):
         self.config, self.say = config, say
         self.adapter = None if config.adapter is None else adapter_folder(config.adapter)
         trained = read_facts(self.adapter)  # a bad one is said before anything else
@@ -87,14 +88,14 @@ class Answerer:
         is_base = config.model is None or config.model == trained["base"]
         revision = config.revision or (trained["revision"] if is_base else None)
         try:
-            self.folder = hub.resolve(self.name, revision)
+            self.folder = folder or ModelFolder.open(self.name, revision)
         except ValueError as error:
             if config.model is not None or config.adapter is None:
                 raise
             raise ValueError(
                 f"{error} ({config.adapter} names this base; --model says where it is, or which other one to use)"
             ) from None
-        self.tokenizer = load_tokenizer(self.folder)
+        self.tokenizer = self.folder.tokenizer
         self.template = choose_template(config, trained, say)
         self.special_text = config.special_text or trained["special_text"] or "text"
         self.device = choose_device(config.device)

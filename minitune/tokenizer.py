@@ -8,13 +8,12 @@ import re
 import sys
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 
 import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
-from minitune.files import read_bytes, read_json
+from minitune.files import JsonFolder, read_bytes
 from minitune.formats.templates import BOS, EOS, Special
 from minitune.schema import Number, check
 from minitune.screen import printable, short, warn
@@ -53,19 +52,21 @@ def load_tokenizer(folder):
     token that its post-processor prepends (Llama 3), or bos_token where tokenizer_config.json says add_bos_token true.
     EOS: eos_token of tokenizer_config.json or special_tokens_map.json, else sentencepiece's own, else eos_token_id of
     generation_config.json or config.json, else <|endoftext|>.
+    folder: a path, or a ModelFolder, whose JSON files are parsed once for all who read them.
     Raises ValueError with one line on a missing or corrupt file, or a token name without an id."""
-    folder = Path(folder)
+    files = folder if isinstance(folder, JsonFolder) else JsonFolder(folder)
+    folder = files.path
     others = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
     has_other = any(all((folder / name).is_file() for name in names) for names in others)
     if (folder / "tokenizer.model").is_file():
         try:
-            return SentencePieceTokenizer(folder, read_sentencepiece(folder / "tokenizer.model"))
+            return SentencePieceTokenizer(files, read_sentencepiece(folder / "tokenizer.model"))
         except NotSentencePiece as error:
             if not has_other:
                 raise
             warn(f"{error}. The tokenizer.json or vocabulary beside it is used.")
     if has_other:
-        return JsonTokenizer(folder)
+        return JsonTokenizer(files)
     hint = (
         "; tekken.json is not read, tokenizer.json of the same model is" if (folder / "tekken.json").is_file() else ""
     )
@@ -84,14 +85,14 @@ class Tokenizer:
     vocab_size: 1 + the largest id. bos_id: None where the family takes no BOS (Phi). eos_id: None where no file says.
     eos_ids: every id that ends a generated text, eos_id first. pad_id: a valid id (padding is masked by position)."""
 
-    def __init__(self, folder):
-        """Reads the JSON files beside the tokenizer. Each kind then calls finish()."""
-        self.folder = folder
-        self.config, self.added = read_optional(folder, "tokenizer_config.json"), {}  # id -> (text, is_special)
-        for text, token_id in read_optional(folder, "added_tokens.json").items():
+    def __init__(self, files):
+        """files: the JsonFolder of the model. Reads what lies beside the tokenizer's own file; each kind then calls finish()."""
+        self.files, self.folder = files, files.path
+        self.config, self.added = read_optional(files, "tokenizer_config.json"), {}  # id -> (text, is_special)
+        for text, token_id in read_optional(files, "added_tokens.json").items():
             self.added[token_id] = text, not text.isspace()
         for digits, token in (self.config.get("added_tokens_decoder") or {}).items():
-            where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+            where = f"{files.path / 'tokenizer_config.json'}: added_tokens_decoder"
             token_id = check(int(digits) if re.fullmatch(r"-?\d{1,20}", digits) else digits, TOKEN_ID, where)
             self.added[token_id] = token["content"], token.get("special", False)
 
@@ -102,8 +103,8 @@ class Tokenizer:
         if add_bos:
             bos_id = self.named("bos_token", bos_id)
         self.bos_id = None if add_bos is False else bos_id
-        rows = max(self.vocab_size, embedding_rows(self.folder))
-        stops = end_ids(self.folder, warn)
+        rows = max(self.vocab_size, embedding_rows(self.files))
+        stops = end_ids(self.files, warn)
         if beyond := [i for i in stops if i >= rows]:
             warn(
                 f"{self.folder}: eos_token_id is {beyond[0]}, but the model has {rows:,} tokens: passed over. Are config.json "
@@ -128,7 +129,7 @@ class Tokenizer:
         """The id of the token under `key` (a string or {"content": ...}) in tokenizer_config.json, else in
         special_tokens_map.json, else `otherwise`."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            text = read_optional(self.folder, name).get(key)
+            text = read_optional(self.files, name).get(key)
             text = text["content"] if isinstance(text, dict) else text
             if text is None:
                 continue
@@ -238,8 +239,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     is_byte_level = False
 
-    def __init__(self, folder, model):
-        super().__init__(folder)
+    def __init__(self, files, model):
+        super().__init__(files)
         self.model, self.size = model, model.vocab_size()
         self.added = {i: t for i, t in self.added.items() if i >= self.size or self.model.id_to_piece(i) != t[0]}
         self.vocab_size = max([self.size - 1, *self.added]) + 1
@@ -284,8 +285,9 @@ class JsonTokenizer(Tokenizer):
     frame: ([ids before], [ids after]) that its post-processor puts around a text: <s> and </s>, [CLS] and [SEP], or
     BOS alone, or none. is_byte_level: whether it is a BPE over bytes, where a word has its space in front."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def __init__(self, files):
+        super().__init__(files)
+        folder = files.path
         read = {"tokenizer.json": read_json_file, "vocab.json": read_bpe, "vocab.txt": read_wordpiece}
         path = next(folder / name for name in read if (folder / name).is_file())
         if found := other_kind(read_bytes(path)):
@@ -523,25 +525,25 @@ def silence():
         os.close(nowhere)
 
 
-def end_ids(folder, say=None):
+def end_ids(files, say=None):
     """The token ids that end a generated text, as transformers takes them: of generation_config.json, else of config.json.
-    A negative id means none. say(line) is told of one."""
+    files: the JsonFolder of a model. A negative id means none. say(line) is told of one."""
     for name in ("generation_config.json", "config.json"):
-        ids = read_optional(folder, name).get("eos_token_id")
+        ids = read_optional(files, name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if say and min(ids, default=0) < 0:
-            say(f"{folder / name}: eos_token_id is {short(min(ids))}, which is no token; it is taken as not set")
+            say(f"{files.path / name}: eos_token_id is {short(min(ids))}, which is no token; it is taken as not set")
         if ids := [i for i in ids if i >= 0]:
             return tuple(ids)
     return ()
 
 
-def embedding_rows(folder):
-    rows = read_optional(folder, "config.json").get("vocab_size")
+def embedding_rows(files):
+    """vocab_size of config.json, 0 where it says none. files: the JsonFolder of a model."""
+    rows = read_optional(files, "config.json").get("vocab_size")
     return rows if isinstance(rows, int) else 0
 
 
-def read_optional(folder, name):
+def read_optional(files, name):
     """The object in a JSON file, {} where there is no such file. Raises ValueError where it is not as SHAPES says."""
-    path = folder / name
-    return read_json(path, SHAPES[name]) if path.is_file() else {}
+    return files.json(name, SHAPES[name], is_optional=True)

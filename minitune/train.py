@@ -22,6 +22,7 @@ from minitune.generate import generate
 from minitune.health import AdapterSize, broken, check_gradients, does_not_move
 from minitune.interrupts import StopSignal
 from minitune.loss import batch_loss, first_nonfinite, held_out_loss
+from minitune.model_folder import ModelFolder
 from minitune.plan import StepPlan, check_plan, learning_rate
 from minitune.pulse import Pulse, duration
 from minitune.runs.curves import Curve, draw_curves
@@ -33,7 +34,6 @@ from minitune.runs.folder import (
     hold,
     keep_lines,
     last_step,
-    model_fingerprint,
     place_of,
     read_steps,
     start_run,
@@ -43,7 +43,6 @@ from minitune.runs.folder import (
 )
 from minitune.runs.state import Progress, load_state, random_state, read_progress, save_state
 from minitune.screen import short, some
-from minitune.tokenizer import load_tokenizer
 
 CURVES_SECONDS = 30  # between two drawings of curves.png in a run, where that costs below 2 % of its time
 
@@ -136,9 +135,9 @@ class Training:
             reason = f"set by the {config.model} recipe"
         if config.model not in hub.EMBEDDED and not os.path.exists(expand(config.model)):
             check_rows(config)
-        folder = hub.resolve(config.model, config.revision, weights=False).absolute()  # ./mistral is no short name
-        checkpoint.check_trainable(folder)
-        self.tokenizer = load_tokenizer(folder)
+        folder = ModelFolder.open(config.model, config.revision, weights=False)
+        folder.check_trainable()
+        self.tokenizer = folder.tokenizer
         self.train_set, self.test_set = data.load_for(config, self.tokenizer)
         say(f"{config.model} on {self.device}, {str(self.dtype).removeprefix('torch.')} ({reason})")
         say(self.train_set.describe())
@@ -149,11 +148,11 @@ class Training:
         )
         self.plan = StepPlan(config, self.train_set)
         check_plan(config, self.plan, self.test_set)
-        targets = config.lora_targets or checkpoint.default_targets(folder)
+        targets = config.lora_targets or folder.default_targets()
         check_fit(
             folder, targets, [example.ids for part in (self.train_set, self.test_set) for example in part.examples]
         )
-        folder = hub.resolve(config.model, config.revision).absolute()
+        folder = folder.with_weights()
         self.progress = starting_point(config, self.state_file, self.plan, self.facts(folder))
         self.lost = last_step(run / "metrics.jsonl") - self.progress.step if config.resume == "auto" else 0
         say_outdated(run, self.progress, self.plan, say)
@@ -165,7 +164,7 @@ class Training:
         """What the resumed run must share with the stopped one, beyond the options: {what: value}."""
         return {
             "compute dtype": str(self.dtype).removeprefix("torch."),
-            "model files (sha256)": model_fingerprint(folder),
+            "model files (sha256)": folder.fingerprint,
             "training rows (sha256)": self.train_set.fingerprint,
             "held-out rows (sha256)": self.test_set.fingerprint,
         }
@@ -414,13 +413,13 @@ def check_rows(config):
 
 def check_fit(folder, targets, rows):
     """Raises ValueError, before weights load, where a checkpoint lacks a LoRA target or a token of the rows."""
-    empty, _ = checkpoint.build_empty(folder)
+    empty = folder.empty
     lora.match_targets(empty, targets)
     highest, longest = max(map(max, rows)), max(map(len, rows))
     if highest >= empty.config.vocab_size:
         raise ValueError(
             f"the rows have token {highest}, but the model has {empty.config.vocab_size} tokens; "
-            f"the tokenizer in {folder} is of another model"
+            f"the tokenizer in {folder.path} is of another model"
         )
     if longest > empty.config.max_position_embeddings:
         screen.warn(

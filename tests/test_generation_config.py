@@ -14,6 +14,7 @@ from minitune.decoding.options import GenerateConfig
 from minitune.generate import generate
 from minitune.generation_config import DecodingOptions, settle
 from minitune.jobs.chat import ChatConfig, chat
+from minitune.model_folder import ModelFolder
 from minitune.tokenizer import load_tokenizer
 
 PROMPT = "What is 3 + 4? What is 20 + 2?"
@@ -38,7 +39,7 @@ def ask(folder, model, said=None, ids=None, **options):
     tokenizer = load_tokenizer(folder)
     ids = ids or tokenizer.encode(PROMPT)
     lines = [] if said is None else said
-    return ids, generate(model, [ids], settle(DecodingOptions(**options), folder, tokenizer, lines.append))
+    return ids, generate(model, [ids], settle(DecodingOptions(**options), ModelFolder(folder), tokenizer, lines.append))
 
 
 def peer_answers(peer, content, ids, **options):
@@ -108,7 +109,7 @@ def test_none_turns_them_off_and_a_line_says_what_is_applied(folder, models):
     content = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "eos_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps(content | {"guidance_scale": 1.5, "max_time": None}))
     said, tokenizer = [], load_tokenizer(folder)
-    decoding = settle(DecodingOptions(top_p=0.5), folder, tokenizer, said.append)
+    decoding = settle(DecodingOptions(top_p=0.5), ModelFolder(folder), tokenizer, said.append)
     assert (decoding.do_sample, decoding.temperature, decoding.top_p) == (True, 0.6, 0.5)
     assert said[0] == (
         "decoding defaults from generation_config.json: do_sample True, temperature 0.6 "
@@ -116,7 +117,7 @@ def test_none_turns_them_off_and_a_line_says_what_is_applied(folder, models):
     )
     assert len(said) == 2 and "guidance_scale" in said[1] and "max_time" not in said[1]
     said.clear()
-    decoding = settle(DecodingOptions(generation_config="none"), folder, tokenizer, said.append)
+    decoding = settle(DecodingOptions(generation_config="none"), ModelFolder(folder), tokenizer, said.append)
     assert (decoding.do_sample, decoding.temperature, decoding.top_p, said) == (False, 1.0, 1.0, [])
 
 
@@ -152,7 +153,7 @@ def test_config_json_is_read_where_there_is_no_other_file(folder, models, tmp_pa
 def test_a_wrong_value_is_named_with_its_file(folder, content, message):
     (folder / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError) as error:
-        settle(DecodingOptions(), folder, load_tokenizer(folder), print)
+        settle(DecodingOptions(), ModelFolder(folder), load_tokenizer(folder), print)
     assert str(folder / "generation_config.json") in str(error.value) and len(str(error.value)) < 500
     assert message in str(error.value) or content == {"num_beams": 10**400}
 
@@ -177,9 +178,9 @@ def test_typical_tokens_are_those_of_transformers(mass):
 
 def test_an_end_token_that_the_model_lacks_is_refused(folder):
     tokenizer = load_tokenizer(folder)
-    assert settle(DecodingOptions(eos_ids=(5, 1023)), folder, tokenizer, print).eos_ids == (5, 1023)
+    assert settle(DecodingOptions(eos_ids=(5, 1023)), ModelFolder(folder), tokenizer, print).eos_ids == (5, 1023)
     with pytest.raises(ValueError, match=r"eos_ids is 1024, 2147483647, but .* has the tokens 0 to 1,023$"):
-        settle(DecodingOptions(eos_ids=(5, 1024, 2**31 - 1)), folder, tokenizer, print)
+        settle(DecodingOptions(eos_ids=(5, 1024, 2**31 - 1)), ModelFolder(folder), tokenizer, print)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +206,8 @@ def test_a_token_that_an_answer_must_have_or_not_is_one_of_the_models(folder, ke
     with pytest.raises(
         ValueError, match=r"has 1024, but the model has the tokens 0 to 1,023 \(--generation-config none"
     ):
-        settle(DecodingOptions(), folder, tokenizer, print)
-    settle(DecodingOptions(generation_config="none"), folder, tokenizer, print)
+        settle(DecodingOptions(), ModelFolder(folder), tokenizer, print)
+    settle(DecodingOptions(generation_config="none"), ModelFolder(folder), tokenizer, print)
 
 
 def test_decoding_refuses_an_end_token_that_the_model_lacks(models):

@@ -48,6 +48,7 @@ FLOORS = {  # name: its modules. One imports only from floors below, and from th
         "minitune.tokenizer",
         "minitune.tensor_files",
         "minitune.adapters.peft_files",
+        "minitune.model_folder",
         "minitune.checkpoint",
         "minitune.generation_config",
         "minitune.data.labels",

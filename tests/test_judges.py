@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitune.checkpoint import default_targets, load_encoder, load_model
+from minitune.checkpoint import load_encoder, load_model
 from minitune.decoding.options import GenerateConfig
 from minitune.generate import generate
+from minitune.model_folder import ModelFolder
 
 transformers = pytest.importorskip("transformers", reason="parity is proven against transformers")
 
@@ -164,7 +165,7 @@ def test_gpt2_says_that_a_text_is_longer_than_its_positions(tmp_path):
 def test_a_judge_is_neither_trained_nor_quantised(tmp_path):
     gpt2(tmp_path)
     with pytest.raises(ValueError, match="does not train it"):
-        default_targets(tmp_path)
+        ModelFolder(tmp_path).default_targets()
     with pytest.raises(ValueError, match="which minitune does not quantise"):
         load_model(tmp_path, quantize="nf4")
 

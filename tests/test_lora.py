@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 
-from minitune import checkpoint, data, quant
+from minitune import data, quant
 from minitune.adapters import lora, peft_files
 from minitune.adapters.peft_files import load_adapter, save_adapter
 from minitune.checkpoint import load_model
 from minitune.config import TrainConfig
 from minitune.loss import batch_loss
+from minitune.model_folder import ModelFolder
 from minitune.models import ARCHITECTURES, build
 from minitune.plan import StepPlan
 from minitune.tokenizer import load_tokenizer
@@ -724,7 +725,7 @@ def test_a_model_folder_with_an_adapter_is_the_adapted_model(bases, peft, tmp_pa
     assert torch.equal(logits(other), logits(load_model(bases["phi"], adapter=tmp_path / "other")))
     assert "holds an adapter of its own, which is left out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a new one cannot be trained on top of it"):
-        checkpoint.check_trainable(folder)
+        ModelFolder(folder).check_trainable()
     edit(folder, peft_type="IA3")
     with pytest.raises(ValueError, match="peft_type 'IA3'"):
         load_model(folder)

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from minitune.checkpoint import load_model
-from minitune.models import build, build_encoder, config_json
+from minitune.models import ARCHITECTURES, build, build_encoder, config_json
 from minitune.models.cache import Cache
-from minitune.models.layers import chunked_cross_entropy
+from minitune.models.layers import Linear, chunked_cross_entropy
 
 SIZES = dict(
     vocab_size=97,
@@ -418,3 +418,49 @@ def test_every_key_that_transformers_asks_for_is_read_or_refused_here(family, tm
     assert len(asked) > 60, "the probe sees what transformers asks for"
     harmless = NO_LOGITS | ({"decoder", "generator", "text_config"} if Auto is transformers.AutoModel else set())
     assert asked - readers[-1].seen - harmless == set()
+
+
+CONTRACT = {  # a small config.json for each row of the table
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
+    "phi": {"partial_rotary_factor": 0.5},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_row_of_the_table_keeps_the_contract(name):
+    """The contract in minitune/models/__init__.py, in its order."""
+    Config, Model, targets = ARCHITECTURES[name]
+    config = Config.from_json(SIZES | CONTRACT[name] | {"model_type": name})
+    for key in ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size"):
+        assert getattr(config, key) == SIZES[key]
+    assert isinstance(config.unread, tuple) and isinstance(config.tie_word_embeddings, bool)
+    model, ids = Model(config).eval(), tokens(1, 10)
+    rope = getattr(config, "rope", None)
+    assert rope is None or [len(t.shape) for t in rope.tables(torch.arange(10)[None], torch.float32)] == [4, 4]
+    with torch.no_grad():
+        logits, hidden = model(ids), model.model(ids)
+        assert logits.shape == (1, 10, SIZES["vocab_size"]) and hidden.shape == (1, 10, SIZES["hidden_size"])
+        assert torch.equal(model.lm_head(hidden), logits)
+        assert torch.allclose(model(ids, documents=[4, 6])[:, :4], model(ids[:, :4]), atol=1e-5)
+        mask = torch.ones(1, 10, dtype=torch.int64)
+        assert torch.allclose(model(ids, attention_mask=mask), logits, atol=1e-5)
+        if targets:  # the others are judges, which decode nothing
+            cache = Cache(config.num_hidden_layers, [10], window=getattr(config, "sliding_window", None))
+            cache.read([(0, 0, 10)])
+            assert torch.allclose(model(ids, cache=cache), logits, atol=1e-5) and cache.pieces == []
+    if config.tie_word_embeddings:
+        tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is model.lm_head.weight]
+        assert len(tied) == 2
+    if targets:
+        assert model.model.embed_tokens.weight.shape == (SIZES["vocab_size"], SIZES["hidden_size"])
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is Linear}
+        assert set(targets) <= linear
+        model.train().requires_grad_(True)
+        gradients = []
+        for model.model.recompute in (False, True):
+            model.zero_grad()
+            model(ids).float().logsumexp(-1).sum().backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))

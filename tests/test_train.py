@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
 import minitune.train as loop
-from minitune import checkpoint, data
+from minitune import checkpoint, data, model_folder
 from minitune.adapters import lora
 from minitune.config import TrainConfig, parse, run_script
 from minitune.decoding.options import GenerateConfig
@@ -669,7 +669,7 @@ def test_logits_are_computed_only_where_a_label_is(options, tmp_path, monkeypatc
 
 
 def test_a_padding_id_that_ends_texts_changes_nothing(options, done, tmp_path, monkeypatch):
-    load, pads = loop.load_tokenizer, []
+    load, pads = model_folder.load_tokenizer, []
 
     def other_pad(folder):
         tokenizer = load(folder)
@@ -677,7 +677,7 @@ def test_a_padding_id_that_ends_texts_changes_nothing(options, done, tmp_path, m
         tokenizer.pad_id = 77
         return tokenizer
 
-    monkeypatch.setattr(loop, "load_tokenizer", other_pad)
+    monkeypatch.setattr(model_folder, "load_tokenizer", other_pad)
     quiet(options(tmp_path / "run"))
     assert pads == [(1, 1)]
     assert_same_end(tmp_path / "run", done)

@@ -21,12 +21,12 @@ from minitune.files import differences, fingerprint, prove_writable, read_json, 
 from minitune.generate import Prefix, decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
 from minitune.metrics.perplexity import sequence_nll
-from minitune.runs.folder import adapter_fingerprint, adapter_folder, append_line, hold, model_fingerprint, read_lines
+from minitune.model_folder import ModelFolder
+from minitune.runs.folder import adapter_fingerprint, adapter_folder, append_line, hold, read_lines
 from minitune.schema import COUNT
 from minitune.screen import short
 from minitune.session import Answerer, ModelConfig
 from minitune.study.names import point_name
-from minitune.tokenizer import load_tokenizer
 
 GROUP = 16  # held-out rows whose loss is computed together
 ANSWER = {  # a line of generations/NAME.jsonl behind its first, which is {"settings": {...}}
@@ -162,8 +162,8 @@ class Run:
         self.config, self.say, self.folder = config, say, Path(config.run)
         self.options = read_options(self.folder)
         self.adapter = find_adapter(self.folder, say)
-        self.model_folder = hub.resolve(self.options.model, self.options.revision)
-        self.tokenizer = load_tokenizer(self.model_folder)
+        self.model_folder = ModelFolder.open(self.options.model, self.options.revision)
+        self.tokenizer = self.model_folder.tokenizer
         [self.test] = data.load_for(self.options, self.tokenizer, ("test",))
         if not self.test.examples:
             raise ValueError(f"{self.folder} has no held-out rows (test_size {self.options.test_size}) to answer")
@@ -177,7 +177,7 @@ class Run:
         device = choose_device(config.device)
         dtype, _ = choose_dtype(config.dtype or self.options.dtype, device)
         self.facts = {
-            "model files (sha256)": model_fingerprint(self.model_folder),
+            "model files (sha256)": self.model_folder.fingerprint,
             "held-out rows (sha256)": self.test.fingerprint,
             "quantize": self.options.quantize,
             "compute dtype": str(dtype).removeprefix("torch."),
@@ -205,6 +205,7 @@ class Run:
                 generation_config="none",  # what it asks for is said by decoding()
             ),
             self.say,
+            self.model_folder,
         )
 
     def decoding(self, config):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minitune import checkpoint, hub
+from minitune import checkpoint
 from minitune.config import arg, check_types, not_empty, positive
 from minitune.device import choose_device
 from minitune.metrics.bertscore import bert_score, choose_layer, read_baseline
@@ -35,8 +35,8 @@ from minitune.metrics.rouge import rouge_l, rouge_lsum, rouge_n
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
 from minitune.metrics.token_f1 import token_f1
 from minitune.metrics.writing import is_outside_ascii, is_without_spaces
+from minitune.model_folder import ModelFolder
 from minitune.screen import short, some, table_lines, wrap
-from minitune.tokenizer import load_tokenizer
 
 
 class Rows(NamedTuple):
@@ -160,12 +160,12 @@ class Judges:
         device, asked = choose_device(config.device), asked_metrics(config) or list(METRICS)
         wanted = lambda kind: any(METRICS[name].needs == kind for name in asked)
         if config.judge is not None and wanted("judge"):
-            folder = hub.resolve(config.judge)
+            folder = ModelFolder.open(config.judge)
             say(f"judge of perplexity: {config.judge}")
-            self.judge = checkpoint.load_model(folder, device=device), load_tokenizer(folder)
+            self.judge = checkpoint.load_model(folder, device=device), folder.tokenizer
         if config.encoder is not None and wanted("encoder"):
-            folder = hub.resolve(config.encoder)
-            encoder = checkpoint.load_encoder(config.encoder, device=device)
+            folder = ModelFolder.open(config.encoder)
+            encoder = checkpoint.load_encoder(folder, device=device)
             if config.encoder_layer is None:
                 try:
                     layer = choose_layer(encoder, None)
@@ -180,7 +180,7 @@ class Judges:
             self.encoder = partial(
                 bert_score,
                 encoder=encoder,
-                tokenizer=load_tokenizer(folder),
+                tokenizer=folder.tokenizer,
                 layer=layer,
                 idf=config.encoder_idf,
                 baseline=baseline,

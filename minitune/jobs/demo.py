@@ -4,15 +4,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitune import checkpoint, data, hub
+from minitune import checkpoint, data
 from minitune.config import TrainConfig, arg
 from minitune.decoding.options import GenerateConfig
 from minitune.device import choose_device, choose_dtype
 from minitune.files import write_json
 from minitune.generate import generate
 from minitune.metrics.exact_match import exact_match
+from minitune.model_folder import ModelFolder
 from minitune.runs.folder import read_lines
-from minitune.tokenizer import load_tokenizer
 from minitune.train import train
 
 RUNS = (("tiny-mistral", "none"), ("tiny-mistral", "nf4"), ("tiny-llama", "none"), ("tiny-phi", "none"))
@@ -59,8 +59,8 @@ def fine_tune_and_compare(name, quantize, kind, config, say):
     options = TrainConfig(
         model=name, quantize=quantize, run=str(run), resume="never", samples=0, eval_every=50, device=config.device
     )
-    folder, device = hub.resolve(name), choose_device(options.device)
-    tokenizer = load_tokenizer(folder)
+    folder, device = ModelFolder.open(name), choose_device(options.device)
+    tokenizer = folder.tokenizer
     _, test_set = data.load_for(options, tokenizer)
     answers, scores = [], []
     for adapter in (None, run / "adapter"):

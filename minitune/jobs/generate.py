@@ -14,7 +14,7 @@ from minitune.formats import files as row_files
 from minitune.formats.templates import BOS, alpaca_prompt, conversation
 from minitune.generate import decode, earlier_copies
 from minitune.runs.answers import open_answers, settings_path
-from minitune.runs.folder import adapter_fingerprint, model_fingerprint
+from minitune.runs.folder import adapter_fingerprint
 from minitune.session import Answerer, ModelConfig, Writer, out_of_memory_explained, speaks_unicode
 
 
@@ -202,7 +202,7 @@ def answer_settings(answerer):
     config = answerer.config
     settings = {
         "model": answerer.name,
-        "model files (sha256)": model_fingerprint(answerer.folder),
+        "model files (sha256)": answerer.folder.fingerprint,
         "adapter (sha256)": adapter_fingerprint(answerer.adapter),
         "template": answerer.template,
         **({} if answerer.special_text == "text" else {"special text": answerer.special_text}),

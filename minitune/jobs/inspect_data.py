@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 
-from minitune import data, hub
+from minitune import data
 from minitune.config import RECIPES, TrainConfig, arg, positive
 from minitune.files import write_whole
+from minitune.model_folder import ModelFolder
 from minitune.screen import printable, say
-from minitune.tokenizer import load_tokenizer
 
 KINDS = {"p": "prompt", "s": "supervised", "x": "padding"}
 VISIBLE = {" ": "<wbr><i>·</i>", "\n": "<i>↵</i>\n", "\t": "<i>⇥</i>\t", "\r": "<i>\\r</i>"}
@@ -63,7 +63,7 @@ def inspect_data(config, say=say):
     """Write the page that `config` asks for and return its Path. Only the tokenizer of the model is read.
 
     Raises ValueError where the rows or the tokenizer cannot be read, as training would."""
-    tokenizer = load_tokenizer(hub.resolve(config.model, config.revision))
+    tokenizer = ModelFolder.open(config.model, config.revision, weights=False).tokenizer
     train, test = data.load_for(config, tokenizer)
     dataset = train if config.part == "train" else test
     if not dataset.examples:

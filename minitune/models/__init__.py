@@ -1,4 +1,17 @@
-"""The table of architectures: one row and one file each."""
+"""The table of architectures: one row and one file each.
+
+What the rest of the house asks of a model in ARCHITECTURES, and what tests/test_models.py checks for every row:
+
+- `Config.from_json(raw)` reads config.json as a dict. `config` has vocab_size, max_position_embeddings, num_hidden_layers,
+  num_attention_heads, hidden_size, tie_word_embeddings and `unread`, the keys without effect. Optional: `rope` (layers.Rope; None
+  or missing: learned positions), `sliding_window` (tokens that a query sees, or None), `hidden_act`.
+- `model(input_ids, attention_mask=None, documents=None, cache=None)`: (B, T) int64 -> logits (B, T, vocab_size).
+- `model.model(...)`, with the same arguments: the hidden states (B, T, C) that `model.lm_head` turns into logits. With a
+  cache.Cache it runs its blocks through cache.run() and calls cache.advance().
+- `model.lm_head`: a linear layer; with tie_word_embeddings its weight is the embedding's, the same Parameter.
+- `model.model.recompute`: a flag; in training the blocks then keep only their input, and run again in the backward pass.
+- A row that can be trained has LoRA targets and `model.model.embed_tokens`; its linear layers are layers.Linear, with Hugging
+  Face's names, since LoRA and NF4 are put in by name."""
 
 from minitune.models import gpt2, llama, mistral, phi, roberta
 from minitune.screen import short

@@ -140,29 +140,6 @@ def sync_lines(path, size, crc):
     return [size + len(added), zlib.crc32(added, crc)]
 
 
-def model_fingerprint(folder):
-    """sha256 over what a model folder holds: config, tokenizer, and of each weight file its size and 16 samples."""
-    digest = hashlib.sha256()
-    for name in (
-        "config.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "tokenizer.json",
-        "vocab.json",
-        "merges.txt",
-    ):
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    for path in sorted(p for p in folder.glob("*.safetensors") if p.is_file()):  # not a link whose blob is gone
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for i in range(16):
-                file.seek(size * i // 16)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()
-
-
 def file_sha256(path):
     """sha256 of a file, or None where there is none."""
     return hashlib.sha256(read_bytes(path)).hexdigest() if Path(path).exists() else None
