@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from minitune_kernels import measured
 
 from minitune.screen import short
 
@@ -28,8 +29,9 @@ def choose_device(name):
     return device
 
 
-def choose_dtype(name, device):
-    """(compute dtype, the reason in words) for `auto` or a name in DTYPES."""
+def choose_dtype(name, device, job="decoding"):
+    """(compute dtype, the reason in words) for `auto` or a name in DTYPES. job: "training" or "decoding", which may be fastest in
+    two dtypes on one CPU."""
     if name != "auto":
         return DTYPES[name], "as asked"
     if device.type == "cuda":
@@ -38,15 +40,7 @@ def choose_dtype(name, device):
         if major >= 8:
             return torch.bfloat16, f"{chip} has bf16 tensor cores"
         return torch.float16, f"{chip} has no bf16 tensor cores; gradients go through a scaler"
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and cpu_has_bf16_units():
-        return torch.bfloat16, "this CPU has bf16 matrix units"
-    return torch.float32, "this CPU has no bf16 matrix units"
-
-
-def cpu_has_bf16_units():
-    """Whether /proc/cpuinfo lists AMX or AVX-512 bf16 (x86) or bf16 (Arm). False where there is no such file."""
-    info = Path("/proc/cpuinfo")
-    return bool(info.exists() and re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", info.read_text()))
+    return measured.faster_dtype(job)
 
 
 def reset_peak(device):
@@ -91,7 +85,7 @@ def environment(device):
         "python": platform.python_version(),
         "packages": packages,
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".strip(", "),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else measured.cpu_name(),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
@@ -106,9 +100,3 @@ def git_commit():
     except FileNotFoundError:
         return None
     return found.stdout.strip() or None
-
-
-def cpu_name():
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()

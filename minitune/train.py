@@ -130,7 +130,9 @@ class Training:
         self.config, self.run, self.say, self.pulse = config, run, say, pulse
         self.state_file = run / "last" / "state.safetensors"
         self.device = choose_device(config.device)
-        self.dtype, reason = choose_dtype(config.dtype, self.device)
+        self.dtype, reason = choose_dtype(self.dtype_name(), self.device, "training")
+        if config.dtype == "auto" and self.dtype_name() != "auto":
+            reason = "as the run began"
         if config.dtype == config.recipe({"model": config.model}).get("dtype"):
             reason = f"set by the {config.model} recipe"
         if config.model not in hub.EMBEDDED and not os.path.exists(expand(config.model)):
@@ -159,6 +161,17 @@ class Training:
         self.load(folder, targets)
         self.saved = self.drawn = time.monotonic()
         self.drawing_seconds, self.curve, self.place = 0.0, Curve(), place_of(run)
+
+    def dtype_name(self):
+        """--dtype, or for auto that of the run to go on with, whatever is the fastest now."""
+        if (
+            self.config.dtype != "auto"
+            or self.config.resume != "auto"
+            or (stored := read_progress(self.state_file)) is None
+        ):
+            return self.config.dtype
+        kept = stored.facts.get("compute dtype")
+        return next((name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{kept}"), "auto")
 
     def facts(self, folder):
         """What the resumed run must share with the stopped one, beyond the options: {what: value}."""

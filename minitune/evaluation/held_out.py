@@ -25,7 +25,7 @@ from minitune.model_folder import ModelFolder
 from minitune.runs.folder import adapter_fingerprint, adapter_folder, append_line, hold, read_lines
 from minitune.schema import COUNT
 from minitune.screen import short
-from minitune.session import Answerer, ModelConfig
+from minitune.session import Answerer, ModelConfig, read_facts
 from minitune.study.names import point_name
 
 GROUP = 16  # held-out rows whose loss is computed together
@@ -175,7 +175,8 @@ class Run:
                 f"name is {config.name!r}, expected one without / that is not the base's {self.name(False)}"
             )
         device = choose_device(config.device)
-        dtype, _ = choose_dtype(config.dtype or self.options.dtype, device)
+        self.dtype = config.dtype or read_facts(self.adapter)["dtype"] or self.options.dtype
+        dtype, _ = choose_dtype(self.dtype, device)
         self.facts = {
             "model files (sha256)": self.model_folder.fingerprint,
             "held-out rows (sha256)": self.test.fingerprint,
@@ -200,7 +201,7 @@ class Run:
                 revision=options.revision,
                 adapter=str(self.adapter),
                 quantize=options.quantize,
-                dtype=self.config.dtype or options.dtype,
+                dtype=self.dtype,
                 device=self.config.device,
                 generation_config="none",  # what it asks for is said by decoding()
             ),

@@ -66,7 +66,7 @@ def fine_tune_and_compare(name, quantize, kind, config, say):
     for adapter in (None, run / "adapter"):
         if adapter:
             train(options, say)
-        dtype, _ = choose_dtype(options.dtype, device)
+        dtype, _ = choose_dtype(options.dtype, device, "training")
         model = checkpoint.load_model(folder, dtype, device, quantize, adapter)
         answers.append(answer(model, tokenizer, test_set, options.sample_tokens))
         scores.append(exact_match([row["output"] for row in test_set.rows], answers[-1]))

@@ -1,0 +1,198 @@
+"""What this machine reaches, what is chosen on it and why, and what is missing: the job of scripts/doctor.py."""
+
+import getpass
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitune import screen
+from minitune.config import arg
+
+LEAST_SPACE = 2 * 10**9  # bytes for a cache that can hold a small model
+OPTIONAL = {  # package: what it is for
+    "pyarrow": "rows in Parquet files",
+    "triton": "the kernels of NVIDIA GPUs",
+}
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What is examined, and how it is shown."""
+
+    json: bool = arg(False, "print JSON, for a bug report: without user names and paths of the home folder")
+    again: bool = arg(False, "measure anew, where figures of this machine are kept")
+
+
+def doctor(config, say=screen.say):
+    """Print the report. Returns it: {"machine", "versions", "reached", "chosen", "missing", "verdict"}."""
+    report = examine(config.again)
+    if config.json:
+        say(without_names(json.dumps(report, indent=1)))
+    else:
+        for line in as_lines(report):
+            say(line)
+    return report
+
+
+def examine(again=False):
+    import torch
+    from minitune_kernels import built, measured, nf4
+
+    from minitune.device import choose_device, choose_dtype, environment
+
+    if again:
+        measured.forget()
+    device = choose_device("auto")
+    known = environment(device)
+    figures = measured.machine()
+    chosen = {job: choose_dtype("auto", device, job) for job in ("training", "decoding")}
+    missing = missing_parts(device)
+    return {
+        "machine": {
+            "processor": measured.cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": memory_bytes(),
+            "gpus": gpus(),
+            "system": known["system"],
+        },
+        "versions": {
+            "python": known["python"],
+            **known["packages"],
+            "commit": known["git_commit"],
+            "cuda": known["cuda"],
+        },
+        "settings": {name: value for name in measured.SETTINGS if (value := os.environ.get(name))},
+        "reached": {name: value for name, value in figures.items() if name != "conditions"},
+        "chosen": {
+            "device": str(device),
+            **{
+                job: {"dtype": str(dtype).removeprefix("torch."), "reason": why} for job, (dtype, why) in chosen.items()
+            },
+            "4-bit kernels": nf4.describe(device),
+            "kept in": str(built.folder()),
+        },
+        "missing": missing,
+        "verdict": verdict(device, missing),
+    }
+
+
+def missing_parts(device):
+    """[(what is missing, what it costs and what to do)]."""
+    import torch
+    from minitune_kernels import built, nf4_cpu
+
+    found = []
+    if why := nf4_cpu.why_not(torch.device("cpu")):
+        found.append(("the C kernels", f"{why}. Without them decoding on a CPU takes several times as long"))
+    for package, use in OPTIONAL.items():
+        if importlib.util.find_spec(package) is None and (package != "triton" or device.type == "cuda"):
+            found.append((package, f"it is needed for {use}: pip install {package}"))
+    if torch.version.cuda is None:
+        if shutil.which("nvidia-smi"):
+            found.append(
+                ("CUDA in torch", "the machine has an NVIDIA driver, but this build of torch is for CPUs only")
+            )
+    elif not torch.cuda.is_available():
+        found.append(
+            ("a GPU that torch can use", "torch was built for CUDA, but sees no device: check the driver (nvidia-smi)")
+        )
+    cache = built.folder()
+    if cache == built.scratch():
+        found.append(("the cache folder", "kernels and figures are made anew by every process; a line above says why"))
+    elif (space := shutil.disk_usage(cache).free) < LEAST_SPACE:
+        found.append(("disk space", f"{space / 1e9:.1f} GB are free beside the cache folder; a 7 B model takes 15 GB"))
+    return found
+
+
+def verdict(device, missing):
+    if device.type == "cuda":
+        ready = "Ready: training and decoding run on the GPU."
+    elif any(what == "the C kernels" for what, _ in missing):
+        ready = "Works, but slowly: there is no C compiler."
+    else:
+        ready = "Ready: training and decoding run on the CPU, with compiled kernels."
+    return ready + (f" {len(missing)} optional part{'s are' * (len(missing) > 1) or ' is'} missing." if missing else "")
+
+
+def memory_bytes():
+    """Memory of the machine, 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def gpus():
+    """[{"name", "capability", "memory_bytes"}] of the GPUs that torch sees."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [{"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory} for p in found]
+
+
+def as_lines(report):
+    """The report for a person, at most 80 columns."""
+    machine, reached, chosen = report["machine"], report["reached"], report["chosen"]
+    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
+    yield from section(
+        "machine", f"{machine['processor']}, {machine['cores']} cores ({machine['threads']} threads){memory}"
+    )
+    for gpu in machine["gpus"]:
+        yield from section("", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
+    versions = [f"{name} {value}" for name, value in report["versions"].items() if value]
+    yield from section("versions", ", ".join(versions))
+    for name, value in report["settings"].items():
+        yield from section("setting", f"{name}={value}")
+    yield ""
+    yield f"What one core reaches (measured in {reached['seconds']:.1f} s):"
+    rates = [f"{kind} {rate / 1e9:,.0f}" if rate else f"{kind} not here" for kind, rate in reached["products"].items()]
+    yield from section("products", f"{', '.join(rates)} GFLOP/s")
+    rates = [f"{kind} {rate / 1e9:.1f}" for kind, rate in reached["one row"].items()]
+    yield from section("one row", f"{', '.join(rates)} billion weights/s: a step of decoding")
+    rates = [f"{rows} row{'s' * (rows != '1')} {rate / 1e9:.1f}" for rows, rate in reached["4 bit"].items()]
+    yield from section("4 bit", f"{', '.join(rates)} billion weights/s")
+    yield from section("memory", f"copy {reached['copy'] / 1e9:.1f} GB/s, read {reached['read'] / 1e9:.1f} GB/s")
+    yield ""
+    yield "What is chosen:"
+    for job in ("training", "decoding"):
+        yield from section(job, f"{chosen[job]['dtype']} on {chosen['device']} ({chosen[job]['reason']})")
+    yield from section("4 bit", chosen["4-bit kernels"])
+    yield from section("cache", chosen["kept in"])
+    if report["missing"]:
+        yield ""
+        yield "What is missing:"
+        for what, words in report["missing"]:
+            first, *others = screen.wrap(f"{what}: {words}", 74)
+            yield from (f"  - {first}", *(f"    {line}" for line in others))
+    yield ""
+    yield from screen.wrap(report["verdict"], 79)
+
+
+def section(name, text):
+    """Lines of `text` beside its name."""
+    for number, line in enumerate(screen.wrap(text, 66)):
+        yield f"  {name if number == 0 else '':<10} {line}"
+
+
+def without_names(text):
+    """The text without the home folder and the names of user and host."""
+    names = {str(Path.home()): "~"}
+    for found, instead in ((user_name(), "USER"), (platform.node(), "HOST"), (socket.gethostname(), "HOST")):
+        if found:
+            names[found] = instead
+    for name, instead in sorted(names.items(), key=lambda pair: -len(pair[0])):
+        text = text.replace(name, instead) if len(name) > 1 else text
+    return text
+
+
+def user_name():
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a user without a name
+        return ""
