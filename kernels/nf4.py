@@ -5,7 +5,9 @@ The format is described in nf4_reference.py, plain PyTorch, whose bits every bac
     cpu     nf4.c: portable C, AVX2, AVX-512, AMX
     triton  nf4_triton.py: CUDA from compute capability 8.0 on
     cuda    nf4.cu: V100 and T4, other chips by NVRTC
-The first that runs on the device is taken; MINITUNE_KERNELS=torch|cpu|triton|cuda asks for one. describe() says which and why.
+The first that runs on the device is taken; MINITUNE_KERNELS=torch|cpu|triton|cuda asks for one. describe() says which and why. On
+its first use for a dtype a backend is compared: its bits with nf4_reference.py, its product with formulas.linear of the
+dequantised weight (agreement.py). What differs is set aside.
 A backend is a module with quantize, dequantize, and matmul for up to max_rows() rows of x. It relies on the checks made here,
 of dtype, device, contiguity and sizes. For more rows the weight is dequantised into a reused workspace and multiplied by torch's
 GEMM.
@@ -24,16 +26,14 @@ import threading
 
 import torch
 import torch.nn.functional as F
-from minitune_kernels import built, nf4_reference
+from minitune_kernels import agreement, built, formulas, nf4_reference
+from minitune_kernels.direct import is_direct
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BLOCK = nf4_reference.BLOCK
 NESTED_BLOCK = nf4_reference.NESTED_BLOCK
 CODE = nf4_reference.CODE
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 BACKENDS = {"torch": "nf4_reference", "cpu": "nf4_cpu", "triton": "nf4_triton", "cuda": "nf4_cuda"}  # name -> module
 
 _buffers = {}  # (device, dtype) -> the flat tensor that `workspace` lends
@@ -129,7 +129,7 @@ def quantize(weight):
     check("weight", weight, FLOATS)
     if not is_direct(weight):
         return torch.ops.minitune.nf4_quantize(weight)
-    return backend(weight.device).quantize(weight)
+    return trusted(weight.device, "quantize", weight.dtype).quantize(weight)
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def dequantize(packed, absmax, shape, dtype, out=None):
 
 def dequantize_into(packed, scales, out):
     """dequantize() into `out` without checks."""
-    module = backend(out.device)
+    module = trusted(out.device, "dequantize", out.dtype)
     if module is nf4_reference:
         absmax = nf4_reference.double_dequantize(*scales) if len(scales) == 4 else scales[0]
         return nf4_reference.dequantize(packed.view(-1), absmax.view(-1), out)
@@ -166,20 +166,43 @@ def steady_rows(device, shape, dtype):
     """The largest number of rows of x for which each row's product is bit-identical to that of the row alone; 1 where that is
     not known."""
     module = backend(device)
-    return module.steady_rows(shape, dtype) if module.NAME == "cpu" else 1
+    return module.steady_rows(shape, dtype) if module.NAME == "cpu" and multiplies(module, dtype, device) else 1
 
 
-def is_direct(tensor):
-    """Whether a kernel may read the memory of `tensor` now: no compiler, tracer, fake tensor or transform is active. Else the
-    torch operator is called, which they understand."""
-    return (
-        type(tensor) in PLAIN_TENSORS
-        and not is_compiling()
-        and _get_current_dispatch_mode() is None
-        and not torch._C._is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+def trusted(device, what, dtype):
+    """The backend of `device` if its `what` (quantize or dequantize) has the bits of nf4_reference for this dtype, else that."""
+    module = backend(device)
+    if module is nf4_reference:
+        return module
+    key, formula = (f"nf4 {what}", module.NAME, dtype, device.type), getattr(nf4_reference, what)
+    agrees = agreement.known(key, formula)
+    if agrees is None:
+        difference = quantized_apart if what == "quantize" else dequantized_apart
+        agrees = agreement.judge(key, formula, lambda: difference(module, dtype, device), f"the backend {module.NAME}")
+    return module if agrees else nf4_reference
+
+
+def multiplies(module, dtype, device):
+    """Whether a backend's product is formulas.linear of the dequantised weight."""
+    key = "linear", f"4-bit {module.NAME}", dtype, device.type
+    agrees = agreement.known(key, formulas.linear)
+    if agrees is None:
+        compare, version = (
+            lambda: product_apart(module, dtype, device),
+            f"the 4-bit product of the backend {module.NAME}",
+        )
+        agrees = agreement.judge(key, formulas.linear, compare, version)
+    return agrees
+
+
+def differentiates(dtype, device):
+    """Whether the gradient of a 4-bit product is that of formulas.linear of the dequantised weight."""
+    key = "linear", "4-bit gradient", dtype, device.type
+    agrees = agreement.known(key, formulas.linear)
+    if agrees is None:
+        version = "the hand-written gradient of the 4-bit product"
+        agrees = agreement.judge(key, formulas.linear, lambda: gradient_apart(dtype, device), version)
+    return agrees
 
 
 def matmul(x, packed, absmax, shape, bias=None):
@@ -207,6 +230,8 @@ def product(x, packed, scales, shape, bias=None):
     if x.shape[-1:] != shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (.., {shape[1]})")
     recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if recorded and x.device.type != "meta" and is_direct(x) and not differentiates(x.dtype, x.device):
+        return formulas.linear(x, dequantize(packed, scales, shape, x.dtype), bias)
     if is_direct(x) and not recorded:
         return multiply(x, packed, scales, shape, bias)
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
@@ -217,9 +242,10 @@ def product(x, packed, scales, shape, bias=None):
 def multiply(x, packed, scales, shape, bias):
     """x (.., in) -> (.., out): fused for few rows, else dequantised into the workspace and multiplied by the library."""
     module, count = backend(x.device), x.numel() // shape[1] if shape[1] else 0
-    if not 0 < count <= module.max_rows(shape, x.dtype):
+    if not 0 < count <= module.max_rows(shape, x.dtype) or not multiplies(module, x.dtype, x.device):
+        linear = F.linear if agreement.agrees("linear", "torch", x) else formulas.linear
         with workspace(shape, x.dtype, x.device) as weight, torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, dequantize_into(packed, scales, weight), bias)
+            return linear(x, dequantize_into(packed, scales, weight), bias)
     out = x.new_empty(*x.shape[:-1], shape[0])  # not a view, since callers add to it in place
     module.matmul(x.contiguous(), packed, scales, shape, out)
     return out if bias is None else out.add_(bias)
@@ -241,7 +267,7 @@ def operator(name):
 
 @operator("nf4_quantize")
 def quantize_operator(weight):
-    return backend(weight.device).quantize(weight.contiguous())
+    return trusted(weight.device, "quantize", weight.dtype).quantize(weight.contiguous())
 
 
 @operator("nf4_dequantize")
@@ -339,3 +365,59 @@ def workspace(shape, dtype, device):
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
                 _buffers[key] = torch.empty(n, dtype=dtype, device=device)
         yield _buffers[key][:n].view(tuple(shape))
+
+
+# --- the comparisons of trusted(), multiplies() and differentiates(): a difference in words, or None -----------------
+
+
+def example(dtype, device, *shape):
+    """(weight, packed, absmax) of the reference."""
+    weight = agreement.Numbers(dtype, device)(*shape).detach()
+    return weight, *nf4_reference.quantize(weight)
+
+
+def quantized_apart(module, dtype, device):
+    weight, *expected = example(dtype, device, 3 * BLOCK + 17)  # an odd number, in a block that is not full
+    same = [torch.equal(*pair) for pair in zip(module.quantize(weight), expected, strict=True)]
+    return None if all(same) else "has other bits"
+
+
+def dequantized_apart(module, dtype, device):
+    weight, packed, absmax = example(torch.float32, device, 3 * BLOCK + 17)
+    nested = nf4_reference.double_quantize(absmax)
+    for scales, plain in (((absmax,), absmax), (nested, nf4_reference.double_dequantize(*nested))):
+        found, expected = (torch.empty(weight.shape, dtype=dtype, device=device) for _ in range(2))
+        module.dequantize(packed, scales, found)
+        if not torch.equal(found, nf4_reference.dequantize(packed, plain, expected)):
+            return "has other bits"
+    return None
+
+
+def product_apart(module, dtype, device):
+    shape = 9, 2 * BLOCK
+    weight, packed, absmax = example(dtype, device, *shape)
+    weight = nf4_reference.dequantize(packed, absmax, torch.empty_like(weight))
+    limit = agreement.LIMITS.get(dtype, agreement.FP32_LIMIT)
+    for rows in {min(rows, module.max_rows(shape, dtype)) for rows in (3, 33)}:
+        x = agreement.Numbers(dtype, device)(rows, shape[1]).detach()
+        found = module.matmul(x, packed, (absmax,), shape, x.new_empty(rows, shape[0]))
+        if share := agreement.distance(found, formulas.linear(x, weight), limit):
+            return f"differs by {share} of the values"
+    return None
+
+
+def gradient_apart(dtype, device):
+    shape = 9, 2 * BLOCK
+    weight, packed, absmax = example(dtype, device, *shape)
+    weight = nf4_reference.dequantize(packed, absmax, torch.empty_like(weight))
+    numbers = agreement.Numbers(dtype, device)
+    given = numbers(3, shape[1]), numbers(shape[0])
+    found = agreement.outcome(
+        lambda x, bias: torch.ops.minitune.nf4_matmul(x, packed, [absmax], shape, bias), given, True
+    )
+    expected = agreement.outcome(lambda x, bias: formulas.linear(x, weight, bias), given, True)
+    limit = 4 * agreement.LIMITS.get(dtype, agreement.FP32_LIMIT)
+    for pair in zip(found, expected, strict=True):
+        if share := agreement.distance(*pair, limit):
+            return f"differs by {share} of the values"
+    return None

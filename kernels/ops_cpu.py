@@ -11,7 +11,7 @@ import os
 
 import torch
 from minitune_kernels import built
-from minitune_kernels.nf4 import is_direct
+from minitune_kernels.direct import is_direct
 
 MAX_ROWS = 128  # of x in linear() and add_lora(): for more rows torch's products are as fast
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}

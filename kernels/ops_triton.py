@@ -1,9 +1,10 @@
-"""The fused operations in Triton, for compute capability 8.0 and up. fused.py is their door and their specification: what it
-checks is assumed here.
+"""RMSNorm, SwiGLU, RoPE and cross-entropy in Triton, for compute capability 8.0 and up, each with its gradient.
 
-All are bound by memory, so each reads and writes every value once (cross-entropy reads twice). Arithmetic is fp32, with the
-roundings to the tensors' dtype that the reference makes between its steps and without fused multiply-add, so that results
-differ from the reference's only by the order of sums and the last bit of exp and rsqrt."""
+Functions of the formulas' names (formulas.py), which the door ops.py takes where MINITUNE_KERNELS=triton asks for them and
+fits_..() says that the shapes are theirs. They are bound by memory, so each reads and writes every value once (cross-entropy
+reads twice). Arithmetic is fp32, with the roundings to the tensors' dtype that the formula makes between its steps and without
+fused multiply-add, so that results differ from the formula's only by the order of sums and the last bit of exp and rsqrt. They
+are proven under Triton's interpreter and built for sm_80, sm_89 and sm_90; no GPU was at hand to measure them."""
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 IGNORED = tl.constexpr(-100)  # ignore_index of torch's cross_entropy
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 NO_FMA = {"enable_fp_fusion": False}
+MAX_HIDDEN = 8192  # a program of rms_norm keeps a whole row in its registers
 
 
 def rows_of(x):
@@ -254,3 +256,37 @@ def cross_entropy_(logits, targets):
         cross_entropy_kernel[(N,)](logits, targets, losses, V, BLOCK=BLOCK, num_warps=max(BLOCK // 512, 1), **NO_FMA)
     torch.autograd.graph.increment_version(logits)  # autograd then refuses a backward that still needs the old values
     return losses.sum()
+
+
+def loss_and_gradient(logits, targets):
+    """Of ops_torch.CrossEntropy. The gradient is written over the logits, which are read in chunks of the vocabulary with a
+    running maximum (online softmax, arXiv 1805.02867). A target outside the vocabulary gives NaN."""
+    logits = logits.contiguous()
+    return cross_entropy_(logits, targets), logits
+
+
+# The formulas' functions, and whether their shapes are taken.
+
+rms_norm, swiglu, rope = RMSNorm.apply, SwiGLU.apply, RoPE.apply
+
+
+def fits_rms_norm(x, weight):
+    """Whether x has rows that fit the registers, and weight is as long as they are."""
+    is_beside = weight.device == x.device and weight.is_contiguous() and weight.is_floating_point()
+    return is_beside and weight.shape == x.shape[-1:] and 0 < x.shape[-1] <= MAX_HIDDEN
+
+
+def fits_rope(x, cos, sin):
+    """Whether whole heads of x (B, H, T, D) turn by tables of its dtype."""
+    if x.dim() != 4:
+        return False
+    B, _, T, D = x.shape
+    tables = (B, 1, T, D // 2), (1, 1, T, D // 2)
+    return (
+        D % 2 == 0
+        and D > 0
+        and all(
+            t.shape in tables and t.dtype is x.dtype and t.device == x.device and not t.requires_grad
+            for t in (cos, sin)
+        )
+    )

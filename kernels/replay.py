@@ -10,7 +10,7 @@ import copy
 import weakref
 
 import torch
-from minitune_kernels import ops_cpu
+from minitune_kernels import agreement, formulas, ops_cpu
 from minitune_kernels.built import tell
 from torch.overrides import TorchFunctionMode
 
@@ -25,6 +25,17 @@ MAKING = set("empty empty_like new_empty".split())
 
 
 RECORDED = 4  # the call that is recorded: recording costs two further calls, which a short answer would not win back
+
+
+def recorder(x, form):
+    """What replays the steps of a decoding, given the input x of a step and the ops.CacheForm of its cache: Tape, Graph or None.
+
+    None once a version of an operation was set aside: a formula that was edited may do anything, and is called."""
+    if agreement.is_any_set_aside():
+        return None
+    if form.has_writers:
+        return Tape if ops_cpu.takes(x) else None
+    return Graph if x.is_cuda and not torch.is_grad_enabled() else None
 
 
 class Repeated:
@@ -118,11 +129,12 @@ class Graph(Repeated):
 
 
 class Parts:
-    """A snapshot of some modules: their attributes, submodules and hooks, and the addresses of their weights."""
+    """A snapshot of the formulas and of some modules: attributes, submodules and hooks, and the addresses of their weights."""
 
     def __init__(self, modules):
         self.now = [vars(part) for module in modules for part in module.modules()]
         self.before = [{name: apart(value) for name, value in attributes.items()} for attributes in self.now]
+        self.formulas = codes()
         held = [[*attributes["_parameters"].values(), *attributes["_buffers"].values()] for attributes in self.now]
         self.tensors = [t for group in held for t in group if t is not None]
         self.addresses = [t.data_ptr() for t in self.tensors]
@@ -133,7 +145,12 @@ class Parts:
             stays = self.now == self.before and [t.data_ptr() for t in self.tensors] == self.addresses
         except (RuntimeError, ValueError):  # == of tensors or arrays that are not the same object
             return False
-        return stays and not torch.nn.modules.module._has_any_global_hook()
+        return stays and self.formulas == codes() and not torch.nn.modules.module._has_any_global_hook()
+
+
+def codes():
+    """The code objects of the formulas. Compared by identity first, so that it costs a microsecond while nothing changes."""
+    return [value.__code__ for value in vars(formulas).values() if hasattr(value, "__code__")]
 
 
 def apart(value):

@@ -6,7 +6,7 @@ import re
 import time
 
 import torch
-from minitune_kernels import nf4, ops_cpu
+from minitune_kernels import nf4, ops
 from torch import nn
 
 from minitune import quant
@@ -56,7 +56,7 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
         tell(f"{folder} holds an adapter of its own, which is left out: {adapter} is asked for.")
     device = torch.device(device)
     if device.type == "cpu":
-        ops_cpu.prepare()
+        ops.prepare()
     net, stored_4bit = opened.take_empty(), opened.is_4bit
     if quantize != "none" and not opened.row[2]:
         raise ValueError(f"{folder} holds a GPT-2, which minitune does not quantise; use --quantize none")

@@ -6,8 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from minitune_kernels import nf4
-from minitune_kernels import ops_cpu as kernels
+from minitune_kernels import nf4, ops
 from torch import nn
 
 from minitune.adapters.lora import LoRALinear
@@ -20,7 +19,8 @@ from minitune.models.layers import LayerNorm, Linear, RMSNorm
 from minitune.quant import NF4Linear
 from minitune.screen import some
 
-BY_TOKEN = (nn.Embedding, RMSNorm, LayerNorm, nn.LayerNorm)  # modules that work token by token
+NORMS = {RMSNorm: "rms_norm", LayerNorm: "layer_norm"}  # module -> its operation
+BY_ACTIVATION = {"silu": "swiglu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # Default length of a guess: 7 guessed tokens and the last one are 8 rows, which cost one pass over the weights.
 FREE_LOOKUP = 7
 PREFILL_TOKENS = 2048  # largest number of prompt tokens in one call of the model
@@ -439,10 +439,7 @@ class Decoder:
 
 def likeliest(logits, count):
     """logits (R, V) -> (log-probabilities (R, count) fp32, ids (R, count)), the best first. Raises FloatingPointError on NaN."""
-    if kernels.takes(logits):
-        logprobs, ids = kernels.rank(logits, count)
-    else:
-        logprobs, ids = logits.float().log_softmax(-1).topk(count)
+    logprobs, ids = ops.rank(logits, count)
     refuse_nan(logprobs)
     return logprobs, ids
 
@@ -459,20 +456,23 @@ def steady_rows(model):
     """Largest number of tokens per call for which every token's result is bit-identical to processing it alone.
 
     1 where the matrix products of a library are used: their order of summation depends on the number of rows."""
-    rope = getattr(model.config, "rope", None)
-    stretches = rope is not None and rope.kind == "dynamic"  # with the last token of a call
-    is_torch = getattr(model.config, "hidden_act", "silu") == "gelu"  # whose tails of vectors are computed otherwise
-    if stretches or is_torch or not kernels.takes(next(model.parameters())):
+    config, modules = model.config, list(model.modules())
+    rope = getattr(config, "rope", None)
+    if rope is not None and rope.kind == "dynamic":  # which stretches with the last token of a call
         return 1
-    rows, halves = [kernels.MAX_ROWS], set()
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            halves |= {module.lora_A, module.lora_B}
-        elif isinstance(module, NF4Linear):
+    lora = [module for module in modules if isinstance(module, LoRALinear)]
+    halves = {half for module in lora for half in (module.lora_A, module.lora_B)}
+    operations = {"attention", "rank", "linear", BY_ACTIVATION[getattr(config, "hidden_act", "silu")]}
+    operations |= {NORMS[type(module)] for module in modules if type(module) in NORMS}
+    operations |= {"lora"} if lora else set()
+    operations |= {"rope"} if rope is not None else set()
+    weights, rows = [], []
+    for module in modules:
+        if isinstance(module, NF4Linear):
             shape = module.out_features, module.in_features
             rows.append(nf4.steady_rows(module.packed.device, shape, module.dtype))
-        elif type(module) is Linear and module.in_features % 32 == 0 and module.weight.is_contiguous():
-            rows.append(max(1, kernels.max_rows(module.weight.dtype)))
-        elif module._parameters and module not in halves and type(module) not in BY_TOKEN:
-            rows.append(1)
-    return min(rows)
+        elif type(module) is Linear:
+            weights.append(module.weight)
+        elif module._parameters and module not in halves and type(module) not in (*NORMS, nn.Embedding):
+            return 1
+    return min([ops.steady_rows(next(model.parameters()), operations, weights), *rows])

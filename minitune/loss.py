@@ -3,9 +3,9 @@
 import math
 
 import torch
+from minitune_kernels import ops
 
 from minitune import data
-from minitune.models.layers import chunked_cross_entropy
 
 
 def batch_loss(model, batch):
@@ -13,7 +13,7 @@ def batch_loss(model, batch):
     device = model.model.embed_tokens.weight.device  # the head may be a LoRALinear
     hidden = model.model(batch.input_ids.to(device), documents=batch.documents)[0]  # (N, C)
     positions, next_tokens = (t.to(device) for t in batch.targets())
-    return chunked_cross_entropy(hidden[positions], model.lm_head, next_tokens)
+    return ops.cross_entropy(hidden[positions], model.lm_head, next_tokens)
 
 
 @torch.no_grad()

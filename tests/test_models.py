@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
+from minitune_kernels import ops, ops_torch
 from torch.nn import functional as F
 
 from minitune.checkpoint import load_model
 from minitune.models import ARCHITECTURES, build, build_encoder, config_json
 from minitune.models.cache import Cache
-from minitune.models.layers import Linear, chunked_cross_entropy
+from minitune.models.layers import Linear
 
 SIZES = dict(
     vocab_size=97,
@@ -201,14 +202,15 @@ def test_phi_scores_beyond_the_range_of_fp16_stay_finite(dtype):
 
 
 @pytest.mark.parametrize("head_bias", [False, True])
-def test_cross_entropy_in_chunks_equals_the_whole(head_bias):
+def test_cross_entropy_in_chunks_equals_the_whole(head_bias, monkeypatch):
+    monkeypatch.setattr(ops_torch, "CHUNK", 10)
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 50, bias=head_bias)
     targets = torch.randint(0, 50, (37,))
     results = []
     for loss_of in (
         lambda h: F.cross_entropy(head(h), targets, reduction="sum"),
-        lambda h: chunked_cross_entropy(h, head, targets, chunk=10),
+        lambda h: ops.cross_entropy(h, head, targets),
     ):
         hidden = torch.linspace(-1, 1, 37 * 16).view(37, 16).requires_grad_()
         head.zero_grad()
@@ -221,7 +223,7 @@ def test_cross_entropy_in_chunks_equals_the_whole(head_bias):
 
 def test_cross_entropy_of_no_tokens_is_zero_and_has_a_gradient():
     head, hidden = torch.nn.Linear(4, 5).requires_grad_(False), torch.randn(0, 4, requires_grad=True)
-    loss = chunked_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long))
+    loss = ops.cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long))
     loss.backward()
     assert loss.item() == 0 and hidden.grad.shape == (0, 4)
 

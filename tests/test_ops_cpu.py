@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from minitune_kernels import built, ops_cpu
+from minitune_kernels import built, formulas, ops, ops_cpu
 from torch.nn import functional as F
 
 from minitune.adapters.lora import LoRALinear
 from minitune.models import layers
 from minitune.models.cache import Cache
-from minitune.models.layers import Linear, RMSNorm, apply_rope, project, swiglu
+from minitune.models.layers import Linear, RMSNorm, project
 
 FLOATS = (torch.float32, torch.bfloat16)
 LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3}
@@ -54,7 +54,7 @@ def close(found, expected, dtype, size=1.0):
 @pytest.mark.parametrize("shape", [(1, 1, 768), (3, 2, 100), (40, 1, 33), (7,), (0, 5)])
 def test_rms_norm_is_torchs(level, dtype, shape):
     x, weight = random(*shape, dtype=dtype), random(shape[-1], seed=1, dtype=dtype)
-    close(ops_cpu.rms_norm(x, weight, 1e-5), layers.RMSNormFunction.apply(x, weight, 1e-5), dtype)
+    close(ops_cpu.rms_norm(x, weight, 1e-5), formulas.rms_norm(x, weight, 1e-5), dtype)
     strided = random(*shape, 2, dtype=dtype)[..., 0]
     assert torch.equal(ops_cpu.rms_norm(strided, weight, 1e-5), ops_cpu.rms_norm(strided.contiguous(), weight, 1e-5))
 
@@ -65,9 +65,9 @@ def test_rope_is_torchs(level, dtype, B, H, T, D, tables):
     angles = random(tables, 1, T, D // 2, dtype=torch.float32) * 100
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     for x in (random(B, H, T, D, dtype=dtype), random(B, T, H, D, dtype=dtype).transpose(1, 2)):
-        close(ops_cpu.rope(x, cos, sin), layers.turn(x, cos, sin), dtype)
+        close(ops_cpu.rope(x, cos, sin), formulas.rope(x, cos, sin), dtype)
     part = random(B, T, H, 2 * D, dtype=dtype).transpose(1, 2)[..., :D]  # Phi turns the first part of a head
-    close(ops_cpu.rope(part, cos, sin), layers.turn(part, cos, sin), dtype)
+    close(ops_cpu.rope(part, cos, sin), formulas.rope(part, cos, sin), dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -94,24 +94,23 @@ def test_shapes_that_do_not_fit_are_torchs_to_judge(level):
     x, cos = torch.ones(2, 4, 3, 16), torch.ones(1, 1, 3, 8)
     for call in (
         lambda: RMSNorm(8, 1e-5)(x),
-        lambda: layers.LayerNorm(8)(x),
-        lambda: swiglu(x, x[..., :8]),
-        lambda: apply_rope(x, cos[:, :, :2], cos[:, :, :2]),
-        lambda: apply_rope(x, torch.ones(1, 1, 3, 9), torch.ones(1, 1, 3, 9)),
+        lambda: layers.LayerNorm(8, 1e-5)(x),
+        lambda: ops.swiglu(x, x[..., :8]),
+        lambda: ops.rope(x, cos[:, :, :2], cos[:, :, :2]),
+        lambda: ops.rope(x, torch.ones(1, 1, 3, 9), torch.ones(1, 1, 3, 9)),
     ):
         with pytest.raises(RuntimeError):
             call()
-    assert torch.equal(layers.LayerNorm((3, 16))(x), F.layer_norm(x, (3, 16)))
-    assert torch.equal(swiglu(x, x[:1]), F.silu(x) * x[:1])
+    assert torch.equal(ops.swiglu(x, x[:1]), F.silu(x) * x[:1])
     turned = random(1, 1, 8, 3, dtype=torch.float32).mT
-    assert torch.equal(apply_rope(x, turned, cos), apply_rope(x, turned.contiguous(), cos))
+    assert torch.equal(ops.rope(x, turned, cos), ops.rope(x, turned.contiguous(), cos))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(1, 1, 2048), (5, 37), (3, 3, 3333), (0, 8)])
 def test_swiglu_is_torchs(level, dtype, shape):
     gate, up = random(*shape, dtype=dtype) * 8, random(*shape, seed=1, dtype=dtype)
-    close(ops_cpu.swiglu(gate, up), layers.SwiGLUFunction.apply(gate, up), dtype, size=2.0)
+    close(ops_cpu.swiglu(gate, up), formulas.swiglu(gate, up), dtype, size=2.0)
 
 
 def test_swiglu_keeps_nan_and_vanishes_where_it_should(level):
@@ -187,7 +186,7 @@ def test_attention_over_the_cache_is_torchs(level, dtype, lengths, n, heads, kv_
         k, v = (random(R, kv_heads, 1, D, seed=10 * step + i, dtype=dtype) for i in (1, 2))
         for name, cache in caches.items():
             outputs[name] = cache.layers[0].attend(q, k, v, Positions(cache, 1))
-            assert cache.in_c == (name == "c")
+            assert cache.form.has_writers == (name == "c")
             cache.advance(1)
             if n > 1:
                 order = torch.randperm(n, generator=torch.Generator().manual_seed(step))
@@ -307,7 +306,7 @@ def test_layers_with_and_without_a_gradient_agree():
     x, norm = random(4, 1, 64, dtype=torch.float32), RMSNorm(64, 1e-5)
     angles = random(4, 1, 1, 8, dtype=torch.float32)
     heads = x.view(4, 1, 4, 16).transpose(1, 2)
-    operations = (norm, lambda x: swiglu(x, x), lambda x: apply_rope(heads, angles.cos(), angles.sin()))
+    operations = (norm, lambda x: ops.swiglu(x, x), lambda x: ops.rope(heads, angles.cos(), angles.sin()))
     for operation in operations:
         with torch.enable_grad():
             recorded = operation(x).detach()

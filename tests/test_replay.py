@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from minitune_kernels import ops_cpu
+from minitune_kernels import ops, ops_cpu, ops_torch, replay
 from minitune_kernels.replay import RECORDED, Graph, Repeated, Tape
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -64,7 +64,7 @@ class Played:
 
     def __init__(self, monkeypatch):
         self.tapes, self.steps = [], 0
-        monkeypatch.setattr(cache, "Tape", self.make)
+        monkeypatch.setattr(replay, "Tape", self.make)
 
     def make(self, modules):
         tape, counts = Tape(modules), self
@@ -158,7 +158,7 @@ CHANGES = {
     "an index": lambda x: x[..., [1, 0, *range(2, x.shape[-1])]],
     "numbers made in place": lambda x: x.clone().mul_(0.5),
     "an operator by its name": lambda x: torch.ops.aten.relu(x),
-    "a function with a gradient of its own": lambda x: layers.SwiGLUFunction.apply(x, x),
+    "a function with a gradient of its own": lambda x: ops_torch.swiglu(x, x),
     "numpy": lambda x: torch.from_numpy(x.float().numpy() * 2).to(x.dtype),
 }
 
@@ -167,8 +167,8 @@ CHANGES = {
 def test_a_changed_block_is_never_half_played(name, played, monkeypatch):
     """Who studies the internals puts anything into a block."""
     model = model_of("llama")
-    own = layers.swiglu
-    monkeypatch.setattr("minitune.models.llama.swiglu", lambda gate, up: CHANGES[name](own(gate, up)))
+    own = ops.swiglu
+    monkeypatch.setattr(ops, "swiglu", lambda gate, up: CHANGES[name](own(gate, up)))
     expected, _ = with_a_hook(model, "greedy")
     assert answers(model, "greedy") == expected
     assert played.steps == 0 and all(tape.fault for tape in played.tapes if tape.runs >= RECORDED)
@@ -263,8 +263,8 @@ def test_dropout_in_place_is_no_view():
 
 def test_a_changed_block_of_known_operations_is_played(played, monkeypatch):
     model = model_of("llama")
-    own = layers.swiglu
-    monkeypatch.setattr("minitune.models.llama.swiglu", lambda gate, up: own(up, gate) + gate)
+    own = ops.swiglu
+    monkeypatch.setattr(ops, "swiglu", lambda gate, up: own(up, gate) + gate)
     expected, _ = with_a_hook(model, "greedy")
     assert answers(model, "greedy") == expected and played.steps
 
@@ -353,7 +353,7 @@ def test_nothing_that_a_cuda_graph_would_freeze_changes_between_steps(family, ki
     monkeypatch.setenv("MINITUNE_KERNELS", "torch")
     model = model_of(family, torch.float32)
     expected = answers(model, kind, new=40)
-    monkeypatch.setattr(cache.Cache, "recorder", lambda self, x: Traced)
+    monkeypatch.setattr(replay, "recorder", lambda x, form: Traced)
     Traced.made.clear()
     found = answers(model, kind, new=40)
     assert [answer[0] for answer in found] == [answer[0] for answer in expected]
@@ -366,7 +366,7 @@ def test_nothing_that_a_cuda_graph_would_freeze_changes_between_steps(family, ki
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decoding_with_cuda_graphs_is_the_one_without(family, kind, quantized, monkeypatch):
     graphs = []
-    monkeypatch.setattr(cache, "Graph", lambda blocks: graphs.append(Graph(blocks)) or graphs[-1])
+    monkeypatch.setattr(replay, "Graph", lambda blocks: graphs.append(Graph(blocks)) or graphs[-1])
     model = model_of(family, torch.bfloat16, quantized).cuda()
     expected, _ = with_a_hook(model, kind)
     graphs.clear()

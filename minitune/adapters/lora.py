@@ -10,9 +10,8 @@ from contextlib import contextmanager
 
 import regex
 import torch
-from minitune_kernels import ops_cpu
+from minitune_kernels import ops
 from torch import nn
-from torch.nn import functional as F
 
 from minitune.screen import short, some
 
@@ -38,17 +37,10 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        A, B = self.lora_A.weight, self.lora_B.weight
-        is_fp32 = A.dtype is B.dtype is torch.float32 and A.is_cpu and B.is_cpu  # .to(dtype) may have changed them
-        few = x.numel() <= ops_cpu.MAX_ROWS * x.shape[-1]
-        if is_fp32 and few and not self.training and ops_cpu.takes(x):
-            y = self.base_layer(x).to(x.dtype).contiguous()
-            return ops_cpu.add_lora(y, x, A, B, self.scaling)
+        """x (.., in) -> (.., out) in the dtype of base_layer's output."""
         rows = x.flatten(0, -2)  # (B * T, in)
-        A, B = A.to(x.dtype), (B * self.scaling).to(x.dtype)
-        low = F.linear(self.lora_dropout(rows), A)  # (B * T, r)
-        y = self.base_layer(rows)
-        y.addmm_(low.to(y.dtype), B.T.to(y.dtype))  # added where it lies: no second (B * T, out)
+        dropped = self.lora_dropout(rows) if self.lora_dropout.training else rows
+        y = ops.lora(self.base_layer(rows), dropped, self.lora_A.weight, self.lora_B.weight, self.scaling)
         return y.view(*x.shape[:-1], -1)
 
 

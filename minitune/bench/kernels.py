@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from minitune_kernels import fused, nf4
+from minitune_kernels import nf4, ops, ops_torch
 
 from minitune.config import arg, positive
 from minitune.device import DTYPES, choose_device, environment
@@ -76,8 +76,8 @@ def bench_kernels(config, say=print):
                 row = finish_row(layer, operation, mode, timings, ceilings)
                 rows.append(row)
                 say(table_line(row))
-    if device.type == "cuda":
-        rows += fused_rows(dtype, device, timer, ceilings, say)
+    if device.type == "cuda" and ops.why_no_triton(device) is None:
+        rows += triton_rows(dtype, device, timer, ceilings, say)
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": environment(device) | {"bitsandbytes": version_of("bitsandbytes")},
@@ -242,10 +242,10 @@ def int4_peer(shape, device, dtype):
     return lambda x: [lambda w=w: multiply(x, w, 64, scales) for w in weights]
 
 
-def fused_rows(dtype, device, timer, ceilings, say):
-    """The fused operations, forward and backward, beside their plain references, for 2048 tokens of Llama-2-7B."""
+def triton_rows(dtype, device, timer, ceilings, say):
+    """The operations in Triton, forward and backward, beside those of ops_torch.py, for 2048 tokens of Llama-2-7B."""
     rows = []
-    for name, moved, ours, plain, inputs in fused_examples(dtype, device):
+    for name, moved, ours, plain, inputs in triton_examples(dtype, device):
         systems = {}
         for system, function in (("minitune", ours), ("torch", plain)):
             step = lambda f=function, i=inputs: forward_backward_all(f, i)
@@ -257,9 +257,11 @@ def fused_rows(dtype, device, timer, ceilings, say):
     return rows
 
 
-def fused_examples(dtype, device):
-    """[(name, bytes moved at least, the fused function, the plain one, its inputs)]. Both overwrite the logits of the
-    cross-entropy, which has its gradient at once."""
+def triton_examples(dtype, device):
+    """[(name, bytes moved at least, the function in Triton, the one in PyTorch, its inputs)]. The cross-entropy overwrites the
+    logits with their gradient in Triton."""
+    from minitune_kernels import ops_triton
+
     at = {"device": device, "dtype": dtype}
     size = torch.empty(0, dtype=dtype).element_size()
     x, weight = torch.randn(1, 2048, 4096, requires_grad=True, **at), torch.ones(4096, **at)
@@ -268,12 +270,12 @@ def fused_examples(dtype, device):
     cos, sin = Rope(128, 10000.0).tables(torch.arange(2048, device=device)[None], dtype)
     logits, targets = torch.randn(2048, 32000, **at), torch.randint(32000, (2048,), device=device)
     return [
-        ("rms_norm", 5 * x.numel() * size, lambda x: fused.rms_norm(x, weight, 1e-5),
-         lambda x: fused.rms_norm_reference(x, weight, 1e-5), [x]),
-        ("swiglu", 8 * gate.numel() * size, fused.swiglu, fused.swiglu_reference, [gate, up]),
-        ("rope", 4 * q.numel() * size, lambda q: fused.rope(q, cos, sin), lambda q: fused.rope_reference(q, cos, sin), [q]),
-        ("cross_entropy_", 2 * logits.numel() * size, lambda: fused.cross_entropy_(logits, targets),
-         lambda: fused.cross_entropy_reference_(logits, targets), []),
+        ("rms_norm", 5 * x.numel() * size, lambda x: ops_triton.rms_norm(x, weight, 1e-5),
+         lambda x: ops_torch.rms_norm(x, weight, 1e-5), [x]),
+        ("swiglu", 8 * gate.numel() * size, ops_triton.swiglu, ops_torch.swiglu, [gate, up]),
+        ("rope", 4 * q.numel() * size, lambda q: ops_triton.rope(q, cos, sin), lambda q: ops_torch.rope(q, cos, sin), [q]),
+        ("cross_entropy", 2 * logits.numel() * size, lambda: ops_triton.loss_and_gradient(logits, targets),
+         lambda: ops_torch.loss_and_gradient(logits, targets), []),
     ]  # fmt: skip
 
 

@@ -8,9 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
-
-CHUNK = 128  # tokens whose logits are in memory at once
+from minitune_kernels import ops
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def sequence_nll(model, sequences, starts=None, context=None, stride=None, batch
             predicting.append(hidden[end + w.first - 1 - w.start : end + len(part) - 1])
             targets += part[w.first - w.start :]
             end += len(part)
-        losses = token_losses(torch.cat(predicting), model.lm_head, torch.tensor(targets, device=device))
+        losses = ops.token_losses(torch.cat(predicting), model.lm_head, torch.tensor(targets, device=device))
         for w, part in zip(call, losses.double().cpu().split([w.stop - w.first for w in call]), strict=True):
             nll[w.sequence] += part.sum().item()
             tokens[w.sequence] += len(part)
@@ -163,12 +161,6 @@ def pack(windows, batch_tokens):
         calls[-1].append(window)
         size += length
     return calls
-
-
-def token_losses(hidden, head, targets):
-    """-ln p of each target, fp32 (N,). hidden (N, C); head: a module (.., C) -> (.., V); targets (N,) int64."""
-    parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in parts])
 
 
 def exp(x):

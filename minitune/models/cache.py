@@ -6,11 +6,7 @@ beams x prompt. Letters as in layers.py, and: B prompts, n sequences of each, R 
 import weakref
 
 import torch
-from minitune_kernels import ops_cpu
-from minitune_kernels.replay import Graph, Tape
-from torch.nn import functional as F
-
-from minitune.models.layers import causal_mask
+from minitune_kernels import ops, replay
 
 FIRST_CAPACITY = 256  # new tokens that there is room for at first; doubled when they come
 
@@ -31,8 +27,8 @@ class Cache:
         self.capacity = min(most, FIRST_CAPACITY if window is None else window) + draft  # a ring has its size at once
         self.layers = [LayerCache(self) for _ in range(num_layers)]
         self.writers = None  # (R, capacity) int32: the sequence whose token stands in a slot; None: each its own
-        self.in_c = False  # whether ops_cpu.attend does the work; known when the prompts have been read
-        self.shape = None  # ops_cpu.attend's; made anew where prompts leave
+        self.form = None  # ops.CacheForm: how keys are stored; chosen when the prompts have been read
+        self.shape = None  # ops.Shape, for a form with writers; made anew where prompts leave
         self.tapes = {}  # the form of a step -> its Tape or Graph
 
     def read(self, pieces):
@@ -60,10 +56,10 @@ class Cache:
         if self.pieces:
             return through(x, *rope)
         self.make_room(x.shape[1])
-        if self.in_c:
+        if self.form.has_writers:
             self.next_shape(x.shape[1])
-        inputs = (x, *rope) if self.in_c else (x, *rope, *self.masks(layout.positions))
-        kind = self.recorder(x)
+        inputs = (x, *rope) if self.form.has_writers else (x, *rope, *self.masks(layout.positions))
+        kind = replay.recorder(x, self.form)
         if kind is None:
             return through(*inputs)
         form = *(t.shape for t in inputs), x.dtype, torch.get_num_threads()
@@ -71,12 +67,6 @@ class Cache:
             self.tapes[form] = kind(blocks)
             self.tapes[form].fault = "a hook" if has_hooks(blocks) else None
         return self.tapes[form].run(through, *inputs)
-
-    def recorder(self, x):
-        """What replays steps: Tape, Graph or None."""
-        if self.in_c:
-            return Tape if ops_cpu.takes(x) else None
-        return Graph if x.is_cuda and not torch.is_grad_enabled() else None
 
     def make_room(self, T):
         """Make room for the next T tokens in every layer."""
@@ -143,7 +133,7 @@ class Cache:
 
     def reorder(self, rows):
         """rows (R,) int64: the sequence that each one continues from now on, of the same prompt."""
-        if self.in_c:  # nothing moves
+        if self.form.has_writers:  # nothing moves
             if self.writers is None:
                 self.writers = torch.arange(len(rows), dtype=torch.int32)[:, None].expand(-1, self.capacity)
             self.writers = self.writers[rows]
@@ -165,12 +155,12 @@ class Cache:
         self.lengths, self.shape, self.tapes = [self.lengths[i] for i in prompts], None, {}
 
     def next_shape(self, T):
-        """ops_cpu.attend's Shape for the next T tokens: the same object each time, since a tape holds its address. It keeps the
+        """The ops.Shape for the next T tokens: the same object each time, since a tape holds its address. It keeps the
         tensors that it points to alive."""
         if self.shape is None:
             layer = self.layers[0]
             B, H_kv, P, D = layer.prompt_k.shape
-            self.shape = ops_cpu.Shape(B=B, n=self.sequences, H_kv=H_kv, D=D, P=P, window=self.window or 0)
+            self.shape = ops.Shape(B=B, n=self.sequences, H_kv=H_kv, D=D, P=P, window=self.window or 0)
             self.shape.tensors = torch.tensor(self.lengths), torch.tensor(layer.stored)
             self.shape.lengths, self.shape.stored = (t.data_ptr() for t in self.shape.tensors)
         shape = self.shape
@@ -232,11 +222,13 @@ class LayerCache:
         if self.cache.pieces:
             return self.read(q, k, v)
         self.cache.make_room(q.shape[2])
-        if self.cache.in_c:
-            shape = self.cache.next_shape(q.shape[2])
-            shape.H = q.shape[1]
-            return ops_cpu.attend(q, k, v, shape, (self.prompt_k, self.prompt_v, self.k, self.v))
-        return self.step(q, k, v, layout)
+        form, stores = self.cache.form, (self.prompt_k, self.prompt_v, self.k, self.v)
+        if form.has_writers:
+            where = self.cache.next_shape(q.shape[2])
+            where.H = q.shape[1]
+        else:
+            where = layout.masks(self.cache)
+        return ops.attention_over_cache(form, q, k, v, stores, where)
 
     def read(self, q, k, v):
         """The tokens of cache.pieces: each attends to the earlier ones of its prompt."""
@@ -250,11 +242,8 @@ class LayerCache:
                 before_k, before_v = self.parts[prompt]
                 keys, values = torch.cat([before_k, keys], dim=1), torch.cat([before_v, values], dim=1)
             T, S = stop - start, keys.shape[1]
-            mask = causal_mask(T, S, window, q.device) if start or (window and S > window) else None
-            grouped = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(
-                own_q, keys[None], values[None], attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=grouped
-            )
+            mask = ops.causal_mask(T, S, window, q.device) if start or (window and S > window) else None
+            out = ops.attention(own_q, keys[None], values[None], mask, is_causal=mask is None and T > 1)
             outputs.append(out.transpose(1, 2))
             if window and S > window - 1:  # no later token looks further back
                 keys, values = keys[:, S - window + 1 :], values[:, S - window + 1 :]
@@ -267,12 +256,11 @@ class LayerCache:
         self.stored = [k.shape[1] for k, _ in parts]
         H_kv, _, D = parts[0][0].shape
         shape = len(parts), H_kv, max(self.stored), D
-        in_c, self.dtype = ops_cpu.takes(parts[0][0]), parts[0][0].dtype
-        self.cache.in_c = in_c
-        # torch multiplies in fp32 here, and on a CPU would convert all keys at every step.
-        device = parts[0][0].device
-        dtype = torch.float32 if device.type == "cpu" and not in_c else self.dtype
-        make = torch.empty if in_c else torch.zeros  # C never reads a slot that was not written
+        self.cache.form = form = ops.cache_form(parts[0][0])
+        self.dtype, device, dtype = parts[0][0].dtype, parts[0][0].device, form.dtype
+        make = (
+            torch.empty if form.has_writers else torch.zeros
+        )  # masks hide slots that were not written: 0 * NaN is NaN
         prompt_k, prompt_v = (make(shape, dtype=dtype, device=device) for _ in range(2))
         for i, (k, v) in enumerate(parts):
             prompt_k[i, :, : self.stored[i]], prompt_v[i, :, : self.stored[i]] = k, v
@@ -285,30 +273,6 @@ class LayerCache:
         """Make room for that many further new tokens."""
         room = self.k.new_zeros(*self.k.shape[:2], more, self.k.shape[3])
         self.k, self.v = torch.cat([self.k, room], dim=2), torch.cat([self.v, room], dim=2)
-
-    def step(self, q, k, v, layout):
-        """T new tokens of each sequence. Scores and sums in fp32; the softmax runs over prompt and new keys together."""
-        cache, (R, H, T, D) = self.cache, q.shape
-        B, n, H_kv = R // cache.sequences, cache.sequences, k.shape[1]
-        slots, new_mask, *prompt_mask = layout.masks(cache)
-        self.k.index_copy_(2, slots, k.to(self.k.dtype))
-        self.v.index_copy_(2, slots, v.to(self.v.dtype))
-        new_k, new_v, S = self.k.float(), self.v.float(), cache.capacity
-        q = q.float().mul_(D**-0.5) if q.dtype != torch.float32 else q * D**-0.5
-        G = H // H_kv
-        q = q.reshape(B, n, H_kv, G * T, D)
-        over_prompt = q.transpose(1, 2).reshape(B, H_kv, n * G * T, D) @ self.prompt_k.float().mT
-        over_prompt = over_prompt.view(B, H_kv, n, G, T, -1)
-        if prompt_mask:
-            over_prompt = over_prompt.masked_fill(~prompt_mask[0], -torch.inf)
-        over_new = (q.reshape(R, H_kv, G * T, D) @ new_k.mT).view(R, H_kv, G, T, S).masked_fill(~new_mask, -torch.inf)
-        P = over_prompt.shape[-1]
-        scores = torch.cat([over_prompt.transpose(1, 2).reshape(R, H_kv, G, T, P), over_new], dim=-1).softmax(-1)
-        from_prompt = scores[..., :P].reshape(B, n, H_kv, G * T, P).transpose(1, 2).reshape(B, H_kv, n * G * T, P)
-        from_prompt = (from_prompt @ self.prompt_v.float()).view(B, H_kv, n, G * T, D).transpose(1, 2)
-        from_new = scores[..., P:].reshape(R, H_kv, G * T, S) @ new_v
-        out = (from_prompt.reshape(R, H_kv, G, T, D) + from_new.view(R, H_kv, G, T, D)).to(v.dtype)
-        return out.permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
 
     def first(self, count):
         """Keys and values (H_kv, count, D) of the only sequence's first tokens, in the dtype in which they were read."""

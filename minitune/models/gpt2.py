@@ -7,10 +7,11 @@ layers.py."""
 from dataclasses import dataclass
 
 import torch
+from minitune_kernels import ops
 from torch import nn
 
 from minitune.models import config_json
-from minitune.models.layers import ACTIVATIONS, Layout, attention
+from minitune.models.layers import ACTIVATIONS, LayerNorm, Layout, Linear, attention
 
 LORA_TARGETS = ()
 
@@ -79,8 +80,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x):
-        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return rows.view(*x.shape[:-1], -1)
+        return ops.linear(x, self.weight.T, self.bias, whole_texts=True)
 
 
 class GPT2Attention(nn.Module):
@@ -110,9 +110,9 @@ class GPT2MLP(nn.Module):
 class GPT2Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ln_1 = LayerNorm(config.hidden_size, config.layer_norm_eps, whole_texts=True)
         self.attn = GPT2Attention(config)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ln_2 = LayerNorm(config.hidden_size, config.layer_norm_eps, whole_texts=True)
         self.mlp = GPT2MLP(config)
 
     def forward(self, x, layout, cache=None):
@@ -129,7 +129,7 @@ class GPT2Model(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.h = nn.ModuleList(GPT2Block(config) for _ in range(config.num_hidden_layers))
-        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ln_f = LayerNorm(config.hidden_size, config.layer_norm_eps, whole_texts=True)
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
         """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a cache.Cache.
@@ -157,7 +157,7 @@ class GPT2LMHeadModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = GPT2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, whole_texts=True)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 

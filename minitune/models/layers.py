@@ -1,67 +1,56 @@
-"""The formulas that every architecture shares: RMSNorm, SwiGLU, RoPE, attention, cross-entropy over chunks.
+"""The layers that every architecture shares: linear layers, norms, RoPE and its scalings, attention over packed documents.
 
-No wiring here: how a block connects them is written out in each model file. Letters: B batch, T tokens of this call,
-S keys (T plus what a cache holds, see cache.py), C hidden, H heads, H_kv key-value heads, D head dim, V vocabulary, N supervised
-tokens."""
+The formulas stand in kernels/formulas.py. How a block connects them is written out in each model file. Letters: B batch, T
+tokens of this call, S keys (T plus what a cache holds, see cache.py), C hidden, H heads, H_kv key-value heads, D head dim."""
 
 import math
 from dataclasses import dataclass, field
 
 import torch
-from minitune_kernels import ops_cpu
+from minitune_kernels import ops
 from torch import nn
-from torch.nn import functional as F
 
 from minitune.screen import short
 
 MAX_NUMBER = 1e30  # of a setting of config.json: its square is still finite in float64
 
 
-def gelu_tanh(x):
-    """GELU with tanh for the error function (arXiv 1606.08415)."""
-    return ops_cpu.gelu_tanh(x) if ops_cpu.takes(x) else F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-}
+ACTIVATIONS = {"gelu": ops.gelu, "gelu_new": ops.gelu_tanh, "gelu_pytorch_tanh": ops.gelu_tanh}
 
 
 class Linear(nn.Linear):
-    """nn.Linear, with a faster product for the few rows of a decoding step on a CPU."""
+    """nn.Linear through ops.linear, which has a faster product for the few rows of a decoding step on a CPU.
+
+    whole_texts: as in ops.layer_norm, for judges."""
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, whole_texts=False):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.whole_texts = whole_texts
 
     def forward(self, x):
-        weight, bias = self.weight, self.bias
-        if ops_cpu.fits(x, weight, bias):
-            return ops_cpu.linear(x, weight, bias)
-        return F.linear(x, weight, bias)
+        return ops.linear(x, self.weight, self.bias, self.whole_texts)
 
 
 def project(x, *layers):
-    """[layer(x) for layer in layers], at most three: in one call where a decoding step on a CPU allows it."""
+    """[layer(x) for layer in layers], at most three: in one call where no layer is wrapped or has a hook."""
     if all(type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers):
-        parts = [(layer.weight, layer.bias) for layer in layers]
-        if all(ops_cpu.fits(x, *part) for part in parts):
-            return ops_cpu.linears(x, *parts)
+        return ops.linears(x, *((layer.weight, layer.bias) for layer in layers))
     return [layer(x) for layer in layers]
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm (arXiv 1607.06450), in one call of C for a decoding step on a CPU."""
+    """nn.LayerNorm through ops.layer_norm. whole_texts: as there, for judges."""
+
+    def __init__(self, hidden_size, eps, whole_texts=False):
+        super().__init__(hidden_size, eps)
+        self.whole_texts = whole_texts
 
     def forward(self, x):
-        weight, bias = self.weight, self.bias
-        if bias is not None and ops_cpu.takes(x) and ops_cpu.is_along(weight, x) and ops_cpu.is_along(bias, x):
-            return ops_cpu.layer_norm(x, weight, bias, self.eps)
-        return super().forward(x)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, self.whole_texts)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean in fp32 (arXiv 1910.07467). Keeps x.dtype."""
+    """ops.rms_norm with a weight (arXiv 1910.07467). x (.., C) -> (.., C) in x.dtype."""
 
     def __init__(self, hidden_size, eps):
         super().__init__()
@@ -69,55 +58,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        weight = self.weight
-        if ops_cpu.takes(x) and ops_cpu.is_along(weight, x):
-            return ops_cpu.rms_norm(x, weight, self.eps)
-        return RMSNormFunction.apply(x, weight, self.eps)
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """Keeps x and one number a row for the backward pass; torch's own graph would keep two fp32 copies of x."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return weight * (wide * scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            inner = (grad * weight).float()
-            along = (inner * normed).mean(-1, keepdim=True)
-            grad_x = inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
-        return grad_x, grad_weight, None
-
-
-def swiglu(gate, up):
-    """silu(gate) * up (arXiv 2002.05202), all of one shape."""
-    if ops_cpu.takes(gate) and up.dtype is gate.dtype and up.shape == gate.shape:
-        return ops_cpu.swiglu(gate, up)
-    return SwiGLUFunction.apply(gate, up)
-
-
-class SwiGLUFunction(torch.autograd.Function):
-    """Keeps gate and up, and works out silu(gate) again."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -250,39 +191,6 @@ def first_given(*values):
     return next(value for value in values if value is not None)
 
 
-def apply_rope(x, cos, sin):
-    """Turn x (B, H, T, D) by its positions: dim i goes with dim i + d/2, for the first d dims (Phi turns a part of a head); the
-    rest stays as it is. cos, sin: (B, 1, T, d/2)."""
-    if ops_cpu.takes(x) and x.stride(-1) == 1 and ops_cpu.turns(cos, x) and ops_cpu.turns(sin, x):
-        return ops_cpu.rope(x, cos, sin)
-    return RopeFunction.apply(x, cos, sin)
-
-
-class RopeFunction(torch.autograd.Function):
-    """Keeps the tables alone: the gradient is the gradient of y turned back. All parts are written where they belong."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return turn(grad, cos, -sin), None, None
-
-
-def turn(x, cos, sin):
-    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
-    low, high, still = x.split((half, half, rest), dim=-1)
-    out = torch.empty_like(x)
-    out_low, out_high, out_still = out.split((half, half, rest), dim=-1)
-    torch.mul(low, cos, out=out_low).sub_(high * sin)
-    torch.mul(high, cos, out=out_high).add_(low * sin)
-    out_still.copy_(still)
-    return out
-
-
 @dataclass
 class Layout:
     """Where the tokens of a call stand and which keys each may see. Made once a call, shared by the layers.
@@ -320,7 +228,7 @@ class Layout:
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         mask = None
         if attention_mask is not None or window and T > window:
-            mask = causal_mask(T, T, window, device)
+            mask = ops.causal_mask(T, T, window, device)
             if attention_mask is not None:
                 # Padding sees itself, so that no row of the softmax is empty: empty rows would be NaN.
                 own = torch.eye(T, dtype=torch.bool, device=device)
@@ -338,15 +246,8 @@ class Layout:
         if not self.window or length <= self.window:
             return None
         if length not in self.window_masks:
-            self.window_masks[length] = causal_mask(length, length, self.window, self.positions.device)
+            self.window_masks[length] = ops.causal_mask(length, length, self.window, self.positions.device)
         return self.window_masks[length]
-
-
-def causal_mask(T, S, window, device):
-    """(1, 1, T, S) bool: the last T of S positions look at themselves and back, at most window - 1 tokens."""
-    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
-    mask = distance >= 0
-    return (mask & (distance < window) if window else mask)[None, None]
 
 
 def attention(q, k, v, layout, cache=None):
@@ -355,63 +256,12 @@ def attention(q, k, v, layout, cache=None):
     if cache is not None:
         return cache.attend(q, k, v, layout)
     B, H, T, D = q.shape
-    grouped = H != k.shape[1]
-
-    def attend(q, k, v, mask, is_causal):  # -> (B, T, H, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
-        return out.transpose(1, 2)
-
     if layout.documents is None:
-        out = attend(q, k, v, layout.mask, layout.mask is None and T > 1)
+        out = ops.attention(q, k, v, layout.mask, layout.mask is None and T > 1).transpose(1, 2)  # (B, T, H, D)
     else:  # one call a document: no score across documents is ever computed
-        pieces = zip(*(t.split(layout.documents, dim=2) for t in (q, k, v)), layout.documents, strict=True)
-        masks = ((q, k, v, layout.document_mask(n)) for q, k, v, n in pieces)
-        out = torch.cat([attend(q, k, v, mask, mask is None) for q, k, v, mask in masks], dim=1)
+        outputs = []
+        for *piece, n in zip(*(t.split(layout.documents, dim=2) for t in (q, k, v)), layout.documents, strict=True):
+            mask = layout.document_mask(n)
+            outputs.append(ops.attention(*piece, mask, mask is None).transpose(1, 2))
+        out = torch.cat(outputs, dim=1)
     return out.reshape(B, T, H * D)
-
-
-def chunked_cross_entropy(hidden, head, targets, chunk=128):
-    """Sum of the cross-entropy of `head(hidden)` against targets, in fp32, without ever holding all logits.
-
-    hidden (N, C): only rows that have a label; head: a module (.., C) -> (.., V); targets (N,) int64. Returns a scalar.
-    The gradient of each chunk is computed at once in the forward pass, so that neither logits nor a recomputation
-    remain."""
-    trained = [p for p in head.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        return ChunkedCrossEntropy.apply(hidden, head, targets, chunk, *trained)
-    losses = [
-        F.cross_entropy(head(h).float(), t, reduction="sum")
-        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.stack(losses).sum() if losses else hidden.sum().float() * 0
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """See chunked_cross_entropy. The idea of the gradient in the forward pass is Liger-Kernel's (arXiv 2410.10989)."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, targets, chunk, *trained):
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grads = [torch.zeros_like(p) for p in trained]
-        grad_hidden = torch.empty_like(hidden)
-        for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            with torch.enable_grad():
-                h = hidden[part].detach().requires_grad_()
-                logits = head(h)
-            # The gradient of the logits is softmax minus one at the target: written into one fp32 tensor, no graph around it.
-            scores = logits.detach().log_softmax(-1, dtype=torch.float32)
-            column = targets[part, None]
-            total -= scores.gather(1, column).sum()
-            scores.exp_().scatter_add_(1, column, scores.new_full(column.shape, -1.0))
-            grad_h, *grad_trained = torch.autograd.grad(logits, [h, *trained], scores.to(logits.dtype))
-            grad_hidden[part] = grad_h
-            for total_grad, grad in zip(grads, grad_trained, strict=True):
-                total_grad += grad
-        ctx.save_for_backward(grad_hidden, *grads)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_hidden, *grads = (grad_loss.to(g.dtype) * g for g in ctx.saved_tensors)
-        return grad_hidden, None, None, None, *grads

@@ -6,11 +6,12 @@ Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as
 from dataclasses import dataclass
 from functools import partial
 
+from minitune_kernels import ops
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.models import config_json
-from minitune.models.layers import Layout, Linear, RMSNorm, Rope, apply_rope, attention, project, read_rope, swiglu
+from minitune.models.layers import Layout, Linear, RMSNorm, Rope, attention, project, read_rope
 
 LORA_TARGETS = ("q_proj", "v_proj")
 
@@ -87,7 +88,7 @@ class MistralAttention(nn.Module):
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = ops.rope(q, *rope), ops.rope(k, *rope)
         return self.o_proj(attention(q, k, v, layout, cache))
 
 
@@ -100,7 +101,7 @@ class MistralMLP(nn.Module):
         self.down_proj = Linear(inner, C, bias=False)
 
     def forward(self, x):
-        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
+        return self.down_proj(ops.swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class MistralBlock(nn.Module):

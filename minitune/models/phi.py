@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from minitune_kernels import ops
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,6 @@ from minitune.models.layers import (
     Layout,
     Linear,
     Rope,
-    apply_rope,
     attention,
     project,
     read_rope,
@@ -94,7 +94,7 @@ class PhiAttention(nn.Module):
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # of each head the first config.rope.head_dim dims
+        q, k = ops.rope(q, *rope), ops.rope(k, *rope)  # of each head the first config.rope.head_dim dims
         if x.dtype == torch.float16:  # Phi-2's scores pass the largest fp16, 65504
             return self.dense(attention(q.float(), k.float(), v.float(), layout, cache).to(x.dtype))
         return self.dense(attention(q, k, v, layout, cache))

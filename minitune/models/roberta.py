@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from minitune_kernels import ops
 from torch import nn
-from torch.nn import functional as F
 
 from minitune.models import config_json
-from minitune.models.layers import ACTIVATIONS
+from minitune.models.layers import LayerNorm
 from minitune.screen import short
 
 HEADS = ("pooler.", "lm_head.", "cls.", "classifier.", "qa_outputs.")  # stored beside an encoder, not used here
 LAYER_NORM = {"gamma": "weight", "beta": "bias"}
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # names of ops
 OLD_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
@@ -93,7 +93,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, whole_texts=True)
 
     def forward(self, input_ids, positions, token_type_ids):
         types = self.token_type_embeddings(
@@ -111,7 +111,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, mask, runs):
         """x (B, T, C); mask (B, 1, 1, T) bool or None; runs [(texts, length), ...] of packed texts (B = 1) or None."""
         B, T, C = x.shape
-        qkv = [linear(x, layer) for layer in (self.query, self.key, self.value)]
+        qkv = [ops.linear_activation(x, layer.weight, layer.bias) for layer in (self.query, self.key, self.value)]
         if runs is None:
             return attend(*(t.view(B, T, self.num_heads, -1) for t in qkv), mask).reshape(B, T, C)
         pieces = zip(*(t[0].split([n * length for n, length in runs]) for t in qkv), runs, strict=True)
@@ -124,7 +124,7 @@ class SelfAttention(nn.Module):
 def attend(q, k, v, mask):
     """Softmax attention in both directions; all (B, T, H, D), as is the result."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return ops.attention(q, k, v, mask).transpose(1, 2)
 
 
 class Output(nn.Module):
@@ -133,10 +133,10 @@ class Output(nn.Module):
     def __init__(self, inputs, config):
         super().__init__()
         self.dense = nn.Linear(inputs, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, whole_texts=True)
 
     def forward(self, x, residual):
-        return self.LayerNorm(linear(x, self.dense) + residual)
+        return self.LayerNorm(ops.linear_activation(x, self.dense.weight, self.dense.bias) + residual)
 
 
 class Attention(nn.Module):
@@ -152,11 +152,11 @@ class Attention(nn.Module):
 class Intermediate(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.hidden_act = config.hidden_act
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x):
-        return linear(x, self.dense, self.hidden_act)
+        return ops.linear_activation(x, self.dense.weight, self.dense.bias, self.activation)
 
 
 class Block(nn.Module):
@@ -246,19 +246,3 @@ class Encoder(nn.Module):
         if inner.startswith(HEADS) or inner in OLD_BUFFERS:
             return None
         return re.sub(r"LayerNorm\.(gamma|beta)$", lambda old: f"LayerNorm.{LAYER_NORM[old[1]]}", inner)
-
-
-def linear(x, layer, activation="none"):
-    """layer(x), and then the activation.
-
-    In fp32 on a CPU by oneDNN, which torch has beside MKL: on AMD Zen 4 it multiplies 1.1 times as fast (one core, 512
-    to 2048 rows of 768 and 3072), and gelu costs a fifth where the product is still in the cache."""
-    name, approximation = {"gelu_new": ("gelu", "tanh"), "gelu_pytorch_tanh": ("gelu", "tanh")}.get(
-        activation, (activation, "none")
-    )
-    if x.device.type == "cpu" and x.dtype == torch.float32 and HAS_ONEDNN and not torch.is_grad_enabled():
-        return torch.ops.mkldnn._linear_pointwise(
-            x, layer.weight, layer.bias, name, [], approximation if name == "gelu" else ""
-        )
-    y = layer(x)
-    return y if activation == "none" else ACTIVATIONS[activation](y)
