@@ -23,7 +23,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import torch  # noqa: E402
 from forks import Forks  # noqa: E402
 
-pytest_plugins = ["small_runs"]
+pytest_plugins = ["small_runs", "small_adapters"]  # their fixtures
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from small import FAMILIES, sizes, write_byte_tokenizer
 
 import minitune.train as loop
 from minitune import checkpoint
@@ -20,33 +20,14 @@ from minitune.runs.folder import read_lines
 from minitune.train import train
 
 CLOCK = {"seconds", "tokens_per_s", "peak_bytes"}  # what no two runs share
-SIZES = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
-FAMILIES = {
-    "llama": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 16},
-    "phi": {"resid_pdrop": 0.1, "partial_rotary_factor": 0.5},
-}
 
 
 def make_model(folder, family, takes_bos=True):
     """A model folder with random weights and a tokenizer of one token a byte."""
     folder.mkdir()
-    vocab = {text: i for i, text in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": takes_bos}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    config = {"model_type": family, **SIZES, **FAMILIES[family]}
+    write_byte_tokenizer(folder, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>", add_bos_token=takes_bos)
+    config = {"model_type": family, **sizes(hidden_size=32, intermediate_size=64), **FAMILIES[family]}
+    config |= {"resid_pdrop": 0.1} if family == "phi" else {}
     (folder / "config.json").write_text(json.dumps(config))
     with torch.random.fork_rng():
         torch.manual_seed(0)

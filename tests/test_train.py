@@ -7,7 +7,8 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import FAMILIES, adapter, assert_same_end, losses, make_model, metrics, quiet, same
+from small import FAMILIES
+from small_runs import adapter, assert_same_end, losses, make_model, metrics, quiet, same
 from torch.nn import functional as F
 
 import minitune.train as loop
