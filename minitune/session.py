@@ -16,10 +16,10 @@ from minitune.files import expand, read_json
 from minitune.formats.templates import ADAPTER_TEMPLATES, CHAT_TEMPLATES, for_tokenizer
 from minitune.generation_config import DecodingOptions, settle
 from minitune.model_folder import ModelFolder
+from minitune.runs.folder import ADAPTERS
 from minitune.screen import short, some
 
 ADAPTER_CONFIG = peft_files.ADAPTER_CONFIG
-ADAPTERS = ("adapter", "best", "last")  # of a run folder, the first that is there
 TEXT = (None, str)
 FACTS = {  # minitune.json of an adapter
     "template?": TEXT,

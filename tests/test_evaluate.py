@@ -19,7 +19,7 @@ from minitune.checkpoint import load_model
 from minitune.config import TrainConfig, parse
 from minitune.decoding.options import GenerateConfig
 from minitune.evaluation import held_out as module
-from minitune.evaluation import scoring
+from minitune.evaluation import metrics, scoring
 from minitune.evaluation.held_out import Run, read_options
 from minitune.files import read_json, write_json
 from minitune.generate import generate
@@ -424,7 +424,7 @@ def test_a_stop_outside_of_decoding_says_what_is_kept_too(run, tmp_path, monkeyp
 
 
 def test_a_value_that_is_not_finite_is_null_with_a_note():
-    rows = scoring.Rows(np.array([1.0, math.inf, 2.0]))
+    rows = metrics.Rows(np.array([1.0, math.inf, 2.0]))
     found = scoring.measure(rows, 10, 0)
     assert found == {"value": None, "low": None, "high": None, "n": 3, "note": "not finite in 1 of 3 examples"}
     assert scoring.compare(rows, rows, 10, 0)["note"] == "not finite in every example"

@@ -18,7 +18,8 @@ from minitune.reports.results import read_results, sweep_lines
 from minitune.reports.runs import repeated_words
 from minitune.reports.scores import scores_section
 from minitune.runs.folder import adapter_fingerprint
-from minitune.study.files import GRADES, parse_name
+from minitune.study.files import GRADES
+from minitune.study.names import parse_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -21,10 +21,11 @@ from minitune.files import read_json, write_json
 from minitune.generate import Decoder, generate
 from minitune.jobs import sweep as module
 from minitune.jobs.evaluate import EvaluateConfig, evaluate
-from minitune.jobs.sweep import STUDY, SweepConfig, decoding_points, sweep, table
+from minitune.jobs.sweep import SweepConfig, decoding_points, sweep, table
 from minitune.metrics.significance import paired_permutation
 from minitune.reports.results import read_results
 from minitune.runs.folder import hold, read_lines
+from minitune.study.names import STUDY
 from minitune.train import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,53 +1,28 @@
 """References and answers to a table of metrics: a value an example, the score, its interval, and tests between two systems.
 
-METRICS says for each name what is summed over the examples; the formulas are those of minitune/metrics. A system is a list of
-records, one an example: {"reference", "answer", and perhaps "tokens", "ended_by", "reference_loss": [nats, tokens]}. A reference
-is a text, or a list of texts of which each is right."""
+Which metrics there are: metrics.py. A system is a list of records, one an example: {"reference", "answer", and perhaps "tokens",
+"ended_by", "reference_loss": [nats, tokens]}. A reference is a text, or a list of texts of which each is right."""
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
 from minitune import checkpoint
 from minitune.config import arg, check_types, not_empty, positive
 from minitune.device import choose_device
+from minitune.evaluation.metrics import COMPUTED, METRICS, NEEDS, STUDY_KEYS, bleu_weights
 from minitune.metrics.bertscore import bert_score, choose_layer, read_baseline
 from minitune.metrics.bleu import (
-    MAX_ORDER,
-    bleu_score,
     bleu_signature,
-    bleu_statistics,
-    check_weights,
-    closest_length,
-    sentence_score,
-    sentence_statistics,
 )
 from minitune.metrics.bleu_tokens import TOKENIZERS, tokens
-from minitune.metrics.chrf import chrf_score, chrf_signature, chrf_statistics
-from minitune.metrics.exact_match import is_exact
-from minitune.metrics.pairs import as_list
-from minitune.metrics.perplexity import exp, judge_perplexity
+from minitune.metrics.chrf import chrf_signature
 from minitune.metrics.rouge import TOKENIZERS as ROUGE_TOKENIZERS
-from minitune.metrics.rouge import rouge_l, rouge_lsum, rouge_n
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
-from minitune.metrics.token_f1 import token_f1
-from minitune.metrics.writing import is_outside_ascii, is_without_spaces
 from minitune.model_folder import ModelFolder
 from minitune.screen import short, some, table_lines, wrap
-
-
-class Rows(NamedTuple):
-    """What a metric has of the examples of one system."""
-
-    rows: np.ndarray  # (n,), or (n, k) with `score`
-    score: object = None  # function of the sum of the rows; None: their mean
-    examples: list | None = None  # the value of each example; None: a mean's rows are these
-    kept: np.ndarray | None = None  # (n,) bool: the examples that count; None: all
-    note: str = ""
-
 
 ENCODER_OPTIONS = ("encoder_layer", "encoder_prefix_space", "encoder_idf", "encoder_baseline")
 LEAST_RESAMPLES, MOST_RESAMPLES = 10, 1_000_000
@@ -105,8 +80,8 @@ class ScoreConfig:
         not_empty(self)
         positive(self, "resamples", "limit")
         names = asked_metrics(self)
-        if unknown := [name for name in names or () if name not in METRICS]:
-            raise ValueError(f"metrics: there is no {short(unknown[0])}; expected some of {', '.join(METRICS)}")
+        if unknown := [name for name in names or () if name not in COMPUTED]:
+            raise ValueError(f"metrics: there is no {short(unknown[0])}; expected some of {', '.join(COMPUTED)}")
         for name in names or ():
             if METRICS[name].needs in ("judge", "encoder") and getattr(self, METRICS[name].needs) is None:
                 raise ValueError(f"metrics: {name} needs --{METRICS[name].needs}, {NEEDS[METRICS[name].needs]}")
@@ -132,22 +107,9 @@ def check_bleu(config):
         tokens("", config.bleu_tokenize)
 
 
-def bleu_weights(config):
-    """The weight of each order of BLEU's n-grams, a list."""
-    return check_weights(MAX_ORDER if config.bleu_order is None else config.bleu_order, config.bleu_weights)
-
-
 def asked_metrics(config):
     """The names in --metrics, or None: all that can be computed."""
     return None if config.metrics is None else list(dict.fromkeys(name.strip() for name in config.metrics.split(",")))
-
-
-NEEDS = {
-    "judge": "a GPT-2 that reads the answers: a folder or a hub id, such as openai-community/gpt2",
-    "encoder": "a RoBERTa or BERT that compares them: a folder or a hub id, such as FacebookAI/roberta-large",
-    "ended_by": "how each answer ended, which these files do not say (it is in those of --run)",
-    "reference_loss": "the model, so it comes with --run only",
-}
 
 
 class Judges:
@@ -157,7 +119,7 @@ class Judges:
     def __init__(self, config, say=lambda line: None):
         self.config = config
         self.judge = self.encoder = None
-        device, asked = choose_device(config.device), asked_metrics(config) or list(METRICS)
+        device, asked = choose_device(config.device), asked_metrics(config) or COMPUTED
         wanted = lambda kind: any(METRICS[name].needs == kind for name in asked)
         if config.judge is not None and wanted("judge"):
             folder = ModelFolder.open(config.judge)
@@ -188,175 +150,11 @@ class Judges:
             )
 
 
-# --- metrics ---
-
-
-def of_each(function, note=lambda records, config: ""):
-    """A metric that is the mean of function(reference, answer, config) over the examples. note: function of the records."""
-    return lambda records, judges: Rows(
-        np.array([float(function(r["reference"], r["answer"], judges.config)) for r in records]),
-        note=note(records, judges.config),
-    )
-
-
-def texts(records):
-    return [r["reference"] for r in records], [r["answer"] for r in records]
-
-
-def sentence_bleu_rows(records, judges):
-    """minitune.metrics.bleu.sentence_bleu, with what it counted."""
-    config, weights = judges.config, bleu_weights(judges.config)
-    split = str.split if config.bleu_tokenize is None else lambda text: tokens(text, config.bleu_tokenize)
-    found = [
-        sentence_statistics([split(text) for text in as_list(r["reference"])], split(r["answer"]), len(weights))
-        for r in records
-    ]
-    empty = sum(row[2] > 0 and not row[1 + len(weights)] for row in found)
-    smoothed = f"{empty} of {len(records)} answers share no {len(weights)}-gram with their reference: a smoothed count stands in"
-    notes = [smoothed if empty else "", unread_by_bleu(records, config.bleu_tokenize)]
-    return Rows(np.array([sentence_score(row, weights) for row in found]), note="; ".join(filter(None, notes)))
-
-
-def corpus_bleu_rows(records, judges):
-    config, tokenize = judges.config, judges.config.bleu_tokenize or "13a"
-    orders = len(bleu_weights(config))
-    rows = bleu_statistics(*texts(records), tokenize, max_order=orders)
-    matches, totals = rows.sum(0)[2:].reshape(2, orders)
-    note = ""
-    if missing := [n for n in range(orders) if matches[0] and not matches[n]]:
-        order = missing[0] + 1
-        note = (
-            f"no answer shares a {order}-gram with its reference: a smoothed count stands in"
-            if totals[missing[0]]
-            else f"no answer has {order} words, so that corpus BLEU is 0 (--bleu-order {order - 1} counts shorter n-grams)"
-        )
-    notes = [note, unread_by_bleu(records, tokenize)]
-    score = lambda total: bleu_score(total, weights=config.bleu_weights).score
-    return Rows(rows, score, note="; ".join(filter(None, notes)))
-
-
-def chrf_rows(records, judges):
-    rows = chrf_statistics(*texts(records))
-    return Rows(rows, chrf_score, [chrf_score(row) for row in rows])
-
-
-def length_ratio_rows(records, judges):
-    lengths = [(len(r["answer"].split()), [len(t.split()) for t in as_list(r["reference"])]) for r in records]
-    rows = np.array([[ours, closest_length(ours, theirs)] for ours, theirs in lengths])
-    each = [ours / theirs if theirs else None for ours, theirs in rows.tolist()]
-    return Rows(rows, lambda total: total[0] / max(total[1], 1), each, note=unread_by_words(records))
-
-
-# what a metric cannot read
-
-
-def unread(records, is_unread, words):
-    """A note on how many examples have a text that is not read, "" where there is none."""
-    count = sum(any(map(is_unread, [*as_list(r["reference"]), r["answer"]])) for r in records)
-    return f"{count} of {len(records)} examples are {words}" if count else ""
-
-
-def unread_by_rouge(records, config):
-    words = "mostly in letters that ROUGE does not read (it reads a-z and 0-9): use --rouge-tokenize characters"
-    return unread(records, is_outside_ascii, words) if config.rouge_tokenize == "words" else ""
-
-
-def unread_by_bleu(records, tokenize):
-    if tokenize not in (None, "13a", "intl", "zh", "none"):
-        return ""  # the others cut every script
-    split = str.split if tokenize is None else lambda text: tokens(text, tokenize)
-    words = "in a script without spaces between words, which BLEU takes for one word: use --bleu-tokenize zh, ja-mecab or char"
-    return unread(records, lambda text: not text.isascii() and is_without_spaces(text, split(text)), words)
-
-
-def unread_by_words(records, config=None):
-    words = "in a script without spaces between words: a whole sentence counts as one word"
-    return unread(records, is_without_spaces, words)
-
-
-def ended_rows(records, judges):
-    return Rows(np.array([float(r["ended_by"] != "length") for r in records]))
-
-
-def loss_rows(losses, note=""):
-    """exp of nats a token over losses [(nats, tokens)]; texts without a token are left out."""
-    rows = np.array(losses, np.float64)
-    kept = rows[:, 1] > 0
-    missing = int((~kept).sum())
-    note = note or (f"{missing} answers without a token to predict are left out" if missing else "")
-    each = [exp(nats / tokens) if tokens else None for nats, tokens in rows.tolist()]
-    return Rows(rows, lambda total: exp(total[0] / total[1]), each, kept, note)
-
-
-def reference_perplexity_rows(records, judges):
-    return loss_rows([r["reference_loss"] for r in records])
-
-
-def perplexity_rows(records, judges):
-    found = judged(records, judges)
-    empty = len(found["unscored"])
-    note = f"{empty} answers without a token to predict count as 0, as in the study" if empty else ""
-    return Rows(np.array(found["perplexities"]), note=note)
-
-
-def perplexity_tokens_rows(records, judges):
-    return loss_rows(judged(records, judges)["losses"])
-
-
-def judged(records, judges):
-    model, tokenizer = judges.judge
-    return judge_perplexity(model, tokenizer, [r["answer"] for r in records])
-
-
-def bertscore_rows(records, judges):
-    return Rows(judges.encoder(*texts(records))[2].double().numpy())  # F1
-
-
-def rouge(function, *options):
-    """A ROUGE of minitune/metrics: the mean of its F over the examples."""
-    measure = lambda reference, answer, config: function(reference, answer, *options, tokenize=config.rouge_tokenize)[2]
-    return of_each(measure, unread_by_rouge)
-
-
-exact = lambda reference, answer, config: is_exact(reference, answer)
-f1 = lambda reference, answer, config: token_f1(reference, answer)
-
-
-class Metric(NamedTuple):
-    label: str
-    rows: object  # function (records, judges) -> Rows
-    needs: str | None = None  # a judge, or a key of the records
-    study: str | None = None  # its key in the study's score files
-    is_mean: bool = True  # of the values of the examples
-
-
-METRICS = {
-    "bleu": Metric("BLEU, sentences (0-1)", sentence_bleu_rows, study="BLEU"),
-    "corpus_bleu": Metric("BLEU, corpus (0-100)", corpus_bleu_rows, is_mean=False),
-    "chrf": Metric("chrF (0-100)", chrf_rows, is_mean=False),
-    "rouge_1": Metric("ROUGE-1 (0-1)", rouge(rouge_n, 1)),
-    "rouge_2": Metric("ROUGE-2 (0-1)", rouge(rouge_n, 2)),
-    "rouge_l": Metric("ROUGE-L (0-1)", rouge(rouge_l), study="ROUGE-L"),
-    "rouge_lsum": Metric("ROUGE-Lsum (0-1)", rouge(rouge_lsum)),
-    "exact_match": Metric("exact match (share)", of_each(exact)),
-    "token_f1": Metric("token F1 (0-1)", of_each(f1, unread_by_words)),
-    "bertscore": Metric("BERTScore F1", bertscore_rows, "encoder", "BERTScore"),
-    "perplexity": Metric("perplexity of the judge", perplexity_rows, "judge", "Perplexity"),
-    "perplexity_tokens": Metric("the same, by token", perplexity_tokens_rows, "judge", is_mean=False),
-    "reference_perplexity": Metric(
-        "perplexity of references", reference_perplexity_rows, "reference_loss", is_mean=False
-    ),
-    "length_ratio": Metric("length ratio (words)", length_ratio_rows, is_mean=False),
-    "ended": Metric("ended by itself (share)", ended_rows, "ended_by"),
-}
-STUDY_KEYS = ("Perplexity", "BLEU", "ROUGE-L", "BERTScore")
-
-
 def choose_metrics(config, judges, systems):
     """Names of METRICS: those asked for, or all that can be computed. systems: lists of records.
 
     Raises ValueError where one is asked for that needs what is not there."""
-    names = asked_metrics(config) or list(METRICS)
+    names = asked_metrics(config) or COMPUTED
     in_records = lambda key: all(record.get(key) is not None for records in systems for record in records)
     has = lambda key: getattr(judges, key) is not None if key in ("judge", "encoder") else in_records(key)
     lacking = [name for name in names if METRICS[name].needs and not has(METRICS[name].needs)]
@@ -457,11 +255,11 @@ def table(systems, comparisons, width=None):
     head = ["", *(system["name"] for system in systems.values()), *(["difference", "p"] if comparisons else [])]
     rows, notes = [head], {}
     for name in names:
-        row = [METRICS[name].label]
+        row = [METRICS[name].title]
         for system in systems.values():
             entry = system["metrics"][name]
             row.append(shown(entry["value"], entry["low"], entry["high"]))
-            where = f"{METRICS[name].label} of {system['name']}" if len(systems) > 1 else METRICS[name].label
+            where = f"{METRICS[name].title} of {system['name']}" if len(systems) > 1 else METRICS[name].title
             for note in entry["note"].split("; ") if entry["note"] else ():
                 notes.setdefault(note, []).append(where)
         if comparisons:

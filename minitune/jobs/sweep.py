@@ -18,17 +18,15 @@ from minitune.config import TrainConfig, arg, field_type, misfit, positive
 from minitune.decoding.options import GenerateConfig
 from minitune.evaluation import scoring
 from minitune.evaluation.held_out import DecodeConfig, EvaluateConfig, Run, next_command, read_options, sealed, stopped
-from minitune.evaluation.scoring import METRICS, Rows, ScoreConfig
+from minitune.evaluation.metrics import METRICS, Rows
+from minitune.evaluation.scoring import ScoreConfig
 from minitune.files import read_json, write_json
 from minitune.generation_config import OPTIONS
 from minitune.runs.folder import hold
 from minitune.screen import table_lines, wrap
-from minitune.study.names import point_name, written
+from minitune.study.names import CENTRE, STUDY, point_name, written
 from minitune.train import train
 
-# The study drew tokens within beam search: its answers change with top_k, and its two runs of one point differ.
-STUDY = {"top_k": (30, 40, 50, 60, 80), "num_beams": (2, 4, 5, 6), "temperature": (0.0, 0.5, 0.7, 1.0)}
-CENTRE = {"top_k": 50, "num_beams": 5, "temperature": 1.0, "max_new_tokens": 128}  # the study's, in place of generate's
 FIXED = (
     "do_sample",
     "num_return_sequences",
@@ -442,7 +440,7 @@ def table(content, width=None):
         return ["no point was finished"]
     shown = (*SHOWN, "reference_perplexity") if content["kind"] == "training" else SHOWN  # decoding does not change it
     names = [name for name in shown if name in done[0]["metrics"]] or list(done[0]["metrics"])
-    rows, tests = [["", *(METRICS[name].label for name in names)]], 0
+    rows, tests = [["", *(METRICS[name].title for name in names)]], 0
     for point in content["points"]:
         row = [point["name"]]
         for name in names:

@@ -17,7 +17,8 @@ from minitune.runs.folder import STEPS, adapter_fingerprint, adapter_folder, rea
 from minitune.schema import COUNT, Number, check
 from minitune.screen import short, some
 from minitune.study import files as study_files
-from minitune.study.files import PARAMETERS, SCORE, Grades
+from minitune.study.files import SCORE, Grades
+from minitune.study.names import PARAMETERS, parse_name
 
 RUN_FILES = ("evaluation.json", "metrics.jsonl", "environment.json", "sweep")
 KNOWN = {
@@ -218,7 +219,7 @@ def read_folder(folder, results):
         for name in names:
             if study_files.PROMPTS.fullmatch(name) and (folder / name).is_file():
                 prompts = folder / name
-        studied = [name for name in names if study_files.parse_name(name) and (folder / name).is_file()]
+        studied = [name for name in names if parse_name(name) and (folder / name).is_file()]
         results.read[place] = bool(studied)
         if studied:
             read_study(folder, studied, prompts, results)
@@ -250,7 +251,7 @@ def read_study(folder, names, prompts, results):
     """Add the systems of one folder of the study's files: to the table where each model has one setting, else as a sweep."""
     found = {}
     for name in names:
-        model, options, kind = study_files.parse_name(name)
+        model, options, kind = parse_name(name)
         found.setdefault((model, tuple(options.values())), {})[kind] = folder / name
     texts = study_files.read_texts(prompts) if prompts else None
     systems = []

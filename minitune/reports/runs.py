@@ -7,7 +7,7 @@ from minitune.reports.results import fixed_terms, prompts_words, short_places, s
 from minitune.reports.words import (
     FIGURE,
     GRADE_NAMES,
-    METRICS,
+    ORDER,
     apart,
     count,
     flat,
@@ -91,7 +91,7 @@ def sweep_section(results, missing):
         for label, line in zip(labels, lines, strict=True)
     ]
     scored = {name for line in lines for row in line.points.values() for s in row for name in s.scores}
-    chosen = [n for n in FIGURE if n in scored] or [n for n in METRICS if n in scored][:4]
+    chosen = [n for n in FIGURE if n in scored] or [n for n in ORDER if n in scored][:4]
     rows = {n: with_arrow(n) for n in chosen}
     drawings = [figures.sweep_figure(data, rows, {p: p}, legend=False) for p in columns]
     centres = list(dict.fromkeys(options_words(line.centre) for line in lines))

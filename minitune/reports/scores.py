@@ -13,7 +13,7 @@ from minitune.reports.results import by_prompts, table_lines
 from minitune.reports.words import (
     FIGURE,
     GRADE_NAMES,
-    METRICS,
+    ORDER,
     TABLE,
     count,
     interval_words,
@@ -52,7 +52,7 @@ def scores_section(results, config, missing):
     if absent := [name for name in FIGURE if name not in there]:
         judges = [f" {JUDGES[name]} DIR" for name in absent if name in JUDGES]
         command = f"`{evaluate_command(results)}{''.join(judges)}`"
-        missing.append(f"{', '.join(METRICS[name].label for name in absent)}: {command}")
+        missing.append(f"{', '.join(metric(name).label for name in absent)}: {command}")
     if not tables:
         return None
     apart = (
@@ -81,7 +81,7 @@ def scores_table(caption, lines, scored, columns, config, picture):
 def other_metrics_table(lines, scored, prompts):
     """A Table of the metrics that are not in the study's table, one column a model; None where there are none."""
     found = {name for _, s, b in scored for name in (*s, *b)} - set(TABLE)
-    names = [name for name in METRICS if name in found] + sorted(found - set(METRICS))
+    names = [name for name in ORDER if name in found] + sorted(found - set(ORDER))
     if not names:
         return None
     notes, rows = [], []
@@ -143,7 +143,7 @@ def how_computed(systems, config, scored):
             f"In brackets: 95 % bootstrap intervals over the examples, as evaluation.json gives them ({draws})."
         )
     if any(s.role == "published" and s.scores for s in systems):
-        published = ", ".join(METRICS[name].label for name in FIGURE if any(name in s for _, s, _ in scored))
+        published = ", ".join(metric(name).label for name in FIGURE if any(name in s for _, s, _ in scored))
         words.append(
             f"{published} are as published: means without the values of the answers one by one, so they have no interval."
         )
@@ -231,7 +231,7 @@ def comparisons_section(results, missing):
     tables, compared = [], [run for run in results.runs if run.comparisons]
     for run in compared:
         rows = []
-        for name in [*(n for n in METRICS if n in run.comparisons), *sorted(set(run.comparisons) - set(METRICS))]:
+        for name in [*(n for n in ORDER if n in run.comparisons), *sorted(set(run.comparisons) - set(ORDER))]:
             c = run.comparisons[name]
             found = Difference(c["difference"], c.get("low"), c.get("high"), c.get("n"))
             label = with_arrow(name)
@@ -272,7 +272,7 @@ def correlation_section(results, config, missing):
     """How each metric ranks the answers of a model beside how people do."""
     tables = []
     for label, system, _ in table_lines(results.systems):
-        names = [n for n in METRICS if any(n in e["scores"] for e in system.examples)]
+        names = [n for n in ORDER if any(n in e["scores"] for e in system.examples)]
         if not system.grades or not names:
             continue
         human, rows = system.grades.of_examples(), []

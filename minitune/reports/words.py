@@ -1,38 +1,14 @@
 """What a report calls things, and how it writes numbers."""
 
 import json
-from typing import NamedTuple
 
+from minitune.evaluation.metrics import METRICS, Metric
 from minitune.files import to_json
-from minitune.study.files import PARAMETERS
+from minitune.study.names import PARAMETERS
 
-
-class Metric(NamedTuple):
-    label: str
-    arrow: str  # ↑ higher is better, ↓ lower is better
-    digits: int
-
-
-METRICS = {
-    "bleu": Metric("BLEU", "↑", 3),
-    "rouge_l": Metric("ROUGE-L", "↑", 3),
-    "bertscore": Metric("BERTScore", "↑", 3),
-    "perplexity": Metric("Perplexity", "↓", 2),
-    "human": Metric("Human evaluation", "↑", 3),
-    "corpus_bleu": Metric("corpus BLEU", "↑", 1),
-    "chrf": Metric("chrF", "↑", 1),
-    "rouge_1": Metric("ROUGE-1", "↑", 3),
-    "rouge_2": Metric("ROUGE-2", "↑", 3),
-    "rouge_lsum": Metric("ROUGE-Lsum", "↑", 3),
-    "exact_match": Metric("exact match", "↑", 3),
-    "token_f1": Metric("token F1", "↑", 3),
-    "perplexity_tokens": Metric("perplexity, token-weighted", "↓", 2),
-    "reference_perplexity": Metric("perplexity of the references", "↓", 2),
-    "length_ratio": Metric("length ratio", "", 2),
-    "ended": Metric("share that ended", "↑", 3),
-}
 TABLE = ("bleu", "rouge_l", "bertscore", "perplexity", "human")  # the study's columns
 FIGURE = TABLE[:4]
+ORDER = (*TABLE, *(name for name in METRICS if name not in TABLE))  # of metrics in a report
 IN_OPTIONS = (*PARAMETERS, "max_new_tokens", "do_sample")  # what options_words() names
 LONG = 1000  # characters of a value
 GRADE_NAMES = {"grammatical_correctness": "grammar", "coherence": "coherence", "correctness_of_answer": "correctness"}
@@ -40,7 +16,7 @@ GRADE_NAMES = {"grammatical_correctness": "grammar", "coherence": "coherence", "
 
 def metric(name):
     """The Metric of this name; one that minitune does not know is called as it is."""
-    return METRICS.get(name, Metric(name, "", 3))
+    return METRICS.get(name, Metric(name, name, "", 3))
 
 
 def with_arrow(name):

@@ -19,6 +19,8 @@ from minitune.locks import held
 from minitune.schema import COUNT, check
 from minitune.screen import short
 
+ADAPTERS = ("adapter", "best", "last")  # of a run folder, the first that is there
+
 
 @contextmanager
 def hold(run):
@@ -148,7 +150,7 @@ def file_sha256(path):
 def adapter_folder(run):
     """Where the adapter of a run lies: adapter/, which train.py writes in the end; of a run that did not end best/ or last/.
     None where there is none."""
-    folders = (Path(run) / name for name in ("adapter", "best", "last"))
+    folders = (Path(run) / name for name in ADAPTERS)
     return next((folder for folder in folders if (folder / "adapter_model.safetensors").is_file()), None)
 
 

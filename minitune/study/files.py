@@ -14,13 +14,9 @@ from pathlib import Path
 from minitune.files import read_json
 from minitune.schema import Number
 from minitune.screen import short
+from minitune.study.names import SCORES
 
-NAME = re.compile(
-    r"(?P<model>.+)_topk(?P<top_k>\d{1,9})_nb(?P<num_beams>\d{1,9})_t(?P<temperature>\d{1,9}(?:\.\d{1,9})?)(?P<kind>|_score|_HE|_HE_score)\.json"
-)
 PROMPTS = re.compile(r"instructions\d*\.json")
-SCORES = {"Perplexity": "perplexity", "BLEU": "bleu", "ROUGE-L": "rouge_l", "BERTScore": "bertscore"}
-PARAMETERS = ("top_k", "num_beams", "temperature")
 SCORE = Number(-1e100, 1e100)  # a score or a grade: its square is finite too
 GRADES = ("grammatical_correctness", "coherence", "correctness_of_answer")
 AVERAGES = tuple(f"average_{name}" for name in GRADES) + ("human_evaluation_average",)
@@ -43,20 +39,6 @@ class Grades:
     def of_examples(self):
         """The mean of the three grades of each answer, (n,)."""
         return [sum(row[name] for name in GRADES) / len(GRADES) for row in self.rows]
-
-
-def parse_name(name):
-    """(model, {top_k, num_beams, temperature}, kind) of a file name, kind one of "", _score, _HE, _HE_score; None where it
-    is no name of the study's."""
-    found = NAME.fullmatch(name)
-    if not found:
-        return None
-    options = {
-        "top_k": int(found["top_k"]),
-        "num_beams": int(found["num_beams"]),
-        "temperature": float(found["temperature"]),
-    }
-    return found["model"], options, found["kind"]
 
 
 def read_texts(path):

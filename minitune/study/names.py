@@ -1,5 +1,7 @@
-"""The names of the study's files: MODEL_topk50_nb5_t1 and the like."""
+"""The study's names: of a decoding (topk50_nb5_t1), of its files, of its scores, and the grid of its sweep. Written here and read
+here."""
 
+import re
 from dataclasses import fields
 
 from minitune.decoding.options import GenerateConfig
@@ -38,3 +40,29 @@ def point_name(config, others=()):
 
 def written(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+NAME = re.compile(
+    r"(?P<model>.+)_topk(?P<top_k>\d{1,9})_nb(?P<num_beams>\d{1,9})_t(?P<temperature>\d{1,9}(?:\.\d{1,9})?)(?P<kind>|_score|_HE|_HE_score)\.json"
+)
+SCORES = {"Perplexity": "perplexity", "BLEU": "bleu", "ROUGE-L": "rouge_l", "BERTScore": "bertscore"}
+PARAMETERS = ("top_k", "num_beams", "temperature")
+
+
+def parse_name(name):
+    """(model, {top_k, num_beams, temperature}, kind) of a file name, kind one of "", _score, _HE, _HE_score; None where it
+    is no name of the study's."""
+    found = NAME.fullmatch(name)
+    if not found:
+        return None
+    options = {
+        "top_k": int(found["top_k"]),
+        "num_beams": int(found["num_beams"]),
+        "temperature": float(found["temperature"]),
+    }
+    return found["model"], options, found["kind"]
+
+
+# The study drew tokens within beam search: its answers change with top_k, and its two runs of one point differ.
+STUDY = {"top_k": (30, 40, 50, 60, 80), "num_beams": (2, 4, 5, 6), "temperature": (0.0, 0.5, 0.7, 1.0)}
+CENTRE = {"top_k": 50, "num_beams": 5, "temperature": 1.0, "max_new_tokens": 128}  # the study's, in place of generate's
