@@ -23,7 +23,7 @@ test: $(VENV)/.installed-test
 # On a machine with a GPU: the kernels, compiled and run there, in one process.
 test-gpu: $(VENV)/.installed-test
 	$(RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA device')"
-	$(RUN) -m pytest -rs tests/test_nf4.py tests/test_nf4_triton.py tests/test_nf4_cuda.py tests/test_ops_triton.py tests/test_replay.py $(ARGS)
+	$(RUN) -m pytest -rs tests/test_nf4.py tests/test_nf4_layer.py tests/test_nf4_triton.py tests/test_nf4_cuda.py tests/test_ops_triton.py tests/test_replay.py $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .

@@ -22,8 +22,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import torch  # noqa: E402
 from forks import Forks  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
-pytest_plugins = ["small_runs", "small_adapters"]  # their fixtures
+from minitune.tokenizer import load_tokenizer  # noqa: E402
+
+pytest_plugins = ["small_runs", "small_adapters", "small_decoding"]  # their fixtures
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors
@@ -63,3 +66,38 @@ def script(monkeypatch, capsys):
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
     return run
+
+
+@pytest.fixture
+def specification(monkeypatch):
+    """The torch backend: the same products of the same bits as a dense layer, whatever the number of rows."""
+    monkeypatch.setenv("MINITUNE_KERNELS", "torch")
+
+
+@pytest.fixture(scope="session")
+def bnb():
+    return pytest.importorskip("bitsandbytes", reason="compares with bitsandbytes: pip install minitune[test]")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizers(tmp_path_factory):
+    """(with BOS, without): an id a byte, 256 <|bos|>, 257 <|eos|>."""
+    made = []
+    for has_bos in (True, False):
+        model = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        model.add_special_tokens(["<|bos|>", "<|eos|>"])
+        if has_bos:
+            model.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 256)])
+        folder = tmp_path_factory.mktemp("tokenizer")
+        model.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "<|eos|>"}')
+        (folder / "config.json").write_text("{}")
+        made.append(load_tokenizer(folder))
+    return made
+
+
+@pytest.fixture
+def tokenizer(byte_tokenizers):
+    return byte_tokenizers[0]
