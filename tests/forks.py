@@ -2,6 +2,7 @@
 
 As a script, the process that forks: a job a line of stdin; the pid and the exit code of its process, a line each, on stdout."""
 
+import importlib
 import json
 import os
 import select
@@ -17,12 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def serve():
-    import torch._dynamo  # noqa: F401 - torch.optim imports it at its first use
-
-    import minitune.jobs.chat
-    import minitune.jobs.sweep  # noqa: F401
-
+def serve(modules):
+    for name in ("torch._dynamo", *modules):  # torch.optim imports the first at its first use
+        importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         job = json.loads(line)
@@ -56,12 +54,13 @@ def child(job):
 
 
 class Forks:
-    """What forks, one process at a time; one that still runs is killed by the next. folder: for their output."""
+    """What forks, one process at a time; one that still runs is killed by the next. folder: for their output. modules: what
+    it has imported, beside torch."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, modules=("minitune.jobs.chat", "minitune.jobs.sweep")):
         self.folder, self.last = folder, None
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        self.server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, **pipes)
+        self.server = subprocess.Popen([sys.executable, __file__, *modules], cwd=ROOT, **pipes)
 
     def start(self, code, *argv, environment=None, folder=ROOT, stdin=os.devnull):
         """A Fork that runs Python code with sys.argv = argv."""
@@ -118,4 +117,4 @@ class Fork:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])
