@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from small import sizes, write_byte_tokenizer
 
 from minitune import hub
 from minitune.config import RECIPES
@@ -31,8 +31,14 @@ from minitune.train import TrainConfig, train
 
 SCALE = int(os.environ.get("MINITUNE_FUZZ_SCALE", 1))  # times as many inputs, drawn anew at every start where above 1
 LIMIT = 4  # seconds of CPU for one input
-SIZES = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "intermediate_size": 64, "max_position_embeddings": 64}  # fmt: skip
+SIZES = sizes(
+    vocab_size=258,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=64,
+)
 FILES = {  # reader -> (the files that are damaged, how many inputs)
     "model": (["model/config.json", "model/generation_config.json", "model/model.safetensors"], 300),
     "sharded": (["sharded/model.safetensors.index.json", "sharded/part2.safetensors"], 100),
@@ -237,14 +243,8 @@ def damage_command(line, place, act, raw, is_bytes):
 
 def make_tokenizer(folder):
     """One token a byte."""
-    vocab = {text: i for i, text in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
     folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
+    write_byte_tokenizer(folder, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>", add_bos_token=True)
     write_json(folder / "generation_config.json", {"eos_token_id": 1, "temperature": 0.5, "do_sample": True})
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from minitune_kernels import ops, ops_torch
+from small import draw, sizes
 from torch.nn import functional as F
 
 from minitune.checkpoint import load_model
@@ -13,14 +14,7 @@ from minitune.models import ARCHITECTURES, build, build_encoder, config_json
 from minitune.models.cache import Cache
 from minitune.models.layers import Linear
 
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=112,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-)
+SIZES = sizes(vocab_size=97, intermediate_size=112, num_hidden_layers=3, max_position_embeddings=64)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -56,10 +50,7 @@ def pair(corner, seed=0):
     family, options = CORNERS[corner]
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(**SIZES, **copy.deepcopy(options))
-    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for parameter in theirs.parameters():
-        mean, std = (0.0, 0.08) if parameter.ndim > 1 else (1.0, 0.1)
-        torch.nn.init.normal_(parameter, mean, std)
+    theirs = draw(getattr(transformers, f"{family}ForCausalLM")(config).eval())
     ours = build(json.loads(config.to_json_string())).eval()
     if config.tie_word_embeddings:
         ours.lm_head.weight = ours.model.embed_tokens.weight

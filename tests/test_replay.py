@@ -6,6 +6,7 @@ import pytest
 import torch
 from minitune_kernels import ops, ops_cpu, ops_torch, replay
 from minitune_kernels.replay import RECORDED, Graph, Repeated, Tape
+from small import FAMILIES, draw, sizes
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
@@ -15,19 +16,7 @@ from minitune.generate import decode as decode_prompts
 from minitune.models import build, cache, layers
 from minitune.quant import NF4Linear
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-}
-FAMILIES = {
-    "llama": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
-    "phi": {"partial_rotary_factor": 0.5},
-}
+SIZES = sizes(vocab_size=61, hidden_size=128, intermediate_size=192, max_position_embeddings=512)
 PROMPTS = [[5, 9, 3, 7, 7, 1, 30, 12, 44], [4], [8, 8, 2, 50]]
 DECODINGS = {
     "greedy": {},
@@ -44,9 +33,7 @@ pytestmark = pytest.mark.skipif(
 def model_of(family, dtype=torch.bfloat16, quantized=None, has_lora=False):
     """A random model that makes sharp choices. quantized: None, "nf4" or "nf4-dq"."""
     torch.manual_seed(0)
-    model = build({"model_type": family, **SIZES, **FAMILIES[family]}).to(dtype).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1 if parameter.ndim == 1 else 0.2)
+    model = draw(build({"model_type": family, **SIZES, **FAMILIES[family]}).to(dtype).eval(), 0.2)
     if quantized:
         for name, layer in list(model.model.named_modules()):
             if isinstance(layer, torch.nn.Linear):
