@@ -241,7 +241,7 @@ def over_cache_in_c(q, k, v, mask):
         "new_tokens": NEW,
     }
     shape = ops_cpu.Shape(length.data_ptr(), length.data_ptr(), **sizes)
-    out = ops_cpu.attend(q, k[:, :, -NOW:], v[:, :, -NOW:], shape, (*prompts, *new))
+    out = ops_cpu.attention_over_cache(q, k[:, :, -NOW:], v[:, :, -NOW:], shape, (*prompts, *new))
     return out.view(R, T, H, D).transpose(1, 2)
 
 

@@ -10,14 +10,14 @@ typedef struct {          // of an attention; the fields of ops_cpu.py's Shape
   int64_t B, n, H, H_kv, T, D, P, capacity, new_tokens, window;  // window 0: none
 } Shape;
 
-struct Job {
+typedef struct {  // ops_cpu.py's struct of this name
   int dtype;
-  const void *x, *y, *z;  // queries, keys, values
-  void *out;
+  const void *q, *k, *v;  // (R, T, H, D), (R, T, H_kv, D)
+  void *out;  // (R, T, H, D)
   const Shape *shape;
   void *prompt_k, *prompt_v, *new_k, *new_v;  // (B, H_kv, P, D) and (R, H_kv, capacity, D)
   int *failed;
-};
+} Attention;
 
 /* Explicit FMA in the tail loops: otherwise the compiler contracts the 1-query and the 2-query loop differently, and their bits
  * differ. */
@@ -124,7 +124,7 @@ SIZED(BF16, _any, D)
 
 enum { TOGETHER = 128 };  // a prompt's values are processed in groups that stay in the L1 cache for all sequences' queries
 
-INLINE void attend(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void attend(const Attention *j, int64_t begin, int64_t end, int dtype) {
   const Shape s = *j->shape;
   const int64_t D = s.D;
   AddScores *const add_scores = dtype == BF16 ? OF_SIZE(scores, BF16, D) : OF_SIZE(scores, FP32, D);
@@ -149,19 +149,19 @@ INLINE void attend(const Job *j, int64_t begin, int64_t end, int dtype) {
     for (int64_t i = 0; i < n * T; i++) {  // store the new tokens, and read the queries
       const int64_t row = b * n + i / T, from = ((row * T + i % T) * s.H_kv + h) * D * size;
       const int64_t to = (row * s.H_kv + h) * head + (s.new_tokens + i % T) % s.capacity * D * size;
-      memcpy((char *)j->new_k + to, (const char *)j->y + from, D * size);
-      memcpy((char *)j->new_v + to, (const char *)j->z + from, D * size);
+      memcpy((char *)j->new_k + to, (const char *)j->k + from, D * size);
+      memcpy((char *)j->new_v + to, (const char *)j->v + from, D * size);
       for (int64_t g = 0; g < G; g++) {
         const int64_t x = ((row * T + i % T) * s.H + h * G + g) * D;
         float *own = q + (i * G + g) * D;
         int64_t d = 0;
         for (; d + 32 <= D; d += 32) {
           Float16 two[2];
-          load_32(j->x, dtype, x + d, two);
+          load_32(j->q, dtype, x + d, two);
           two[0] *= root, two[1] *= root;
           memcpy(own + d, two, sizeof two);
         }
-        for (; d < D; d++) own[d] = load(j->x, dtype, x + d) * root;
+        for (; d < D; d++) own[d] = load(j->q, dtype, x + d) * root;
       }
     }
     if (pair == begin || h == 0) {  // the same for all heads
@@ -217,16 +217,14 @@ INLINE void attend(const Job *j, int64_t begin, int64_t end, int dtype) {
   free(place), free(scratch);
 }
 
-EACH_DTYPE(attend)
+EACH_DTYPE(attend, Attention)
 
-/* x: queries (R, T, H, D); y, z: keys and values (R, T, H_kv, D), which are stored first. out (R, T, H, D). 0, or -1 without
- * memory. */
-int decode_attend(int threads, int dtype, const void *x, const void *y, const void *z, void *out,
-                  const Shape *shape, void *prompt_k, void *prompt_v, void *new_k, void *new_v) {
+/* Stores k and v, then attends with q. 0, or -1 without memory. */
+int attention(int threads, const Attention *given) {
   int failed = 0;
-  Job job = {.dtype = dtype, .x = x, .y = y, .z = z, .out = out, .shape = shape, .prompt_k = prompt_k, .prompt_v = prompt_v,
-             .new_k = new_k, .new_v = new_v, .failed = fault_of_step(&failed)};
-  const int64_t pairs = shape->B * shape->H_kv;
+  Attention job = *given;
+  job.failed = fault_of_step(&failed);
+  const int64_t pairs = job.shape->B * job.shape->H_kv;
   parallel(attend_work, &job, pairs, pairs < threads ? (int)pairs : threads);
   return *job.failed ? -1 : 0;
 }

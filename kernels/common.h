@@ -20,7 +20,7 @@ range does the work of one thread; `parallel` hands out the ranges. */
 enum { FP32, FP16, BF16 };  // dtypes
 enum { SERIAL = 1 << 13 };  // values below which a second thread costs more than it saves
 
-typedef struct Job Job;  // what a file's functions work on
+typedef struct Job Job;  // what a function works on: a struct of its file, whatever its name
 typedef void (*Work)(const Job *, int64_t begin, int64_t end);
 
 typedef struct {  // work(job, begin, end) over 0 to count, split among threads
@@ -31,9 +31,10 @@ typedef struct {  // work(job, begin, end) over 0 to count, split among threads
   int no_barrier;  // the next step does not read this one's output, so threads need not wait
 } Step;
 
-/* name_work(): calls name() with the dtype as a compile-time constant. */
-#define EACH_DTYPE(name) \
-  static void name##_work(const Job *j, int64_t begin, int64_t end) { \
+/* name_work(): calls name(), which takes a `Type`, with the dtype as a compile-time constant. */
+#define EACH_DTYPE(name, Type) \
+  static void name##_work(const Job *job, int64_t begin, int64_t end) { \
+    const Type *const j = (const Type *)job; \
     if (j->dtype == BF16) name(j, begin, end, BF16); \
     else name(j, begin, end, FP32); \
   }
@@ -42,7 +43,7 @@ typedef struct {  // work(job, begin, end) over 0 to count, split among threads
 
 /* Runs the steps, and writes them to the tape that records, with jobs of `job_size` bytes. */
 HIDDEN void perform(const Step *steps, int64_t length, size_t job_size);
-#define parallel(work, job, count, threads) perform(&(const Step){work, job, count, threads, 0}, 1, sizeof *(job))
+#define parallel(work, job, count, threads) perform(&(const Step){work, (const Job *)(job), count, threads, 0}, 1, sizeof *(job))
 
 /* Memory aligned to 64 bytes, to be returned by give_back(). While a tape records, the tape owns it. NULL where there is none. */
 HIDDEN void *borrow(size_t size);

@@ -6,7 +6,7 @@
 #include "bf16.h"
 #endif
 
-struct Job {
+struct Job {  // ops_cpu.py's struct Linear
   int dtype;
   const void *x, *weight, *bias;  // (M, K), (N, K), (N) or NULL
   void *out;
@@ -48,7 +48,7 @@ INLINE void multiply_fp32(const Job *j, int64_t begin, int64_t end, int dtype) {
     }
   }
 }
-EACH_DTYPE(multiply_fp32)
+EACH_DTYPE(multiply_fp32, Job)
 
 #if LEVEL >= AVX512_BF16
 
@@ -149,23 +149,16 @@ static void multiply_many(const Job *j, int64_t begin, int64_t end) {
 
 #endif
 
-/* Up to three products of the same x, all of one dtype; N_i is 0 for a product that is not wanted. bias: (N) or NULL; K a multiple of 32 in bf16, of 16 in
- * fp32. 0, or -1 where this CPU has no instruction for it. */
-int decode_linears(int threads, int dtype, const void *x, int64_t M, int64_t K, const void *weight_0,
-                   const void *bias_0, void *out_0, int64_t N_0, const void *weight_1, const void *bias_1, void *out_1,
-                   int64_t N_1, const void *weight_2, const void *bias_2, void *out_2, int64_t N_2) {
-  const Job jobs[3] = {{.x = x, .weight = weight_0, .bias = bias_0, .out = out_0, .M = M, .N = N_0, .K = K},
-                       {.x = x, .weight = weight_1, .bias = bias_1, .out = out_1, .M = M, .N = N_1, .K = K},
-                       {.x = x, .weight = weight_2, .bias = bias_2, .out = out_2, .M = M, .N = N_2, .K = K}};
-  Work work = dtype == FP32 ? multiply_fp32_work : NULL;
+/* Up to three products of the same x, all of one dtype. K: a multiple of 32 in bf16, of 16 in fp32. 0, or -1 where this CPU has no
+ * instruction for it. */
+int linears(int threads, const Job *products, int count) {
+  Work work = products->dtype == FP32 ? multiply_fp32_work : NULL;
 #if LEVEL >= AVX512_BF16
-  if (dtype == BF16) work = M <= FEW ? FEW_ROWS[M] : multiply_many;
+  if (products->dtype == BF16) work = products->M <= FEW ? FEW_ROWS[products->M] : multiply_many;
 #endif
   if (!work) return -1;
   Step steps[3];
-  int64_t length = 0;
-  for (int i = 0; i < 3; i++)
-    if (jobs[i].N) steps[length++] = (Step){work, &jobs[i], jobs[i].N, threads, i < 2 && jobs[i + 1].N};
-  perform(steps, length, sizeof jobs[0]);
+  for (int i = 0; i < count; i++) steps[i] = (Step){work, &products[i], products[i].N, threads, i + 1 < count};
+  perform(steps, count, sizeof products[0]);
   return 0;
 }

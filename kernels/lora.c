@@ -3,14 +3,14 @@
 #include "common.h"
 #include "vectors.h"
 
-struct Job {
+typedef struct {  // ops_cpu.py's struct of this name
   int dtype;
-  const void *x;
-  void *out;
+  const void *x;  // (M, K)
+  void *out;  // (M, N)
+  const float *A, *B;  // (rank, K) and (N, rank)
   int64_t M, N, K, rank;
-  const float *A, *B;   // (rank, K) and (N, rank)
-  float *low, scaling;  // (M, rank)
-};
+  float scaling, *low;  // low: (M, rank), set here
+} LoRA;
 
 INLINE Float16 rounded_vector(Float16 v, int dtype) {
   if (dtype == BF16) {
@@ -21,7 +21,7 @@ INLINE Float16 rounded_vector(Float16 v, int dtype) {
 }
 
 /* Rows begin .. end of A, rounded to the dtype of the computation, to j->out (r, K): in the order of load_32. */
-INLINE void round_rows(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void round_rows(const LoRA *j, int64_t begin, int64_t end, int dtype) {
   for (int64_t r = begin; r < end; r++) {
     const float *from = j->A + r * j->K;
     float *to = (float *)j->out + r * j->K;
@@ -40,10 +40,10 @@ INLINE void round_rows(const Job *j, int64_t begin, int64_t end, int dtype) {
     for (; k < j->K; k++) to[k] = rounded(from[k], dtype);
   }
 }
-EACH_DTYPE(round_rows)
+EACH_DTYPE(round_rows, LoRA)
 
 /* Row m .. m + rows of x by four rows of A, from r on, to j->low (M, rank). */
-INLINE void down_tile(const Job *j, int64_t m, const int rows, int64_t r, int dtype) {
+INLINE void down_tile(const LoRA *j, int64_t m, const int rows, int64_t r, int dtype) {
   const int count = j->rank - r < 4 ? (int)(j->rank - r) : 4;
   const int64_t K = j->K;
   const float *A[4];
@@ -72,14 +72,14 @@ INLINE void down_tile(const Job *j, int64_t m, const int rows, int64_t r, int dt
 }
 
 /* Groups of four rows of A, begin .. end. */
-INLINE void go_down(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void go_down(const LoRA *j, int64_t begin, int64_t end, int dtype) {
   for (int64_t r = 4 * begin; r < 4 * end && r < j->rank; r += 4) {
     int64_t m = 0;
     for (; m + 4 <= j->M; m += 4) down_tile(j, m, 4, r, dtype);
     for (; m < j->M; m++) down_tile(j, m, 1, r, dtype);
   }
 }
-EACH_DTYPE(go_down)
+EACH_DTYPE(go_down, LoRA)
 
 /* Transposes: each pass separates half as many neighbours as the one before. */
 INLINE void transpose_16(Float16 v[16]) {
@@ -96,7 +96,7 @@ INLINE void transpose_16(Float16 v[16]) {
 enum { SIXTEEN = 16 };
 
 /* out (m .. m + tall, n .. n + rows) += `low` times rows of B. Each lane of a vector is a sum of its own, in the order of the ranks. */
-INLINE void up_tile(const Job *j, int64_t m, const int tall, int64_t n, int rows, int dtype) {
+INLINE void up_tile(const LoRA *j, int64_t m, const int tall, int64_t n, int rows, int dtype) {
   const int64_t rank = j->rank, N = j->N;
   Float16 sums[8] = {0};
   for (int64_t r = 0; r < rank; r += SIXTEEN) {
@@ -128,7 +128,7 @@ INLINE void up_tile(const Job *j, int64_t m, const int tall, int64_t n, int rows
 }
 
 /* Groups of sixteen rows of B, begin .. end. */
-INLINE void go_up(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void go_up(const LoRA *j, int64_t begin, int64_t end, int dtype) {
   for (int64_t n = SIXTEEN * begin; n < SIXTEEN * end && n < j->N; n += SIXTEEN) {
     const int rows = j->N - n < SIXTEEN ? (int)(j->N - n) : SIXTEEN;
     int64_t m = 0;
@@ -137,19 +137,20 @@ INLINE void go_up(const Job *j, int64_t begin, int64_t end, int dtype) {
     for (; m < j->M; m++) up_tile(j, m, 1, n, rows, dtype);
   }
 }
-EACH_DTYPE(go_up)
+EACH_DTYPE(go_up, LoRA)
 
 /* 0, or -1 without memory. */
-int decode_lora(int threads, int dtype, const void *x, const float *A, const float *B, float scaling, void *out,
-                int64_t M, int64_t N, int64_t K, int64_t r) {
+int lora(int threads, const LoRA *given) {
+  const int64_t M = given->M, N = given->N, K = given->K, r = given->rank;
   float *scratch = borrow((size_t)(M * r + r * K) * sizeof *scratch);
   if (!scratch) return -1;
-  const Job first = {.dtype = dtype, .A = A, .out = scratch + M * r, .K = K};
-  const Job job = {.dtype = dtype, .x = x, .A = scratch + M * r, .B = B, .scaling = scaling, .low = scratch, .out = out, .M = M,
-                   .N = N, .K = K, .rank = r};
-  const Step steps[3] = {{round_rows_work, &first, r, r * K < SERIAL ? 1 : threads, 0},
-                         {go_down_work, &job, (r + 3) / 4, M * r * K < SERIAL ? 1 : threads, 0},
-                         {go_up_work, &job, (N + SIXTEEN - 1) / SIXTEEN, M * r * N < SERIAL ? 1 : threads, 0}};
+  LoRA first = *given, job = *given;
+  first.out = scratch + M * r;  // A, rounded
+  job.A = first.out, job.low = scratch;
+  const Job *const rounding = (const Job *)&first, *const rest = (const Job *)&job;
+  const Step steps[3] = {{round_rows_work, rounding, r, r * K < SERIAL ? 1 : threads, 0},
+                         {go_down_work, rest, (r + 3) / 4, M * r * K < SERIAL ? 1 : threads, 0},
+                         {go_up_work, rest, (N + SIXTEEN - 1) / SIXTEEN, M * r * N < SERIAL ? 1 : threads, 0}};
   perform(steps, 3, sizeof job);
   give_back(scratch);
   return 0;

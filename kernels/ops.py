@@ -218,7 +218,7 @@ def attention_over_cache(form, q, k, v, stores, where):
     over the new tokens (1, 1, 1, T, capacity), and, only if a prompt token is hidden from a query, a mask over the prompts
     (B, 1, n or 1, 1, T or 1, P)), both True where a query may look."""
     if form.has_writers:
-        return ops_cpu.attend(q, k, v, where, stores)
+        return ops_cpu.attention_over_cache(q, k, v, where, stores)
     slots, new_mask, *prompt_mask = where
     for store, new in zip(stores[2:], (k, v), strict=True):
         store.index_copy_(2, slots, new.to(store.dtype))

@@ -15,7 +15,6 @@ from minitune_kernels.direct import is_direct
 
 MAX_ROWS = 128  # of x in linear() and add_lora(): for more rows torch's products are as fast
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
-NO_LAYER = (None, None, None, 0)
 
 
 class Shape(ctypes.Structure):
@@ -26,19 +25,38 @@ class Shape(ctypes.Structure):
     ]
 
 
+def struct(name, *fields):
+    """A ctypes struct of the C files, from groups (type, names)."""
+    return type(name, (ctypes.Structure,), {"_fields_": [(n, kind) for kind, names in fields for n in names.split()]})
+
+
+INT, POINTER, SIZE = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
+Rope = struct(
+    "Rope",
+    (INT, "dtype"),
+    (POINTER, "x cos sin out"),
+    (SIZE, "rows H T D turned row_stride head_stride token_stride table_stride"),
+)
+Linear = struct("Linear", (INT, "dtype"), (POINTER, "x weight bias out"), (SIZE, "M N K"))
+LoRA = struct(
+    "LoRA", (INT, "dtype"), (POINTER, "x out A B"), (SIZE, "M N K rank"), (ctypes.c_float, "scaling"), (POINTER, "low")
+)
+Attention = struct("Attention", (INT, "dtype"), (POINTER, "q k v out shape prompt_k prompt_v new_k new_v failed"))
+PRODUCTS = [Linear * count for count in range(4)]
+
+
 def typed(lib):
     """A loaded library, with the argument types of its functions set."""
-    i, p, n, f = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    lib.decode_norm.argtypes, lib.decode_norm.restype = (i, i, p, p, p, n, n, f), None
-    lib.decode_layer_norm.argtypes, lib.decode_layer_norm.restype = (i, i, p, p, p, p, n, n, f), None
-    lib.decode_add.argtypes, lib.decode_add.restype = (i, i, p, p, p, n, n), None
-    lib.decode_turn.argtypes, lib.decode_turn.restype = (i, i, p, p, p, p, *[n] * 9), None
-    lib.decode_gate.argtypes, lib.decode_gate.restype = (i, i, p, p, p, n), None
-    lib.decode_gelu.argtypes, lib.decode_gelu.restype = (i, i, p, p, n), None
-    lib.decode_attend.argtypes = (i, i, *[p] * 9)
-    lib.decode_rank.argtypes, lib.decode_rank.restype = (i, i, p, p, p, n, n, n), None
-    lib.decode_lora.argtypes = (i, i, p, p, p, f, p, n, n, n, n)
-    lib.decode_linears.argtypes = (i, i, p, n, n, *(p, p, p, n) * 3)
+    i, p, n, f = INT, POINTER, SIZE, ctypes.c_float
+    lib.rms_norm.argtypes, lib.rms_norm.restype = (i, i, p, p, p, n, n, f), None
+    lib.layer_norm.argtypes, lib.layer_norm.restype = (i, i, p, p, p, p, n, n, f), None
+    lib.add.argtypes, lib.add.restype = (i, i, p, p, p, n, n), None
+    lib.rope.argtypes, lib.rope.restype = (i, p), None
+    lib.swiglu.argtypes, lib.swiglu.restype = (i, i, p, p, p, n), None
+    lib.gelu_tanh.argtypes, lib.gelu_tanh.restype = (i, i, p, p, n), None
+    lib.attention.argtypes = lib.lora.argtypes = (i, p)
+    lib.rank.argtypes, lib.rank.restype = (i, i, p, p, p, n, n, n), None
+    lib.linears.argtypes = (i, p, i)
     lib.tape_new.argtypes, lib.tape_new.restype = (), p
     lib.tape_run.argtypes = lib.tape_free.argtypes = (p,)
     lib.tape_free.restype = None
@@ -128,15 +146,15 @@ def linears(x, *layers):
     *rows, K = x.shape
     if not x.is_contiguous():
         x = x.contiguous()
-    outs, parts = [], []
-    for weight, bias in layers:
+    dtype, pointer, M = DTYPES[x.dtype], x.data_ptr(), x.numel() // K
+    outs, products = [], PRODUCTS[len(layers)]()
+    for i, (weight, bias) in enumerate(layers):
         N = len(weight)
         out = x.new_empty(*rows, N)
-        parts += weight.data_ptr(), bias if bias is None else bias.data_ptr(), out.data_ptr(), N
+        bias = bias if bias is None else bias.data_ptr()
+        products[i] = dtype, pointer, weight.data_ptr(), bias, out.data_ptr(), M, N, K
         outs.append(out)
-    lib, _ = library()
-    none = NO_LAYER * (3 - len(layers))
-    lib.decode_linears(torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), x.numel() // K, K, *parts, *none)
+    library()[0].linears(torch.get_num_threads(), ctypes.addressof(products), len(layers))
     return outs
 
 
@@ -146,8 +164,9 @@ def add_lora(out, x, A, B, scaling):
     lib, _ = library()
     x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
     (N, r), K = B.shape, A.shape[1]
-    pointers = x.data_ptr(), A.data_ptr(), B.data_ptr(), scaling, out.data_ptr()
-    if lib.decode_lora(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K, N, K, r):
+    pointers = x.data_ptr(), out.data_ptr(), A.data_ptr(), B.data_ptr()
+    job = LoRA(DTYPES[x.dtype], *pointers, x.numel() // K, N, K, r, scaling)
+    if lib.lora(torch.get_num_threads(), ctypes.addressof(job)):
         raise MemoryError(f"no memory for {x.numel() // K} x {r} numbers")
     return out
 
@@ -158,7 +177,7 @@ def rms_norm(x, weight, eps):
     x, K = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    lib.decode_norm(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
+    lib.rms_norm(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
     return out
 
 
@@ -168,7 +187,7 @@ def layer_norm(x, weight, bias, eps):
     x, K = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
-    lib.decode_layer_norm(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
+    lib.layer_norm(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel() // K if K else 0, K, eps)
     return out
 
 
@@ -177,7 +196,7 @@ def add(x, y, out=None):
     out = torch.empty_like(x) if out is None else out
     lib, _ = library()
     pointers = x.data_ptr(), y.data_ptr(), out.data_ptr()
-    lib.decode_add(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel(), y.numel())
+    lib.add(torch.get_num_threads(), DTYPES[x.dtype], *pointers, x.numel(), y.numel())
     return out
 
 
@@ -190,8 +209,8 @@ def rope(x, cos, sin):
     row, head, token, _ = x.stride()
     half = cos.shape[-1]
     sizes = B, H, T, D, 2 * half, row, head, token, T * half if cos.shape[0] > 1 else 0
-    pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()
-    lib.decode_turn(torch.get_num_threads(), DTYPES[x.dtype], *pointers, *sizes)
+    job = Rope(DTYPES[x.dtype], x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *sizes)
+    lib.rope(torch.get_num_threads(), ctypes.addressof(job))
     return out.transpose(1, 2)
 
 
@@ -201,7 +220,7 @@ def swiglu(gate, up):
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     pointers = gate.data_ptr(), up.data_ptr(), out.data_ptr()
-    lib.decode_gate(torch.get_num_threads(), DTYPES[gate.dtype], *pointers, gate.numel())
+    lib.swiglu(torch.get_num_threads(), DTYPES[gate.dtype], *pointers, gate.numel())
     return out
 
 
@@ -210,11 +229,11 @@ def gelu_tanh(x):
     lib, _ = library()
     x = x.contiguous()
     out = torch.empty_like(x)
-    lib.decode_gelu(torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), x.numel())
+    lib.gelu_tanh(torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), x.numel())
     return out
 
 
-def attend(q, k, v, shape, caches):
+def attention_over_cache(q, k, v, shape, caches):
     """Store k, v (R, H_kv, T, D) in the cache, and attend with q (R, H, T, D), scores over sqrt(D). Returns (R, T, H * D).
 
     shape: a Shape that fits; caches: of the prompts, k and v (B, H_kv, P, D), and of the new tokens (R, H_kv, capacity, D)."""
@@ -227,8 +246,8 @@ def attend(q, k, v, shape, caches):
     out = q.new_empty(R, T, H * D)
     lib, _ = library()
     pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), ctypes.addressof(shape)
-    caches = (t.data_ptr() for t in caches)
-    if lib.decode_attend(torch.get_num_threads(), DTYPES[q.dtype], *pointers, *caches):
+    job = Attention(DTYPES[q.dtype], *pointers, *(t.data_ptr() for t in caches))
+    if lib.attention(torch.get_num_threads(), ctypes.addressof(job)):
         raise MemoryError(f"no memory for the scores of {R} x {T} tokens over {shape.P} + {shape.new_tokens} keys")
     return out
 
@@ -242,5 +261,5 @@ def rank(logits, count):
     values, ids = logits.new_empty(R, count, dtype=torch.float32), logits.new_empty(R, count, dtype=torch.int64)
     lib, _ = library()
     pointers = logits.data_ptr(), values.data_ptr(), ids.data_ptr()
-    lib.decode_rank(torch.get_num_threads(), DTYPES[logits.dtype], *pointers, R, V, count)
+    lib.rank(torch.get_num_threads(), DTYPES[logits.dtype], *pointers, R, V, count)
     return values, ids

@@ -4,23 +4,41 @@
 
 #include "common.h"
 
-struct Job {
+typedef struct {  // a norm of rows of x (M, K)
   int dtype;
-  const void *x, *y;  // inputs, in the order of each function's arguments
+  const void *x, *weight, *bias;  // weight, bias: (K); RMSNorm has no bias
   void *out;
-  int64_t M, N, K;
-  const void *weight, *bias;  // a norm's (K)
+  int64_t M, K;
   float eps;
-  const void *cos, *sin;  // (rows or 1, T, turned / 2)
-  int64_t H, T, D, turned, row_stride, head_stride, token_stride, table_stride;
-  int64_t *ids;  // (M, K) of the most likely tokens
-};
+} Norm;
+
+typedef struct {  // an operation on elements of x, and of y, which repeats after N of them
+  int dtype;
+  const void *x, *y;
+  void *out;
+  int64_t N;
+} Elements;
+
+typedef struct {  // ops_cpu.py's struct of this name: RoPE of x (rows, H, T, D), by strides; out lies as (rows, T, H, D)
+  int dtype;
+  const void *x, *cos, *sin;  // cos, sin: (rows or 1, T, turned / 2)
+  void *out;
+  int64_t rows, H, T, D, turned, row_stride, head_stride, token_stride, table_stride;
+} Rope;
+
+typedef struct {  // the most likely of N tokens for each row of logits (M, N)
+  int dtype;
+  const void *logits;
+  float *values;
+  int64_t *ids;
+  int64_t M, N, count;
+} Rank;
 
 enum { BATCH = 256 };  // logits that are looked at together
 
 // --- RMSNorm: rows begin .. end of x (M, K) ---------------------------------------------------------------------
 
-INLINE void norm(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void rms_norm_rows(const Norm *j, int64_t begin, int64_t end, int dtype) {
   const void *const x = j->x, *const weight = j->weight;
   void *const out = j->out;
   const int64_t K = j->K;
@@ -34,17 +52,17 @@ INLINE void norm(const Job *j, int64_t begin, int64_t end, int dtype) {
       store(out, dtype, m * K + k, load(weight, dtype, k) * rounded(load(x, dtype, m * K + k) * scale, dtype));
   }
 }
-EACH_DTYPE(norm)
+EACH_DTYPE(rms_norm_rows, Norm)
 
-void decode_norm(int threads, int dtype, const void *x, const void *weight, void *out, int64_t M, int64_t K,
+void rms_norm(int threads, int dtype, const void *x, const void *weight, void *out, int64_t M, int64_t K,
                  float eps) {
-  Job job = {.dtype = dtype, .x = x, .weight = weight, .out = out, .M = M, .K = K, .eps = eps};
-  parallel(norm_work, &job, M, M * K < SERIAL ? 1 : threads);
+  const Norm job = {.dtype = dtype, .x = x, .weight = weight, .out = out, .M = M, .K = K, .eps = eps};
+  parallel(rms_norm_rows_work, &job, M, M * K < SERIAL ? 1 : threads);
 }
 
 // --- LayerNorm: (x - mean) / sqrt(variance + eps) * weight + bias, rows begin .. end of x (M, K) -----------------------------
 
-INLINE void center(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void layer_norm_rows(const Norm *j, int64_t begin, int64_t end, int dtype) {
   const void *const x = j->x, *const weight = j->weight, *const bias = j->bias;
   void *const out = j->out;
   const int64_t K = j->K;
@@ -64,17 +82,17 @@ INLINE void center(const Job *j, int64_t begin, int64_t end, int dtype) {
       store(out, dtype, m * K + k, (load(x, dtype, m * K + k) - mean) * scale * load(weight, dtype, k) + load(bias, dtype, k));
   }
 }
-EACH_DTYPE(center)
+EACH_DTYPE(layer_norm_rows, Norm)
 
-void decode_layer_norm(int threads, int dtype, const void *x, const void *weight, const void *bias, void *out,
+void layer_norm(int threads, int dtype, const void *x, const void *weight, const void *bias, void *out,
                        int64_t M, int64_t K, float eps) {
-  Job job = {.dtype = dtype, .x = x, .weight = weight, .bias = bias, .out = out, .M = M, .K = K, .eps = eps};
-  parallel(center_work, &job, M, M * K < SERIAL ? 1 : threads);
+  const Norm job = {.dtype = dtype, .x = x, .weight = weight, .bias = bias, .out = out, .M = M, .K = K, .eps = eps};
+  parallel(layer_norm_rows_work, &job, M, M * K < SERIAL ? 1 : threads);
 }
 
 // --- x (M, K) + y, which repeats after N elements: elements begin .. end; out may be x -------------------------------------
 
-INLINE void add(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void add_elements(const Elements *j, int64_t begin, int64_t end, int dtype) {
   const void *const x = j->x, *const y = j->y;
   void *const out = j->out;
   for (int64_t i = begin, stop; i < end; i = stop) {
@@ -84,16 +102,16 @@ INLINE void add(const Job *j, int64_t begin, int64_t end, int dtype) {
     for (int64_t k = i; k < stop; k++) store(out, dtype, k, load(x, dtype, k) + load(y, dtype, k - back));
   }
 }
-EACH_DTYPE(add)
+EACH_DTYPE(add_elements, Elements)
 
-void decode_add(int threads, int dtype, const void *x, const void *y, void *out, int64_t count, int64_t N) {
-  Job job = {.dtype = dtype, .x = x, .y = y, .out = out, .N = N};
-  parallel(add_work, &job, count, count < SERIAL ? 1 : threads);
+void add(int threads, int dtype, const void *x, const void *y, void *out, int64_t count, int64_t N) {
+  const Elements job = {.dtype = dtype, .x = x, .y = y, .out = out, .N = N};
+  parallel(add_elements_work, &job, count, count < SERIAL ? 1 : threads);
 }
 
-// --- RoPE of the first `turned` of D dims: tokens begin .. end of x (rows, H, T, D), by strides; out lies as (rows, T, H, D)
+// --- RoPE of the first `turned` of D dims: tokens begin .. end ------------------------------------------------------
 
-INLINE void turn(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void rope_tokens(const Rope *j, int64_t begin, int64_t end, int dtype) {
   const int64_t half = j->turned / 2, size = dtype == BF16 ? 2 : 4;
   for (int64_t token = begin; token < end; token++) {
     const int64_t row = token / j->T, t = token % j->T, table = (row * j->table_stride + t * half) * size;
@@ -112,20 +130,16 @@ INLINE void turn(const Job *j, int64_t begin, int64_t end, int dtype) {
     }
   }
 }
-EACH_DTYPE(turn)
+EACH_DTYPE(rope_tokens, Rope)
 
-void decode_turn(int threads, int dtype, const void *x, const void *cos, const void *sin, void *out, int64_t rows,
-                 int64_t H, int64_t T, int64_t D, int64_t turned, int64_t row_stride, int64_t head_stride,
-                 int64_t token_stride, int64_t table_stride) {
-  Job job = {.dtype = dtype, .x = x, .cos = cos, .sin = sin, .out = out, .H = H, .T = T, .D = D, .turned = turned,
-             .row_stride = row_stride, .head_stride = head_stride, .token_stride = token_stride,
-             .table_stride = table_stride};
-  parallel(turn_work, &job, rows * T, rows * T * H * D < SERIAL ? 1 : threads);
+void rope(int threads, const Rope *job) {
+  const int64_t tokens = job->rows * job->T;
+  parallel(rope_tokens_work, job, tokens, tokens * job->H * job->D < SERIAL ? 1 : threads);
 }
 
 // --- SwiGLU: silu(x) * y, elements begin .. end -------------------------------------------------------------------
 
-INLINE void gate(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void swiglu_elements(const Elements *j, int64_t begin, int64_t end, int dtype) {
   const void *const x = j->x, *const y = j->y;
   void *const out = j->out;
 #pragma omp simd
@@ -134,36 +148,36 @@ INLINE void gate(const Job *j, int64_t begin, int64_t end, int dtype) {
     store(out, dtype, i, rounded(value / (1 + exp_of(-value)), dtype) * load(y, dtype, i));
   }
 }
-EACH_DTYPE(gate)
+EACH_DTYPE(swiglu_elements, Elements)
 
-void decode_gate(int threads, int dtype, const void *x, const void *y, void *out, int64_t count) {
-  Job job = {.dtype = dtype, .x = x, .y = y, .out = out};
-  parallel(gate_work, &job, count, count < SERIAL ? 1 : threads);
+void swiglu(int threads, int dtype, const void *x, const void *y, void *out, int64_t count) {
+  const Elements job = {.dtype = dtype, .x = x, .y = y, .out = out};
+  parallel(swiglu_elements_work, &job, count, count < SERIAL ? 1 : threads);
 }
 
 // --- GELU with tanh: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), elements begin .. end ------------------------
 
-INLINE void gelu(const Job *j, int64_t begin, int64_t end, int dtype) {
+INLINE void gelu_tanh_elements(const Elements *j, int64_t begin, int64_t end, int dtype) {
 #pragma omp simd
   for (int64_t i = begin; i < end; i++) {
     const float x = load(j->x, dtype, i), inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
     store(j->out, dtype, i, x - x / (1 + exp_of(2 * inner)));  // (1 + tanh(y)) / 2 is 1 - 1 / (1 + exp(2 y))
   }
 }
-EACH_DTYPE(gelu)
+EACH_DTYPE(gelu_tanh_elements, Elements)
 
-void decode_gelu(int threads, int dtype, const void *x, void *out, int64_t count) {
-  Job job = {.dtype = dtype, .x = x, .out = out};
-  parallel(gelu_work, &job, count, count < SERIAL ? 1 : threads);
+void gelu_tanh(int threads, int dtype, const void *x, void *out, int64_t count) {
+  const Elements job = {.dtype = dtype, .x = x, .out = out};
+  parallel(gelu_tanh_elements_work, &job, count, count < SERIAL ? 1 : threads);
 }
 
 // --- the most likely tokens: rows begin .. end of logits x (M, N) ------------------------------------------------------
 
-INLINE void rank(const Job *j, int64_t begin, int64_t end, int dtype) {
-  const int64_t N = j->N, count = j->K;
+INLINE void rank_rows(const Rank *j, int64_t begin, int64_t end, int dtype) {
+  const int64_t N = j->N, count = j->count;
   for (int64_t m = begin; m < end; m++) {
-    const void *x = (const char *)j->x + m * N * (dtype == BF16 ? 2 : 4);
-    float *values = (float *)j->out + m * count, highest = -INFINITY, total = 0, worst = -INFINITY;
+    const void *x = (const char *)j->logits + m * N * (dtype == BF16 ? 2 : 4);
+    float *values = j->values + m * count, highest = -INFINITY, total = 0, worst = -INFINITY;
     int64_t *ids = j->ids + m * count, filled = 0;
 #pragma omp simd reduction(max : highest)
     for (int64_t i = 0; i < N; i++) highest = load(x, dtype, i) > highest ? load(x, dtype, i) : highest;
@@ -187,12 +201,12 @@ INLINE void rank(const Job *j, int64_t begin, int64_t end, int dtype) {
     for (int64_t i = 0; i < count; i++) values[i] -= whole;
   }
 }
-EACH_DTYPE(rank)
+EACH_DTYPE(rank_rows, Rank)
 
 /* values, ids (M, count): the logarithms of the probabilities of the `count` likeliest of N, the best first, ties by number;
  * NaN where a row has one. */
-void decode_rank(int threads, int dtype, const void *logits, float *values, int64_t *ids, int64_t M, int64_t N,
+void rank(int threads, int dtype, const void *logits, float *values, int64_t *ids, int64_t M, int64_t N,
                  int64_t count) {
-  Job job = {.dtype = dtype, .x = logits, .out = values, .ids = ids, .M = M, .N = N, .K = count};
-  parallel(rank_work, &job, M, M < threads ? (int)M : threads);
+  const Rank job = {.dtype = dtype, .logits = logits, .values = values, .ids = ids, .M = M, .N = N, .count = count};
+  parallel(rank_rows_work, &job, M, M < threads ? (int)M : threads);
 }

@@ -48,8 +48,9 @@ def run_linears(dtype):
         weight, bias = buffer(N * K * size), buffer(N * size)
         for M in (*range(1, 20), 127, 128):
             x, first, second = buffer(M * K * size), buffer(M * N * size), buffer(M * N * size)
-            layers = weight, bias, first, N, weight, None, second, N, *ops_cpu.NO_LAYER
-            assert steps.decode_linears(2, dtype, x, M, K, *layers) == 0
+            layers = (dtype, x, weight, bias, first, M, N, K), (dtype, x, weight, None, second, M, N, K)
+            products = (ops_cpu.Linear * 2)(*layers)
+            assert steps.linears(2, ctypes.addressof(products), 2) == 0
             for address in (x, first, second):
                 libc.free(address)
         libc.free(weight), libc.free(bias)
@@ -59,7 +60,8 @@ def run_lora(dtype):
     size = BYTES[dtype]
     for M, N, K, r in ((1, 1, 1, 1), (3, 70, 50, 17), (2, 700, 512, 16), (13, 33, 63, 70), (128, 15, 32, 3)):
         x, A, B, out = buffer(M * K * size), buffer(r * K * 4), buffer(N * r * 4), buffer(M * N * size)
-        assert steps.decode_lora(2, dtype, x, A, B, 0.5, out, M, N, K, r) == 0
+        job = ops_cpu.LoRA(dtype, x, out, A, B, M, N, K, r, 0.5)
+        assert steps.lora(2, ctypes.addressof(job)) == 0
         for address in (x, A, B, out):
             libc.free(address)
 
@@ -68,14 +70,14 @@ def run_steps(dtype):
     size = BYTES[dtype]
     for M, K in ((1, 1), (3, 70), (128, 31), (2, 8192)):
         x, y, weight, out = buffer(M * K * size), buffer(M * K * size), buffer(K * size), buffer(M * K * size)
-        steps.decode_norm(2, dtype, x, weight, out, M, K, 1e-5)
-        steps.decode_layer_norm(2, dtype, x, weight, weight, out, M, K, 1e-5)
-        steps.decode_add(2, dtype, x, weight, out, M * K, K)
-        steps.decode_add(2, dtype, x, y, x, M * K, M * K)
-        steps.decode_gelu(2, dtype, x, out, M * K)
-        steps.decode_gate(2, dtype, x, y, out, M * K)
+        steps.rms_norm(2, dtype, x, weight, out, M, K, 1e-5)
+        steps.layer_norm(2, dtype, x, weight, weight, out, M, K, 1e-5)
+        steps.add(2, dtype, x, weight, out, M * K, K)
+        steps.add(2, dtype, x, y, x, M * K, M * K)
+        steps.gelu_tanh(2, dtype, x, out, M * K)
+        steps.swiglu(2, dtype, x, y, out, M * K)
         values, ids = buffer(M * 4), buffer(M * 8)
-        steps.decode_rank(2, dtype, x, values, ids, M, K, 1)
+        steps.rank(2, dtype, x, values, ids, M, K, 1)
         for address in (x, y, weight, out, values, ids):
             libc.free(address)
     for rows, H, T, D in ((1, 1, 1, 2), (3, 5, 2, 20), (40, 12, 1, 64)):
@@ -85,8 +87,9 @@ def run_steps(dtype):
             buffer(rows * T * D // 2 * size),
         )
         out = buffer(rows * H * T * D * size)
-        steps.decode_turn(2, dtype, x, cos, sin, out, rows, H, T, D, D, H * T * D, T * D, D, T * D // 2)
-        steps.decode_turn(2, dtype, x, cos, sin, out, rows, H, T, D, D // 4 * 2, H * T * D, T * D, D, T * D // 2)
+        for turned in (D, D // 4 * 2):
+            job = ops_cpu.Rope(dtype, x, cos, sin, out, rows, H, T, D, turned, H * T * D, T * D, D, T * D // 2)
+            steps.rope(2, ctypes.addressof(job))
         for address in (x, cos, sin, out):
             libc.free(address)
     for lengths, n, H, H_kv, T, D, capacity, new, window in (
@@ -107,7 +110,8 @@ def run_steps(dtype):
         prompts = [buffer(B * H_kv * P * D * size) for _ in range(2)]
         fresh = [buffer(R * H_kv * capacity * D * size) for _ in range(2)]
         pointers = q, k, v, out, ctypes.addressof(shape), *prompts, *fresh
-        assert steps.decode_attend(2, dtype, *pointers) == 0
+        job = ops_cpu.Attention(dtype, *pointers)
+        assert steps.attention(2, ctypes.addressof(job)) == 0
         for address in (q, out, k, v, *prompts, *fresh):
             libc.free(address)
 
@@ -119,16 +123,17 @@ def run_tape(dtype):
     x, weight, low, out = buffer(M * K * size), buffer(K * size), buffer(r * K * 4), buffer(M * K * size)
     packed, absmax = buffer(K * K // 2), buffer(K * K // 64 * 4)
     lib.record(tape)
-    steps.decode_norm(2, dtype, x, weight, out, M, K, 1e-5)
+    steps.rms_norm(2, dtype, x, weight, out, M, K, 1e-5)
     for _ in range(2):  # the second borrows what the first gave back
         assert lib.nf4_matmul(2, dtype, out, packed, absmax, None, None, None, None, x, M, K, K) == 0
-        assert steps.decode_lora(2, dtype, out, low, low, 0.5, x, M, K, K, r) == 0
-    steps.decode_add(2, dtype, x, weight, x, M * K, K)
+        job = ops_cpu.LoRA(dtype, out, x, low, low, M, K, K, r, 0.5)
+        assert steps.lora(2, ctypes.addressof(job)) == 0
+    steps.add(2, dtype, x, weight, x, M * K, K)
     lib.record(None)
     left_open = steps.tape_new()  # and forgotten before it goes
     lib.record(left_open)
     steps.tape_free(left_open)
-    steps.decode_layer_norm(2, dtype, x, weight, weight, out, M, K, 1e-5)
+    steps.layer_norm(2, dtype, x, weight, weight, out, M, K, 1e-5)
     for _ in range(3):
         assert steps.tape_run(tape) == 0
     steps.tape_free(tape)

@@ -82,11 +82,13 @@ def test_what_a_sequence_attends_to_does_not_depend_on_the_others(level, dtype, 
         sizes = {"B": 1, "H": G, "H_kv": 1, "T": T, "D": D, "P": P, "capacity": capacity, "new_tokens": new}
         length = torch.tensor([P])
         shape = ops_cpu.Shape(length.data_ptr(), length.data_ptr(), n=n, **sizes)
-        together = ops_cpu.attend(q, k, v, shape, (*prompts, *fresh))
+        together = ops_cpu.attention_over_cache(q, k, v, shape, (*prompts, *fresh))
         for row in range(n):
             shape, part = ops_cpu.Shape(length.data_ptr(), length.data_ptr(), n=1, **sizes), slice(row, row + 1)
             own = [t[part].clone() for t in fresh]
-            assert torch.equal(ops_cpu.attend(q[part], k[part], v[part], shape, (*prompts, *own)), together[part])
+            assert torch.equal(
+                ops_cpu.attention_over_cache(q[part], k[part], v[part], shape, (*prompts, *own)), together[part]
+            )
 
 
 def test_shapes_that_do_not_fit_are_torchs_to_judge(level):
