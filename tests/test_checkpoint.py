@@ -263,10 +263,10 @@ def test_a_million_layers_are_refused_at_once(tmp_path):
     write_model(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 10**6}))
-    start = time.perf_counter()
+    start = time.process_time()  # other processes do not count
     with pytest.raises(ValueError, match="num_hidden_layers is 1000000, expected a whole number from 1 to 1000"):
         load_model(tmp_path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 5  # a million would take minutes
 
 
 # --- what bitsandbytes quantised --------------------------------------------------------------

@@ -107,15 +107,18 @@ def exact(start, options, base, tmp_path_factory):
 def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(exact, start, tmp_path, precision):
     make, expected, seconds = exact(precision)
     moments, state, killed_at = random.Random(precision), tmp_path / "run" / "last" / "state.safetensors", [0]
-    while killed_at[-1] < 10 and len(killed_at) < 4:
+    for _ in range(12):
+        if killed_at[-1] >= 10 or len(killed_at) == 4:
+            break
         process = start(make(tmp_path / "run"))
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and not (state.exists() and read_progress(state).step > killed_at[-1]):
+        while process.poll() is None and not (state.exists() and read_progress(state).step > killed_at[-1]):
             time.sleep(0.002)
         time.sleep(moments.uniform(0, seconds / 5))
-        if kill(process) == 0:  # on a busy machine it may have finished first
-            break
-        killed_at.append(read_progress(state).step)
+        if kill(process) == 0:  # on a busy machine it may have finished first: then once more
+            shutil.rmtree(tmp_path / "run")
+            killed_at = [0]
+        else:
+            killed_at.append(read_progress(state).step)
     assert killed_at == sorted(killed_at) and len(killed_at) > 1, "each process went on from the one before"
     finish(start(make(tmp_path / "run")))
     assert_same_end(tmp_path / "run", expected)
@@ -137,8 +140,7 @@ def test_a_run_killed_while_it_saves_ends_as_the_uninterrupted_one(exact, start,
     kills = 0
     for _ in range(4):
         process = start(make(tmp_path / "run"))
-        deadline = time.monotonic() + 20
-        while not is_saving() and time.monotonic() < deadline and process.poll() is None:
+        while not is_saving() and process.poll() is None:
             pass
         kills += kill(process) != 0
     assert kills
