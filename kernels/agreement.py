@@ -69,8 +69,13 @@ def judge(key, formula, compare, version):
 
 
 def is_any_set_aside():
-    """Whether a version is set aside in this process. No step is replayed then (replay.py)."""
-    return bool(_aside)
+    """Whether a version is set aside in this process. No step is replayed then (replay.py).
+
+    A verdict on a formula that was put back meanwhile does not count."""
+    if not _aside:
+        return False
+    current = {key: getattr(formulas, key[0], None) for key in _aside}
+    return any(formula is None or _verdicts[key][0] is formula.__code__ for key, formula in current.items())
 
 
 def apart(function):
