@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  
 
 from minitune.tokenizer import load_tokenizer  # noqa: E402
 
-pytest_plugins = ["small_runs", "small_adapters", "small_decoding"]  # their fixtures
+pytest_plugins = ["small_runs", "small_adapters", "small_decoding", "small_reports"]  # their fixtures
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors

@@ -1,156 +1,33 @@
 """scripts/report.py: the study's numbers to the last digit, run folders, one page that opens offline, bad input in one line."""
 
 import json
-import math
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from small_reports import PNG, Page, check_page, evaluation, examples, put, tuned, write
 
 from minitune.files import fingerprint
-from minitune.jobs.report import ReportConfig, default_out, report
+from minitune.jobs.report import ReportConfig, default_out
 from minitune.metrics.correlation import correlate
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap
-from minitune.reports import figures, page
+from minitune.reports import page
 from minitune.reports.results import read_results, sweep_lines
 from minitune.reports.runs import repeated_words
 from minitune.reports.scores import scores_section
 from minitune.runs.folder import adapter_fingerprint
-from minitune.study.files import GRADES
 from minitune.study.names import parse_name
 
-ROOT = Path(__file__).resolve().parents[1]
-PNG = b"\x89PNG\r\n\x1a\n"
-NASTY = '<script>alert(1)</script><img src="https://example.org/x.png" onerror=alert(2)> & | ` \u202e \x07 \ud800 ```'
-VOID = {"meta", "br", "wbr", "img", "input", "hr", "link"}
-
-
-class Page(HTMLParser):
-    """Checks that tags close in order, and keeps the ids, the values of <data> and every attribute that names a resource."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.ids, self.values, self.targets, self.tags, self.words = [], [], [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.note(tag, dict(attributes))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.note(tag, dict(attributes))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def note(self, tag, attributes):
-        self.tags.append((tag, attributes))
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        self.values += [float(attributes["value"])] if tag == "data" else []
-        self.targets += [
-            v for k, v in attributes.items() if k in ("src", "href", "xlink:href", "data", "action", "srcset")
-        ]
-
-
-def check_page(text):
-    """A Page that is whole, opens offline and names no id twice."""
-    found = Page(text)
-    assert text.startswith("<!doctype html>") and all(target.startswith("#") for target in found.targets)
-    assert not {"script", "link", "iframe", "object", "img"} & {tag for tag, _ in found.tags}
-    style = " ".join(re.findall(r"<style>(.*?)</style>", text, re.S)) + " ".join(
-        a.get("style") or "" for _, a in found.tags
-    )
-    assert "@import" not in style and not re.search(r"url\((?!#)", style)
-    assert len(found.ids) == len(set(found.ids)) and {t[1:] for t in found.targets} <= set(found.ids)
-    charts = [a for tag, a in found.tags if tag == "svg" and a.get("class") != "key"]
-    assert all(a["role"] == "img" and a["aria-label"] for a in charts)
-    return found
-
-
-@pytest.fixture(autouse=True)
-def without_drawing(monkeypatch):
-    """PNG files are only begun, but in the report of the study, which is made once: a report draws for a second."""
-    monkeypatch.setattr(figures, "png", lambda figure: PNG)
-
-
-def put(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def examples(count, shift=0.0):
-    return [
-        {
-            "prompt": f"question {i}",
-            "reference": f"answer {i}",
-            "answer": NASTY if i == 4 else f"answer {i + (i % 3 == 0)}" * (1 + i),
-            "tokens": 4,
-            "ended_by": "eos",
-            "scores": {"bleu": (i % 4) / 5 + shift, "rouge_l": (7 * i % count) / count, "exact_match": None},
-        }
-        for i in range(count)
-    ]
-
-
-def evaluation(decoding, count=8, shift=0.2):
-    found = bootstrap_interval([e["scores"]["bleu"] for e in examples(count, shift)])
-    bleu = {"value": found.value, "low": found.low, "high": found.high, "n": count, "note": None}
-    alone = {"value": 0.5, "low": None, "high": None, "n": count, "note": "all 8 examples agree"}
-    tuned = {
-        "bleu": bleu,
-        "perplexity": {"value": 7.25, "low": 6.5, "high": 8.125, "n": count, "note": None},
-        "ended": alone,
-    }
-    return {
-        "format": 1,
-        "date": "2026-11-24",
-        "environment": {"python": "3.11", "packages": {"torch": "2.13"}},
-        "settings": {"model": "tiny-mistral", "adapter": "adapter", "data": "rows.json", "metrics": ["bleu"],
-                     "decoding": decoding, "resamples": 300, "seed": 4, "judge": None, "encoder": None},
-        "systems": {
-            "tuned": {"name": "tiny <b>", "metrics": tuned, "examples": examples(count, shift)},
-            "base": {"name": "tiny <b>", "metrics": {"bleu": {**bleu, "value": 0.125}}, "examples": examples(count)},
-        },
-        "comparisons": {"bleu": {"difference": 0.2, "low": 0.1, "high": 0.3, "p_bootstrap": 0.0005, "p_permutation": 0.0123,
-                                 "n": count, "note": None}},
-    }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("without_drawing")
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A run folder as training, evaluation, a sweep and human grading leave it."""
-    folder = tmp_path / "runs" / "mine"
-    options = {"top_k": 50, "num_beams": 5, "temperature": 1.0, "seed": 0}
-    put(folder / "evaluation.json", evaluation(options))
-    moved = [{"top_k": 30}, {"top_k": 80}, {"num_beams": 2}, {"temperature": 0.0}, {}]
-    for i, change in enumerate(moved):
-        put(folder / "sweep" / f"point{i}" / "evaluation.json", evaluation({**options, **change}, shift=0.1 * i))
-    put(folder / "sweep" / "sweep.json", {"points": [{"folder": f"point{i}", "options": {}} for i in range(6)]})
-    put(folder / "environment.json", {"device": "a CPU", "packages": {"torch": "2.13", "cuda": None}})
-    lines = [{"step": i, "loss": 3.0 / i, "lr": 1e-3} for i in range(1, 9)] + [
-        {"step": 8, "eval_loss": 0.75, "loss": None}
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    put(folder / "generations" / "tiny_topk50_nb5_t1.json", [e["answer"] for e in examples(8, 0.2)])
-    grades = [{"index": i + 1, **dict.fromkeys(GRADES, (i % 4) / 4), "comment": "fine"} for i in range(8)]
-    put(folder / "generations" / "tiny_topk50_nb5_t1_HE.json", grades)
-    return folder
+def run(scored_run):
+    return scored_run
 
 
-def write(folders, tmp_path, **changes):
-    lines, out = [], tmp_path / "out" / "r.html"
-    config = ReportConfig(tuple(map(str, folders)), str(out), **{"resamples": 300, **changes})
-    assert report(config, lines.append) == out
-    return out.read_text(encoding="utf-8"), out.with_suffix(".md").read_text(encoding="utf-8"), lines
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -381,7 +258,10 @@ def test_scores_that_were_not_computed_are_left_out(run, tmp_path):
     put(run / "evaluation.json", stored)
     text, markdown, _ = write([run], tmp_path)
     assert "| BLEU ↑ | – | – | – | 8 |" in markdown.replace("\u00a0", " ") and "Nothing in both: BLEU." in text
-    put(tmp_path / "in" / SCORED, {"Perplexity": None, "BLEU": 0.25, "ROUGE-L": None, "BERTScore": None})
+    put(
+        tmp_path / "in" / "m_topk50_nb5_t1_score.json",
+        {"Perplexity": None, "BLEU": 0.25, "ROUGE-L": None, "BERTScore": None},
+    )
     assert Page(write([tmp_path / "in"], tmp_path)[0]).values == [0.25]
 
 
@@ -395,108 +275,6 @@ def test_what_has_no_data_is_a_line_that_says_what_to_run(run, tmp_path):
         assert command in markdown
     assert str(run) in markdown.split("## Not in this report")[1]
     assert not list((tmp_path / "out").glob("*.png"))
-
-
-EVALUATION, LOSSES, GRADED = "evaluation.json", "metrics.jsonl", "generations/tiny_topk50_nb5_t1_HE.json"
-tuned = lambda stored: stored["systems"]["tuned"]
-base = lambda stored: stored["systems"]["base"]
-BAD_RUNS = {  # the file, its new text or how its value is spoiled, words of the error
-    "an empty file": (EVALUATION, "", "evaluation.json", "line 1"),
-    "not JSON": (EVALUATION, '{"systems": ', "evaluation.json", "not valid JSON"),
-    "a list": (EVALUATION, "[]", "evaluation.json", "expected an object"),
-    "no systems": (EVALUATION, lambda e: e.pop("systems"), "evaluation.json", "systems"),
-    "no system": (EVALUATION, lambda e: e["systems"].clear(), "evaluation.json", "systems is empty"),
-    "no answer": (
-        EVALUATION,
-        lambda e: base(e)["examples"][3].pop("answer"),
-        "systems.'base'.examples[3].answer is missing",
-    ),
-    "NaN in a metric": (
-        EVALUATION,
-        lambda e: tuned(e)["metrics"]["bleu"].update(low=math.nan),
-        "systems.'tuned'.metrics.'bleu'.low",
-        "nan",
-    ),
-    "NaN in a row": (
-        EVALUATION,
-        lambda e: tuned(e)["examples"][2]["scores"].update(bleu=math.nan),
-        "systems.'tuned'.examples[2].scores.'bleu'",
-        "nan",
-    ),
-    "text for a score": (
-        EVALUATION,
-        lambda e: tuned(e)["examples"][2]["scores"].update(bleu="high"),
-        "examples[2].scores.'bleu'",
-        "'high'",
-    ),
-    "other prompts": (EVALUATION, lambda e: base(e)["examples"][1].update(prompt="another"), "different prompts"),
-    "other lengths": (EVALUATION, lambda e: base(e)["examples"].pop(), "tuned 8, base 7", "evaluation.json"),
-    "a comparison": (
-        EVALUATION,
-        lambda e: e["comparisons"]["bleu"].pop("p_bootstrap"),
-        "comparisons.'bleu'.p_bootstrap is missing",
-    ),
-    "another format": (EVALUATION, lambda e: e.update(format=2), "evaluation.json", "format 2"),
-    "a point": ("sweep/point1/evaluation.json", "{}", "point1", "settings"),
-    "no step": (LOSSES, '{"step": 1}\n{"loss": 2}\n', "metrics.jsonl, line 2", "step"),
-    "infinite loss": (LOSSES, '{"step": 1, "loss": Infinity, "lr": 1}\n', "line 1", "loss", "inf"),
-    "no losses": (LOSSES, "", "metrics.jsonl", "empty"),
-    "fewer grades": (GRADED, lambda grades: grades.pop(), "7 grades", "8 answers"),
-    "a grade missing": (GRADED, lambda grades: grades[5].pop("coherence"), "[5].coherence is missing"),
-    "a grade twice": (GRADED, lambda grades: grades[5].update(index=5), "[5].index", "expected 6"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_RUNS)
-def test_a_broken_run_is_one_line_with_file_and_row(case, run, tmp_path):
-    name, spoil, *words = BAD_RUNS[case]
-    if callable(spoil):
-        stored = json.loads((run / name).read_text())
-        spoil(stored)
-        put(run / name, stored)
-    else:
-        (run / name).write_text(spoil)
-    with pytest.raises(ValueError) as error:
-        write([run], tmp_path)
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_broken_run_is_left_out_where_it_was_not_named(run, tmp_path):
-    (tmp_path / "several").mkdir()
-    for name in ("bad", "good"):
-        shutil.copytree(run, tmp_path / "several" / name)
-    (tmp_path / "several" / "bad" / "metrics.jsonl").write_text("[]\n")
-    found = read_results([tmp_path / "several"])
-    assert [one.folder.name for one in found.runs] == ["good"] and {s.group.name for s in found.systems} == {"good"}
-    [note] = [note for note in found.notes if "bad" in note]
-    assert "metrics.jsonl, line 1" in note and f"{tmp_path}/several/bad is left out" in note
-    (tmp_path / "several" / "good" / "metrics.jsonl").write_text("[]\n")
-    with pytest.raises(ValueError, match=r"bad/metrics.jsonl, line 1.* is left out"):
-        read_results([tmp_path / "several"])
-
-
-SCORED = "m_topk50_nb5_t1_score.json"
-BAD_STUDIES = {
-    "a missing score": ({SCORED: {"BLEU": 0.1}}, "m_topk50_nb5_t1_score.json", "Perplexity is missing"),
-    "NaN": ({SCORED: {"Perplexity": math.nan, "BLEU": 0.1, "ROUGE-L": 0, "BERTScore": 0}}, "Perplexity is nan"),
-    "an answer that is a number": ({"m_topk50_nb5_t1.json": ["a", 3]}, "m_topk50_nb5_t1.json", "[1] is 3"),
-    "no answers": ({"m_topk50_nb5_t1.json": []}, "m_topk50_nb5_t1.json", "one entry at least"),
-    "other prompts": ({"m_topk50_nb5_t1.json": ["a", "b"], "instructions3.json": ["a", "b", "c"]}, "2 answers", "3 prompts"),
-    "nothing": ({}, "has no results", "evaluation.json"),
-    "nothing understood": ({"other.json": {}}, "has no results", "_score.json"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_STUDIES)
-def test_a_broken_study_is_one_line_with_file_and_row(case, tmp_path):
-    files, *words = BAD_STUDIES[case]
-    (tmp_path / "in").mkdir()
-    for name, value in files.items():
-        (tmp_path / "in" / name).write_text(json.dumps(value))
-    with pytest.raises(ValueError) as error:
-        write([tmp_path / "in"], tmp_path)
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
 def test_the_script_takes_folders_before_and_after_its_options_and_exits_2_on_bad_input(run, tmp_path, script):
@@ -653,31 +431,6 @@ def test_a_table_says_which_options_of_training_differ(run, tmp_path):
     assert "The 2 runs were trained with the same options" in write([run.parent], tmp_path)[1]
 
 
-# Files and paths that are not what they should be
-
-DEEP = "[" * 150 + "]" * 150
-ODD_FILES = {  # the file, its text
-    "config.json": "[]",
-    "environment.json": "5",
-    "sweep/sweep.json": '{"points": [{"folder": "../..", "options": {}}]}',
-    "sweep/sweep.json ": '{"points": [{"folder": "point1", "options": {"a\\n": 1}}]}',
-    "sweep/sweep.json  ": '{"points": 5, "other": 5}',
-    "evaluation.json": '{"settings": {"decoding": null}, "systems": {"t": {"name": "x"}}, "comparisons": {}}',
-    "evaluation.json ": f'{{"settings": {DEEP}}}',
-    "metrics.jsonl": '{"step": 2, "loss": 1, "lr": 1}\n{"step": 1, "loss": 1, "lr": 1}\n',
-    "metrics.jsonl ": '{"step": 1, "loss": 1}\n{"step": 2}\n',
-    "metrics.jsonl  ": '{"step": 1, "loss": 1e200, "lr": 1}\n{"step": 2}\n',
-}
-
-
-@pytest.mark.parametrize("name", ODD_FILES)
-def test_a_file_of_another_shape_is_one_line_that_names_it(name, run, tmp_path):
-    (run / name.strip()).write_text(ODD_FILES[name])
-    with pytest.raises(ValueError) as error:
-        write([run], tmp_path)
-    assert "\n" not in str(error.value) and name.strip() in str(error.value) and len(str(error.value)) < 500
-
-
 @pytest.mark.parametrize("name", ["r.html", "r.md", "r_table.png"])
 def test_no_device_is_written_over(name, run, tmp_path):
     (tmp_path / "out").mkdir()
@@ -698,43 +451,6 @@ def test_long_names_and_large_numbers_are_shown_short(run, tmp_path):
     text, markdown, lines = write([run], tmp_path)
     assert "n" * 61 not in text and "1e+99" in text and len(markdown) < 100_000
     assert all(len(line) < 500 for line in lines)
-
-
-CONTROLS = "\x1b[31mred\x1b[0m \x00 \x08 `code\x1b|\x00\n\x7f` \x9b \u202e \ud800 \x1c ` odd"
-UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def spoiled(value):
-    """value with CONTROLS behind every text in it."""
-    if isinstance(value, dict):
-        return {key: spoiled(inside) for key, inside in value.items()}
-    if isinstance(value, list):
-        return list(map(spoiled, value))
-    return value + CONTROLS if isinstance(value, str) else value
-
-
-def test_no_control_character_of_any_text_reaches_the_page_the_markdown_or_the_terminal(run, tmp_path):
-    for path in [run / "evaluation.json", run / "environment.json", *run.glob("sweep/*/evaluation.json")]:
-        put(path, spoiled(json.loads(path.read_text())))
-    answers = run / "generations" / "tiny_topk50_nb5_t1.json"
-    put(answers, spoiled(json.loads(answers.read_text())))
-    points = json.loads((run / "sweep" / "sweep.json").read_text())["points"]
-    put(run / "sweep" / "sweep.json", {"points": [*points, {"folder": "x\x1b", "options": {}, "error": CONTROLS}]})
-    other = tmp_path / "ot\x1bher"
-    put(other / SCORED, {"Perplexity": None, "BLEU": 0.25, "ROUGE-L": None, "BERTScore": None})
-    put(other / "no\x1b.json", {})
-    text, markdown, lines = write([run, other], tmp_path)
-    check_page(text)
-    for written in (text, markdown, *lines):
-        assert not UNSEEN.search(written)
-    assert r"\x1b[31mred\x1b[0m \x00 \x08" in text and r"\x1b\[31mred" in markdown.replace("\\\\", "\\")
-    for rows in re.findall(r"(?:^\|.*\n)+", markdown, re.M):  # a bar within a cell would make one more
-        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows.splitlines()}) == 1, rows
-
-
-def test_visible_keeps_what_can_be_written():
-    assert page.visible("a\r\n\tb\x00\ud800\u2066é漢😀") == "a\n\tb\\x00\\ud800\\u2066é漢😀"
-    page.escape(NASTY).encode()
 
 
 def test_a_report_of_one_run_lies_in_it_and_one_of_several_in_the_working_folder(run, tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ from minitune.jobs.sweep import SweepConfig, decoding_points, sweep, table
 from minitune.metrics.significance import paired_permutation
 from minitune.reports.results import read_results
 from minitune.runs.folder import hold, read_lines
-from minitune.study.names import STUDY
 from minitune.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,49 +60,9 @@ def decoded(monkeypatch):
     return seen
 
 
-def names(config):
-    return [name for name, _, _ in decoding_points(config)[0]]
-
-
 def files(folder):
     """{path: bytes} of the answers and scores of all points."""
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("sweep/*/generations/*"))}
-
-
-# --- the grid ---
-
-
-def test_the_grid_of_the_study_has_the_points_of_its_files(data_dir):
-    study = data_dir / "seed_results/data/section_3"
-    for model in ("Mistral-7B", "phi-2", "Llama-2-7b-hf"):
-        theirs = {p.name for p in study.glob(f"{model}-finetuned_*_score.json")}
-        assert theirs == {f"{model}-finetuned_{name}_score.json" for name in names(SweepConfig(run="x", study=True))}
-
-
-def test_the_lists_of_the_study_are_the_study():
-    points = decoding_points(SweepConfig(run="x", study=True))
-    assert len(points[0]) == 11 and points[1] == "topk50_nb5_t1"
-    assert points == decoding_points(SweepConfig(run="x", **STUDY))
-    for _, _, options in points[0]:
-        assert (
-            options.do_sample
-            and options.max_new_tokens == 128
-            and GenerateConfig(**options.given()).samples == (options.temperature > 0)
-        )
-
-
-def test_axes_go_through_the_default_or_else_the_first_of_a_list():
-    assert names(SweepConfig(run="x", num_beams=(1, 2), top_k=(30, 50))) == [
-        "topk30_nb1_t1", "topk50_nb1_t1", "topk50_nb2_t1",
-    ]  # fmt: skip
-    assert names(SweepConfig(run="x", num_beams=(1,), top_p=(0.5, 0.9, 0.5))) == [
-        "topk50_nb1_t1_topp0.5", "topk50_nb1_t1_topp0.9",
-    ]  # fmt: skip
-
-
-def test_a_full_grid_has_every_combination():
-    found = names(SweepConfig(run="x", grid="full", num_beams=(1, 2), top_k=(30, 50), early_stopping=("no", "yes")))
-    assert len(found) == len(set(found)) == 8 and "topk30_nb2_t1_earlystoppingyes" in found
 
 
 def test_decodings_with_one_meaning_have_the_same_answers():
@@ -527,47 +486,6 @@ def test_two_points_of_one_name_are_refused_and_a_name_is_one_folder(tmp_path):
     points, _ = module.training_points(SweepConfig(run=str(tmp_path), train=("data=a/b.json,/c/d.json",)))
     assert [name for name, _, _ in points] == ["dataa-b.json", "data-c-d.json"]
     assert [config.run for _, _, config in points] == [str(tmp_path / "sweep" / name) for name, _, _ in points]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "give --run DIR"),
-        ({"run": "x"}, "nothing is varied: give --study, or a list"),
-        ({"run": "x", "top_k": (30,)}, "nothing is varied"),
-        ({"run": "x", "top_k": (50, 50)}, "nothing is varied"),
-        ({"run": "x", "top_k": ()}, "top_k is an empty list"),
-        ({"run": "x", "study": True, "top_k": (30, 50)}, "--study is a grid of its own"),
-        ({"run": "x", "study": True, "do_sample": False}, "--study is a grid of its own"),
-        ({"run": "x", "top_k": (1, 2), "train": ("lora_rank=1,2",)}, "do one, then the other"),
-        ({"run": "x", "study": True, "metrics": "blue"}, "there is no 'blue'"),
-        ({"run": "x", "top_k": (1, "2")}, "top_k is"),
-        ({"run": "x", "study": True, "retry_failed": True}, "retry-failed is about trainings that failed"),
-        ({"run": "x", "study": True, "encoder_prefix_space": True}, "which needs --encoder, a RoBERTa or BERT"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        SweepConfig(**options)
-
-
-@pytest.mark.parametrize(
-    ("axis", "message"),
-    [
-        ("lr=1e-4,2e-4", "--train lr=1e-4,2e-4: expected NAME=V1,V2 with an option of train.py"),
-        ("lora_rank", "--train lora_rank: expected NAME=V1,V2"),
-        ("run=a,b", "expected NAME=V1,V2"),
-        ("lora_rank=8,x", "'x' is no int, which lora_rank is"),
-        ("use_rslora=yes,no", "'yes' is no bool"),
-        ("schedule=linear,square", "'square' is not one of constant, linear, cosine"),
-        ("lora_rank=8", "--train varies nothing"),
-        ("lora_rank=8,0", "lora_rank is 0, expected a number above 0"),
-    ],
-)
-def test_wrong_training_options_are_said_before_anything_is_trained(axis, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        sweep(SweepConfig(run=str(tmp_path / "none"), train=(axis,)), QUIET)
-    assert not (tmp_path / "none").exists()
 
 
 def test_a_point_that_cannot_be_decoded_is_said_before_a_model_loads(run, decoded):
