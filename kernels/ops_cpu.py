@@ -1,5 +1,4 @@
-"""The operations of decoding on a CPU, in C (attend.c, linear.c, lora.c, rows.c): what minitune/models/layers.py computes, in
-one call each.
+"""The operations of formulas.py on a CPU, in C (attend.c, linear.c, lora.c, rows.c), in one call each.
 
 A step of a 110 M model reads its weights in 7 ms; the overhead of torch's small calls took as long again. Used in fp32 and bf16
 where no gradient is recorded (`takes`); elsewhere torch computes the same. Letters: R sequences, B prompts, n
@@ -88,9 +87,9 @@ def takes(x):
     """Whether these operations can be used on x now: fp32 or bf16 on a CPU, no gradient to record, no compiler, tracer or
     autocast active."""
     return (
-        x.is_cpu
+        not torch.is_grad_enabled()
+        and x.is_cpu
         and x.dtype in DTYPES
-        and not torch.is_grad_enabled()
         and is_direct(x)
         and not torch.is_autocast_enabled("cpu")
         and runs_here(os.environ.get("MINITUNE_KERNELS"))
@@ -124,15 +123,16 @@ def turns(table, x):
 
 def fits(x, weight, bias=None):
     """Whether linear() can be used: one dtype, few rows, sizes that are whole vectors."""
+    if torch.is_grad_enabled() or not x.is_cpu or x.dtype not in DTYPES or not runs_here(None):  # most calls end here
+        return False
     K = weight.shape[1]
     return (
-        0 < x.numel() <= MAX_ROWS * K
+        0 < x.numel() <= max_rows(x.dtype) * K
         and K % 32 == 0
         and x.shape[-1] == K  # else torch says what is wrong
         and is_beside(weight, x)
         and (bias is None or is_beside(bias, x))
         and takes(x)
-        and x.numel() <= max_rows(x.dtype) * K
     )
 
 
