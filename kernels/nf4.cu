@@ -1,5 +1,5 @@
 // NF4 on NVIDIA chips from compute capability 5.0: quantize, dequantize and matmul for 1 to 8 rows of x. The format and the
-// bits are those of reference.py. No headers: NVRTC builds this file, and so does g++ with tests/cuda_shim.h before it.
+// bits are those of nf4_reference.py. No headers: NVRTC builds this file, and so does g++ with tests/cuda_shim.h before it.
 //
 // Every kernel parameter is 8 bytes wide, which is how nf4_cuda.py lays them out. Inputs are checked in nf4.py.
 
