@@ -173,6 +173,11 @@ def test_scripts_stay_short():
         )
 
 
+def test_a_file_of_tests_has_one_subject_and_less_than_600_lines():
+    lines = {path.name: path.read_text().count("\n") for path in (ROOT / "tests").glob("*.py")}
+    assert max(lines.values()) < 600, f"split {max(lines, key=lines.get)} by subject"
+
+
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "scripts").glob("*.py")))
 def test_every_script_has_help_and_one_clear_line_for_a_wrong_option(name, script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
