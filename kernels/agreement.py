@@ -264,7 +264,7 @@ def cross_entropy_examples(numbers, version):
     return [(hidden, weight, torch.arange(len(hidden), device=numbers.device) * 7 % 53)]
 
 
-def rank_examples(numbers, version):
+def most_likely_examples(numbers, version):
     places = torch.arange(2 * 301, device=numbers.device).view(2, 301) * 37 % 301  # no two alike in a row
     return [((places * 0.125 - 20).to(numbers.dtype), 4)]
 
@@ -280,7 +280,7 @@ EXAMPLES = {
     "lora": lora_examples,
     "attention": attention_examples,
     "cross_entropy": cross_entropy_examples,
-    "rank": rank_examples,
+    "most_likely": most_likely_examples,
 }
 
 
@@ -307,7 +307,7 @@ def triton(name):
 VERSIONS = {  # (operation, version): a function of the formula's arguments
     **{
         (name, "C"): getattr(ops_cpu, name)
-        for name in ("rms_norm", "layer_norm", "rope", "swiglu", "gelu_tanh", "rank")
+        for name in ("rms_norm", "layer_norm", "rope", "swiglu", "gelu_tanh", "most_likely")
     },
     **{(name, "torch"): getattr(ops_torch, name) for name in ("rms_norm", "rope", "swiglu", "layer_norm")},
     **{(name, "torch"): getattr(ops_torch, name) for name in ("gelu", "gelu_tanh", "linear", "attention")},
@@ -328,7 +328,7 @@ VERSIONS = {  # (operation, version): a function of the formula's arguments
     ("cross_entropy", "torch, without a gradient"): lambda h, weight, t: torch.cat(
         ops_torch.cross_entropy(h, Head(weight), t)
     ).sum(),
-    ("rank", "torch, without a gradient"): ops_torch.rank,
+    ("most_likely", "torch, without a gradient"): ops_torch.most_likely,
 }
 RECORDED = {"torch", "torch, causal", "Triton"}  # versions with a gradient
 

@@ -84,7 +84,7 @@ def cross_entropy(hidden, head, targets):
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
 
 
-def rank(logits, count):
+def most_likely(logits, count):
     """The `count` most likely of V tokens: (log-probabilities (R, count) fp32, ids (R, count) int64), the best first, of equal
     ones the lower id. logits (R, V). A row with NaN has NaN."""
     logprobs, ids = logits.float().log_softmax(-1).sort(dim=-1, descending=True, stable=True)

@@ -264,13 +264,13 @@ def token_losses(hidden, head, targets):
     return torch.cat([formulas.cross_entropy(h, head, t) for h, t in parts])
 
 
-def rank(logits, count):
-    """See formulas.rank. Of equal tokens any may be first where C is not taken."""
-    if ops_cpu.takes(logits) and agrees("rank", "C", logits):
-        return ops_cpu.rank(logits, count)
-    if agrees("rank", "torch, without a gradient", logits):
-        return ops_torch.rank(logits, count)
-    return formulas.rank(logits, count)
+def most_likely(logits, count):
+    """See formulas.most_likely. Of equal tokens any may be first where C is not taken."""
+    if ops_cpu.takes(logits) and agrees("most_likely", "C", logits):
+        return ops_cpu.most_likely(logits, count)
+    if agrees("most_likely", "torch, without a gradient", logits):
+        return ops_torch.most_likely(logits, count)
+    return formulas.most_likely(logits, count)
 
 
 def steady_rows(x, operations, weights):

@@ -54,7 +54,7 @@ def typed(lib):
     lib.swiglu.argtypes, lib.swiglu.restype = (i, i, p, p, p, n), None
     lib.gelu_tanh.argtypes, lib.gelu_tanh.restype = (i, i, p, p, n), None
     lib.attention.argtypes = lib.lora.argtypes = (i, p)
-    lib.rank.argtypes, lib.rank.restype = (i, i, p, p, p, n, n, n), None
+    lib.most_likely.argtypes, lib.most_likely.restype = (i, i, p, p, p, n, n, n), None
     lib.linears.argtypes = (i, p, i)
     lib.tape_new.argtypes, lib.tape_new.restype = (), p
     lib.tape_run.argtypes = lib.tape_free.argtypes = (p,)
@@ -252,7 +252,7 @@ def attention_over_cache(q, k, v, shape, caches):
     return out
 
 
-def rank(logits, count):
+def most_likely(logits, count):
     """The `count` most likely of V tokens: (log-probabilities (R, count) fp32, ids (R, count) int64), the best first.
 
     logits (R, V), as takes() says. Of equal ones the lower id is first; the log-probabilities of a row with NaN are NaN."""
@@ -261,5 +261,5 @@ def rank(logits, count):
     values, ids = logits.new_empty(R, count, dtype=torch.float32), logits.new_empty(R, count, dtype=torch.int64)
     lib, _ = library()
     pointers = logits.data_ptr(), values.data_ptr(), ids.data_ptr()
-    lib.rank(torch.get_num_threads(), DTYPES[logits.dtype], *pointers, R, V, count)
+    lib.most_likely(torch.get_num_threads(), DTYPES[logits.dtype], *pointers, R, V, count)
     return values, ids

@@ -180,6 +180,6 @@ def attention_over_cache(q, stores, new_mask, prompt_mask):
     return (from_prompt.reshape(R, H, T, D) + from_new.view(R, H, T, D)).to(dtype)
 
 
-def rank(logits, count):
+def most_likely(logits, count):
     """Of equal tokens any may be first."""
     return logits.float().log_softmax(-1).topk(count)

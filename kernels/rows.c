@@ -32,7 +32,7 @@ typedef struct {  // the most likely of N tokens for each row of logits (M, N)
   float *values;
   int64_t *ids;
   int64_t M, N, count;
-} Rank;
+} MostLikely;
 
 enum { BATCH = 256 };  // logits that are looked at together
 
@@ -173,7 +173,7 @@ void gelu_tanh(int threads, int dtype, const void *x, void *out, int64_t count) 
 
 // --- the most likely tokens: rows begin .. end of logits x (M, N) ------------------------------------------------------
 
-INLINE void rank_rows(const Rank *j, int64_t begin, int64_t end, int dtype) {
+INLINE void likely_rows(const MostLikely *j, int64_t begin, int64_t end, int dtype) {
   const int64_t N = j->N, count = j->count;
   for (int64_t m = begin; m < end; m++) {
     const void *x = (const char *)j->logits + m * N * (dtype == BF16 ? 2 : 4);
@@ -201,12 +201,12 @@ INLINE void rank_rows(const Rank *j, int64_t begin, int64_t end, int dtype) {
     for (int64_t i = 0; i < count; i++) values[i] -= whole;
   }
 }
-EACH_DTYPE(rank_rows, Rank)
+EACH_DTYPE(likely_rows, MostLikely)
 
 /* values, ids (M, count): the logarithms of the probabilities of the `count` likeliest of N, the best first, ties by number;
  * NaN where a row has one. */
-void rank(int threads, int dtype, const void *logits, float *values, int64_t *ids, int64_t M, int64_t N,
+void most_likely(int threads, int dtype, const void *logits, float *values, int64_t *ids, int64_t M, int64_t N,
                  int64_t count) {
-  const Rank job = {.dtype = dtype, .logits = logits, .values = values, .ids = ids, .M = M, .N = N, .count = count};
-  parallel(rank_rows_work, &job, M, M < threads ? (int)M : threads);
+  const MostLikely job = {.dtype = dtype, .logits = logits, .values = values, .ids = ids, .M = M, .N = N, .count = count};
+  parallel(likely_rows_work, &job, M, M < threads ? (int)M : threads);
 }

@@ -439,7 +439,7 @@ class Decoder:
 
 def likeliest(logits, count):
     """logits (R, V) -> (log-probabilities (R, count) fp32, ids (R, count)), the best first. Raises FloatingPointError on NaN."""
-    logprobs, ids = ops.rank(logits, count)
+    logprobs, ids = ops.most_likely(logits, count)
     refuse_nan(logprobs)
     return logprobs, ids
 
@@ -462,7 +462,7 @@ def steady_rows(model):
         return 1
     lora = [module for module in modules if isinstance(module, LoRALinear)]
     halves = {half for module in lora for half in (module.lora_A, module.lora_B)}
-    operations = {"attention", "rank", "linear", BY_ACTIVATION[getattr(config, "hidden_act", "silu")]}
+    operations = {"attention", "most_likely", "linear", BY_ACTIVATION[getattr(config, "hidden_act", "silu")]}
     operations |= {NORMS[type(module)] for module in modules if type(module) in NORMS}
     operations |= {"lora"} if lora else set()
     operations |= {"rope"} if rope is not None else set()

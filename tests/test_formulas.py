@@ -48,7 +48,7 @@ EDITS = {
         "return 1.01 * logits.logsumexp(-1) -",
         {"llama": TRAINING, "judges": {"perplexity"}},
     ),
-    "rank": ("log_softmax(-1).sort", "mul(1.01).log_softmax(-1).sort", {"llama": RANKED}),
+    "most_likely": ("log_softmax(-1).sort", "mul(1.01).log_softmax(-1).sort", {"llama": RANKED}),
 }
 
 

@@ -126,7 +126,7 @@ def test_swiglu_keeps_nan_and_vanishes_where_it_should(level):
 def test_the_likeliest_tokens_are_those_of_log_softmax(level, dtype, count):
     logits = random(5, 1001, dtype=dtype) * 4
     logits[1, :900], logits[2] = -torch.inf, 0.5  # a ban; all equal
-    values, ids = ops_cpu.rank(logits, count)
+    values, ids = ops_cpu.most_likely(logits, count)
     logprobs = logits.double().log_softmax(-1)
     assert (values - logprobs.gather(1, ids)).abs().nan_to_num().max() < 2e-5
     best = logprobs.topk(count).values
@@ -137,7 +137,7 @@ def test_the_likeliest_tokens_are_those_of_log_softmax(level, dtype, count):
 def test_logits_with_nan_have_nan_as_log_probabilities(level):
     logits = random(3, 100, dtype=torch.float32)
     logits[1, 57] = torch.nan
-    assert ops_cpu.rank(logits, 2)[0].isnan().any(1).tolist() == [False, True, False]
+    assert ops_cpu.most_likely(logits, 2)[0].isnan().any(1).tolist() == [False, True, False]
 
 
 def cached(dtype, lengths, n, heads, kv_heads, D, window=None, new=6, draft=0, seed=0):

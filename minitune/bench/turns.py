@@ -1,28 +1,35 @@
 """A command as a whole process, measured: minitune and its peers take turns."""
 
 import json
-import os
 import shlex
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+# Starts a command and writes its exit code and peak memory. A process of its own, since Linux counts the memory of the process
+# that starts another into the other's peak.
+STARTER = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    file.write(f"{os.waitstatus_to_exitcode(status)} {usage.ru_maxrss}")
+"""
+
 
 def run_measured(command):
-    """Run a command to its end. Returns (standard output, peak resident memory in MiB).
-
-    Linux counts this process's own memory at the start in, so
-    a smaller child cannot be told. Raises ValueError with the child's last lines where it fails."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=out, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    """Run a command to its end. Returns (standard output, peak resident memory in MiB). Raises ValueError with its last lines
+    where it fails."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors, tempfile.NamedTemporaryFile("r") as ended:
+        subprocess.run([sys.executable, "-c", STARTER, ended.name, *command], stdout=out, stderr=errors)
         out.seek(0)
         errors.seek(0)
-        if process.returncode:
+        code, peak_kib = map(int, ended.read().split() or (1, 0))
+        if code:
             tail = errors.read().decode(errors="replace").splitlines()[-5:]
-            raise ValueError(f"{shlex.join(command)} ended with {process.returncode}: " + " | ".join(tail))
-        return out.read().decode(errors="replace"), usage.ru_maxrss // 1024
+            raise ValueError(f"{shlex.join(command)} ended with {code}: " + " | ".join(tail))
+        return out.read().decode(errors="replace"), peak_kib // 1024
 
 
 def measure_peer(command):
