@@ -252,8 +252,9 @@ def shown(package, fresh):
 
     def run(code):
         shutil.rmtree(package / "work" / "run", ignore_errors=True)
+        settings = {name: value for name, value in os.environ.items() if name != "MINITUNE_KERNELS"}
         begin = f"import sys, torch; sys.path.insert(0, {str(package)!r}); torch.set_num_threads(1)\n"
-        process = fresh.start(begin + code, "code", folder=package / "work", environment=os.environ)
+        process = fresh.start(begin + code, "code", folder=package / "work", environment=settings)
         code = process.wait(120)
         assert "SyntaxError" not in process.err.read_text()
         text = process.out.read_text() + re.sub(r"(?m)^ .*\n", "", process.err.read_text())
