@@ -77,6 +77,8 @@ class LlamaAttention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, C, bias=bias)
 
     def forward(self, x, rope, layout, cache=None):
+        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
+        what it may see; cache: the cache.LayerCache of this layer, or None."""
         B, T, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -95,6 +97,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = Linear(inner, C, bias=bias)
 
     def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
         return self.down_proj(ops.swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
@@ -107,6 +110,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rope, layout, cache=None):
+        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
+        what it may see; cache: the cache.LayerCache of this layer, or None."""
         x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 

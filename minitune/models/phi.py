@@ -89,6 +89,8 @@ class PhiAttention(nn.Module):
         self.dense = Linear(config.num_attention_heads * config.head_dim, C)
 
     def forward(self, x, rope, layout, cache=None):
+        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
+        what it may see; cache: the cache.LayerCache of this layer, or None."""
         B, T, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -108,6 +110,7 @@ class PhiMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -120,6 +123,8 @@ class PhiBlock(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, rope, layout, cache=None):
+        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
+        what it may see; cache: the cache.LayerCache of this layer, or None."""
         h = self.input_layernorm(x)
         return self.resid_dropout(self.self_attn(h, rope, layout, cache)) + self.resid_dropout(self.mlp(h)) + x
 
