@@ -9,10 +9,10 @@ The comparison runs in a thread of its own, so that autograd, autocast, the mode
 it; its numbers come from a generator of its own. README.md has the time that it takes."""
 
 import math
-import threading
 
 import torch
 from minitune_kernels import built, formulas, ops_cpu, ops_torch
+from minitune_kernels.direct import apart
 from torch.compiler import is_compiling
 
 # The largest difference as a share of the formula's values, both as root mean squares. In fp32 a sum in another order differs by
@@ -76,25 +76,6 @@ def is_any_set_aside():
         return False
     current = {key: getattr(formulas, key[0], None) for key in _aside}
     return any(formula is None or _verdicts[key][0] is formula.__code__ for key, formula in current.items())
-
-
-def apart(function):
-    """function() in a thread of its own, where nothing of the caller's torch state is active."""
-    results = []
-
-    def run():
-        try:
-            results.append((function(), None))
-        except BaseException as error:
-            results.append((None, error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    result, error = results[0]
-    if error is not None:
-        raise error
-    return result
 
 
 # --- the comparison ---

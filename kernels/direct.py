@@ -1,4 +1,6 @@
-"""Whether a kernel may read the memory of a tensor now."""
+"""Whether a kernel may read the memory of a tensor now; and a place where nothing of the caller's torch state is active."""
+
+import threading
 
 import torch
 from torch.autograd import forward_ad
@@ -18,3 +20,22 @@ def is_direct(tensor):
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def apart(function):
+    """function() in a thread of its own, where nothing of the caller's torch state is active."""
+    results = []
+
+    def run():
+        try:
+            results.append((function(), None))
+        except BaseException as error:
+            results.append((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    result, error = results[0]
+    if error is not None:
+        raise error
+    return result

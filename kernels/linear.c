@@ -15,38 +15,70 @@ struct Job {  // ops_cpu.py's struct Linear
 
 // --- out (M, N) = x (M, K) times the transposed weight (N, K): rows begin .. end of the weight ----------------------------
 
-/* fp32, in the same order for every M too: tiles of four rows of the weight and up to four of x, K a multiple of 16. */
-INLINE void multiply_tile_fp32(const Job *j, const int64_t *at, int rows, int64_t m, const int columns) {
+/* fp32: tiles of TALL rows of the weight (ALONE for a single row of x) and BROAD of x. K is a multiple of 16. Every row is summed in
+ * the same order, 16 sums that are added at the end, so its result does not depend on M, on the tiles or on the registers' length.
+ * The sums fill at most three quarters of the registers. Registers are named by their length, as gcc keeps longer vectors in memory,
+ * which is six times slower. */
+#if LEVEL >= AVX512
+enum { LANES = 16, TALL = 4, BROAD = 4, ALONE = 4 };
+#elif LEVEL >= AVX2
+enum { LANES = 8, TALL = 2, BROAD = 3, ALONE = 4 };
+#else
+enum { LANES = 4, TALL = 1, BROAD = 3, ALONE = 2 };
+#endif
+enum { PARTS = 16 / LANES };
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+
+INLINE Lanes load_lanes(const float *from) {
+  Lanes v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+INLINE void multiply_tile_fp32(const Job *j, const int64_t *at, const int tall, int rows, int64_t m, const int columns) {
   const float *weight = j->weight, *x = (const float *)j->x + m * j->K, *bias = j->bias;
-  Float16 sums[4][4];
+  Lanes sums[BROAD][ALONE][PARTS];
   for (int t = 0; t < columns; t++)
-    for (int r = 0; r < 4; r++) sums[t][r] = (Float16){0};
+    for (int r = 0; r < tall; r++)
+      for (int part = 0; part < PARTS; part++) sums[t][r][part] = (Lanes){0};
   for (int64_t k = 0; k < j->K; k += 16)
-    for (int r = 0; r < 4; r++) {
-      const Float16 values = load_16(weight, FP32, at[r] * j->K + k);
-      __builtin_prefetch(weight + at[r] * j->K + k + 256, 0, 2);
-      for (int t = 0; t < columns; t++) sums[t][r] += values * load_16(x, FP32, t * j->K + k);
+    for (int r = 0; r < tall; r++) {
+      const float *w = weight + at[r] * j->K + k;
+      __builtin_prefetch(w + 256, 0, 2);
+      for (int part = 0; part < PARTS; part++) {
+        const Lanes values = load_lanes(w + LANES * part);
+        for (int t = 0; t < columns; t++) sums[t][r][part] += values * load_lanes(x + t * j->K + k + LANES * part);
+      }
     }
   for (int t = 0; t < columns; t++)
-    for (int r = 0; r < rows; r++)
-      ((float *)j->out)[(m + t) * j->N + at[r]] = sum_16(sums[t][r]) + (bias ? bias[at[r]] : 0);
+    for (int r = 0; r < rows; r++) {
+      Float16 all;
+      memcpy(&all, sums[t][r], sizeof all);
+      ((float *)j->out)[(m + t) * j->N + at[r]] = sum_16(all) + (bias ? bias[at[r]] : 0);
+    }
+}
+
+/* `tall` distant rows of the weight at a time: memory delivers several long streams faster than one. */
+INLINE void multiply_streams_fp32(const Job *j, int64_t begin, int64_t end, const int tall) {
+  const int64_t stride = (end - begin) / tall;
+  for (int64_t n = 0; n < stride + (end - begin) % tall; n++) {
+    const int64_t first = n < stride ? begin + n : begin + tall * stride + n - stride, step = n < stride ? stride : 0;
+    const int64_t at[4] = {first, first + step, first + 2 * step, first + 3 * step};
+    const int rows = n < stride ? tall : 1;
+    int64_t m = 0;
+    for (; m + BROAD <= j->M; m += BROAD) multiply_tile_fp32(j, at, tall, rows, m, BROAD);
+    switch (j->M - m) {
+      case 3: multiply_tile_fp32(j, at, tall, rows, m, 3); break;
+      case 2: multiply_tile_fp32(j, at, tall, rows, m, 2); break;
+      case 1: multiply_tile_fp32(j, at, tall, rows, m, 1);
+    }
+  }
 }
 
 INLINE void multiply_fp32(const Job *j, int64_t begin, int64_t end, int dtype) {
   (void)dtype;
-  const int64_t stride = (end - begin) / 4;  // memory delivers four long streams faster than one
-  for (int64_t n = 0; n < stride + (end - begin) % 4; n++) {
-    const int64_t first = n < stride ? begin + n : begin + 4 * stride + n - stride, step = n < stride ? stride : 0;
-    const int64_t at[4] = {first, first + step, first + 2 * step, first + 3 * step};
-    const int rows = n < stride ? 4 : 1;
-    int64_t m = 0;
-    for (; m + 4 <= j->M; m += 4) multiply_tile_fp32(j, at, rows, m, 4);
-    switch (j->M - m) {
-      case 3: multiply_tile_fp32(j, at, rows, m, 3); break;
-      case 2: multiply_tile_fp32(j, at, rows, m, 2); break;
-      case 1: multiply_tile_fp32(j, at, rows, m, 1);
-    }
-  }
+  if (j->M == 1) multiply_streams_fp32(j, begin, end, ALONE);
+  else multiply_streams_fp32(j, begin, end, TALL);
 }
 EACH_DTYPE(multiply_fp32, Job)
 

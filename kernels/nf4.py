@@ -398,7 +398,7 @@ def product_apart(module, dtype, device):
     weight, packed, absmax = example(dtype, device, *shape)
     weight = nf4_reference.dequantize(packed, absmax, torch.empty_like(weight))
     limit = agreement.LIMITS.get(dtype, agreement.FP32_LIMIT)
-    for rows in {min(rows, module.max_rows(shape, dtype)) for rows in (3, 33)}:
+    for rows in {min(rows, module.max_rows(shape, dtype) or 1) for rows in (3, 33)}:
         x = agreement.Numbers(dtype, device)(rows, shape[1]).detach()
         found = module.matmul(x, packed, (absmax,), shape, x.new_empty(rows, shape[0]))
         if share := agreement.distance(found, formulas.linear(x, weight), limit):

@@ -4,7 +4,7 @@ import ctypes
 import functools
 
 import torch
-from minitune_kernels import built
+from minitune_kernels import built, measured
 from minitune_kernels.built import LEVELS, NoCompiler
 
 NAME = "cpu"
@@ -72,10 +72,11 @@ def dequantize(packed, scales, out):
 
 
 def max_rows(shape, dtype):
-    """Rows of x up to which `matmul` is faster than dequantising and the library's GEMM; 0 where a block crosses rows."""
+    """Rows of x up to which `matmul` was measured to be no slower than dequantising and the library's GEMM; 0: none, and where a
+    block crosses rows."""
     if shape[1] % 64:
         return 0
-    return {3: 64, 4: 96}.get(library()[1], 8) if dtype == torch.bfloat16 else 8
+    return measured.max_rows("4 bit", dtype)
 
 
 def steady_rows(shape, dtype):

@@ -9,7 +9,7 @@ import functools
 import os
 
 import torch
-from minitune_kernels import built
+from minitune_kernels import built, measured
 from minitune_kernels.direct import is_direct
 
 MAX_ROWS = 128  # of x in linear() and add_lora(): for more rows torch's products are as fast
@@ -79,8 +79,10 @@ def runs_here(wanted):
 
 
 def prepare():
-    """Build and load the C kernels where they will be used. Call it before a measured time begins."""
-    runs_here(os.environ.get("MINITUNE_KERNELS"))
+    """Build and load the C kernels where they will be used, and measure where they are faster than torch, once a machine. Call it
+    before a measured time begins."""
+    if runs_here(os.environ.get("MINITUNE_KERNELS")):
+        measured.machine()
 
 
 def takes(x):
@@ -96,12 +98,15 @@ def takes(x):
     )
 
 
+def multiplies(dtype):
+    """Whether linear() has instructions for a dtype: bf16 takes AVX-512 bf16."""
+    return dtype is torch.float32 or library()[1] >= 3
+
+
 def max_rows(dtype):
-    """The largest number of rows of x for which linear() is faster than torch; 0: none. A row's result does not depend on it."""
-    level = library()[1]
-    if dtype is torch.bfloat16:
-        return MAX_ROWS if level >= 3 else 0
-    return MAX_ROWS if level >= 2 else 4
+    """The largest number of rows of x for which linear() was measured to be no slower than torch; 0: none. A row's bits do not
+    depend on it."""
+    return measured.max_rows("linear", dtype) if multiplies(dtype) else 0
 
 
 def is_beside(parameter, x):
@@ -123,16 +128,14 @@ def turns(table, x):
 
 def fits(x, weight, bias=None):
     """Whether linear() can be used: one dtype, few rows, sizes that are whole vectors."""
-    if torch.is_grad_enabled() or not x.is_cpu or x.dtype not in DTYPES or not runs_here(None):  # most calls end here
-        return False
     K = weight.shape[1]
     return (
-        0 < x.numel() <= max_rows(x.dtype) * K
+        takes(x)
+        and 0 < x.numel() <= max_rows(x.dtype) * K
         and K % 32 == 0
         and x.shape[-1] == K  # else torch says what is wrong
         and is_beside(weight, x)
         and (bias is None or is_beside(bias, x))
-        and takes(x)
     )
 
 

@@ -53,8 +53,8 @@ def generate(model, prompts, config, tokenizer=None):
     """The new token ids of each prompt, without the one that ended it.
 
     prompts: lists of token ids, of unequal length. Returns one list for each, or num_return_sequences lists side by side.
-    What comes out does not depend on what else is in the batch: bit by bit on a CPU with up to 128 sequences in fp32 and
-    bf16, or 64 in NF4 (see steady_rows), elsewhere up to the rounding of the library's products.
+    What comes out does not depend on what else is in the batch: bit by bit on a CPU with up to steady_rows() sequences,
+    elsewhere up to the rounding of the library's products.
     Raises ValueError as decode() does."""
     return [answer.ids for answer in decode(model, prompts, config, tokenizer)[0]]
 

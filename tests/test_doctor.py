@@ -12,7 +12,13 @@ FIGURES = {
     "seconds": 0.4,
     "products": {"fp32": 66e9, "bf16": 2e9, "int8": None},
     "one row": {"fp32": 2.7e9, "bf16": 3.4e9},
-    "4 bit": {"1": 2e9, "16": 3e9},
+    "few rows": {
+        "linear": {
+            "fp32": {"max rows": 4, "rates": {"4": {"C": 9e9, "torch": 8e9}, "8": {"C": 9e9, "torch": 15e9}}},
+            "bf16": {"max rows": 0, "rates": {"1": {"torch": 3.4e9}}},
+        },
+        "4 bit": {"fp32": {"max rows": 128, "rates": {"1": {"C": 2e9, "torch": 0.4e9}}}},
+    },
     "copy": 11e9,
     "read": 10e9,
     "conditions": {},
@@ -30,6 +36,10 @@ def test_the_report_fits_80_columns_and_says_what_was_measured_chosen_and_missin
     assert max(map(len, lines)) <= 80 and " ".join(lines[-2:]).endswith(report["verdict"][-30:])
     text = " ".join(" ".join(lines).split())
     assert "products fp32 66, bf16 2, int8 not here GFLOP/s" in text and "copy 11.0 GB/s, read 10.0 GB/s" in text
+    assert "fp32 C up to 4 rows (4 rows 9.0 and 8.0, 8 rows 9.0 and 15.0)" in text
+    assert (
+        "bf16 torch, as there is no such product in C here" in text and "4 bit fp32 C up to 128 rows (1 row 2.0" in text
+    )
     assert "training float32 on " in text and "measured here: 0.066 TFLOP/s in fp32" in text
 
 

@@ -1,10 +1,10 @@
-"""The dtype that `auto` takes is the one that was measured to be faster, for training and for decoding, and is measured once."""
+"""What was measured to be faster is taken: the dtype of `auto`, and C or torch for few rows of a product. Once a machine."""
 
 import json
 
 import pytest
 import torch
-from minitune_kernels import built, measured
+from minitune_kernels import built, measured, nf4_cpu, ops, ops_cpu
 
 from minitune import session
 from minitune.config import TrainConfig
@@ -13,10 +13,30 @@ from minitune.evaluation.held_out import EvaluateConfig, Run
 from minitune.files import read_json
 from minitune.train import train
 
+KNOWN = measured.machine, measured.max_rows
 CPU, QUIET = torch.device("cpu"), lambda line: None
-XEON = {"products": {"fp32": 0.32e12, "bf16": 0.16e12}, "one row": {"fp32": 3e9, "bf16": 7e9}}  # AVX-512 bf16, no AMX
-ZEN4 = {"products": {"fp32": 0.2e12, "bf16": 0.42e12}, "one row": {"fp32": 3e9, "bf16": 6e9}}
-ZEN3 = {"products": {"fp32": 0.066e12, "bf16": 0.002e12}, "one row": {"fp32": 2.7e9, "bf16": 3.4e9}}  # bf16 is emulated
+FEW_ROWS = {
+    "few rows": {name: {d: {"max rows": 4, "rates": {}} for d in measured.DTYPES} for name in ("linear", "4 bit")}
+}
+XEON = {
+    "products": {"fp32": 0.32e12, "bf16": 0.16e12},
+    "one row": {"fp32": 3e9, "bf16": 7e9},
+} | FEW_ROWS  # AVX-512 bf16, no AMX
+ZEN4 = {"products": {"fp32": 0.2e12, "bf16": 0.42e12}, "one row": {"fp32": 3e9, "bf16": 6e9}} | FEW_ROWS
+ZEN3 = {
+    "products": {"fp32": 0.066e12, "bf16": 0.002e12},
+    "one row": {"fp32": 2.7e9, "bf16": 3.4e9},
+} | FEW_ROWS  # bf16 is emulated
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Nothing is known of this machine in this process: neither in a test here, nor from it in a later one."""
+    for function in KNOWN:
+        function.cache_clear()
+    yield
+    for function in KNOWN:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -40,9 +60,7 @@ def test_auto_is_what_was_measured_to_be_faster_and_says_the_figures(figures, tr
 def own_cache(tmp_path, monkeypatch):
     """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measured.machine.cache_clear()
-    yield tmp_path
-    measured.machine.cache_clear()
+    return tmp_path
 
 
 def test_a_machine_is_measured_once_and_again_when_a_setting_changes(own_cache, monkeypatch):
@@ -72,9 +90,65 @@ def test_the_measurement_gives_every_figure_and_leaves_the_threads_as_they_were(
     before = torch.get_num_threads()
     figures = measured.measure()
     assert torch.get_num_threads() == before
-    assert set(figures) == {"seconds", "products", "one row", "4 bit", "copy", "read"}
-    rates = [*figures["products"].values(), *figures["one row"].values(), *figures["4 bit"].values()]
-    assert all(rate is None or rate > 1e6 for rate in rates) and figures["copy"] > 1e7 < figures["read"]
+    assert set(figures) == {"seconds", "products", "one row", "few rows", "copy", "read"}
+    rates = [*figures["products"].values(), *figures["one row"].values(), figures["copy"] / 10, figures["read"] / 10]
+    for product in figures["few rows"].values():
+        for found in product.values():
+            assert found["max rows"] in (0, *measured.COUNTS)
+            rates += [rate for row in found["rates"].values() for rate in row.values()]
+    assert all(rate is None or rate > 1e6 for rate in rates)
+
+
+def rates_of(c, torch, calls=None):
+    """The argument of compared(), from functions of the number of rows."""
+
+    def rates(rows):
+        if calls is not None:
+            calls.append(rows)
+        return {"torch": torch(rows)} | ({"C": c(rows)} if c else {})
+
+    return rates
+
+
+@pytest.mark.parametrize(
+    "c, torch, most",
+    [
+        pytest.param(lambda rows: 3 if rows <= 8 else 1, lambda rows: 2, 8, id="torch overtakes"),
+        pytest.param(lambda rows: 1.96, lambda rows: 2, measured.COUNTS[-1], id="a tie"),
+        pytest.param(lambda rows: 1, lambda rows: 2, 0, id="torch is faster"),
+        pytest.param(None, lambda rows: 2, 0, id="no such product in C"),
+    ],
+)
+def test_c_multiplies_up_to_the_number_of_rows_at_which_torch_is_faster(c, torch, most):
+    assert measured.compared(rates_of(c, torch))["max rows"] == most
+
+
+def test_a_busy_moment_does_not_decide_how_many_rows_c_takes():
+    calls = []
+    found = measured.compared(rates_of(lambda rows: 1 if calls == [1, 4] else 3, lambda rows: 2, calls))
+    assert found["max rows"] == measured.COUNTS[-1] and calls[:3] == [1, 4, 4] and found["rates"]["4"]["C"] == 3
+
+
+def test_torch_is_not_called_with_many_rows_where_it_would_take_a_second():
+    calls = []
+    found = measured.compared(rates_of(lambda rows: 9, lambda rows: 2, calls))
+    assert found["max rows"] == measured.COUNTS[-1] and calls == [1, 4, 8]
+
+
+@pytest.mark.parametrize("most", [0, 4])
+def test_a_layer_asks_c_up_to_the_measured_number_of_rows(most, own_cache, monkeypatch):
+    if not ops_cpu.runs_here(None):
+        pytest.skip("there is no C compiler")
+    monkeypatch.delenv("MINITUNE_KERNELS", raising=False)
+    table = {"max rows": most, "rates": {}}
+    few = {name: {dtype: table for dtype in measured.DTYPES} for name in ("linear", "4 bit")}
+    monkeypatch.setattr(measured, "machine", lambda: {**ZEN4, "few rows": few})
+    x, weight = torch.ones(8, 64), torch.ones(3, 64)
+    with torch.no_grad():
+        assert [ops_cpu.fits(x[:rows], weight) for rows in (1, 4, 5)] == [most == 4, most == 4, False]
+        assert ops.steady_rows(x, {"linear"}, [weight]) == max(1, most)
+    assert nf4_cpu.max_rows((3, 64), torch.float16) == most and nf4_cpu.max_rows((3, 96), torch.float32) == 0
+    assert nf4_cpu.steady_rows((3, 64), torch.float32) == max(1, most)
 
 
 def test_a_race_ends_with_its_time_and_leaves_a_call_that_is_far_slower():

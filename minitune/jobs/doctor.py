@@ -155,9 +155,12 @@ def as_lines(report):
     yield from section("products", f"{', '.join(rates)} GFLOP/s")
     rates = [f"{kind} {rate / 1e9:.1f}" for kind, rate in reached["one row"].items()]
     yield from section("one row", f"{', '.join(rates)} billion weights/s: a step of decoding")
-    rates = [f"{rows} row{'s' * (rows != '1')} {rate / 1e9:.1f}" for rows, rate in reached["4 bit"].items()]
-    yield from section("4 bit", f"{', '.join(rates)} billion weights/s")
     yield from section("memory", f"copy {reached['copy'] / 1e9:.1f} GB/s, read {reached['read'] / 1e9:.1f} GB/s")
+    yield ""
+    yield "Few rows by a weight, in billion multiplications/s of C and of torch:"
+    for product, dtypes in reached["few rows"].items():
+        for dtype, found in dtypes.items():
+            yield from section(f"{product} {dtype}".removeprefix("linear "), few_rows(found))
     yield ""
     yield "What is chosen:"
     for job in ("training", "decoding"):
@@ -172,6 +175,18 @@ def as_lines(report):
             yield from (f"  - {first}", *(f"    {line}" for line in others))
     yield ""
     yield from screen.wrap(report["verdict"], 79)
+
+
+def few_rows(found):
+    """A result of measured.compared() in words."""
+    rates = [
+        f"{rows} row{'s' * (rows != '1')} {rate['C'] / 1e9:.1f} and {rate['torch'] / 1e9:.1f}"
+        for rows, rate in found["rates"].items()
+        if "C" in rate
+    ]
+    if not rates:
+        return "torch, as there is no such product in C here"
+    return f"C up to {found['max rows']} rows ({', '.join(rates)})"
 
 
 def section(name, text):
