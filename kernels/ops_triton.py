@@ -24,6 +24,7 @@ def rows_of(x):
 
 
 # RMSNorm: a program holds a whole row, 16 values a thread; with 32, at C = 16384, the backward would spill.
+BACKWARD_PROGRAMS = 256  # at most: two a multiprocessor on the largest chips; their sums are 4 MB at C = 4096
 
 
 def rms_norm_options(columns):
@@ -92,7 +93,7 @@ class RMSNorm(torch.autograd.Function):
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         programs, partial = len(rows), None
         if ctx.needs_input_grad[1]:
-            programs = min(len(rows), 256)  # two a multiprocessor on the largest chips; their sums are 4 MB at C = 4096
+            programs = min(len(rows), BACKWARD_PROGRAMS)
             partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             rms_norm_backward_kernel[(programs,)](

@@ -1,5 +1,6 @@
 """Fixtures that every test file may use."""
 
+import gc
 import os
 import runpy
 import signal
@@ -19,9 +20,18 @@ sys.path.append(str(ROOT / "tests"))  # for triton_interpreter: pytest's importl
 # Started in the background or by nohup, the tests and their processes would inherit that these signals are ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.fsync = lambda handle: None  # no test cuts the power, and a training waits for the disk half a second
 
 import torch  # noqa: E402
 from forks import Forks  # noqa: E402
+
+# Forked now, before anything else is imported. They wait for a first job, and import what they need for it then.
+WITH_MINITUNE = Forks(("minitune.jobs.chat", "minitune.jobs.sweep"))
+WITHOUT_MINITUNE = Forks(
+    ("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "tokenizers", "sentencepiece",
+     "safetensors.torch", "numpy", "nltk", "regex", "tqdm", "filelock", "torch.fx.experimental.symbolic_shapes")
+)  # fmt: skip
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
 from minitune.tokenizer import load_tokenizer  # noqa: E402
@@ -30,6 +40,12 @@ pytest_plugins = ["small_runs", "small_adapters", "small_decoding", "small_repor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors
+
+
+def pytest_collection_finish(session):
+    """Let the garbage collector pass over what the imports made: torch and transformers are hundreds of thousands of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +59,16 @@ def data_dir():
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
-    """Starts scripts and code in processes that have imported torch already."""
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.stop()
+    """Starts scripts and code in processes that have imported torch and minitune already."""
+    WITH_MINITUNE.folder = tmp_path_factory.mktemp("forks")
+    return WITH_MINITUNE
+
+
+@pytest.fixture(scope="session")
+def bare_forks(tmp_path_factory):
+    """The same with torch and other libraries, but nothing of minitune, which a test may have changed or must import itself."""
+    WITHOUT_MINITUNE.folder = tmp_path_factory.mktemp("forks")
+    return WITHOUT_MINITUNE
 
 
 @pytest.fixture

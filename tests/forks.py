@@ -1,7 +1,8 @@
 """Processes of the tests that are forked from one that has imported torch already, which takes seconds, and can be killed.
 
-As a script, the process that forks: a job a line of stdin; the pid and the exit code of its process, a line each, on stdout."""
+As a script, the process that forks; see serve()."""
 
+import faulthandler
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,17 +20,20 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def serve(modules):
-    for name in ("torch._dynamo", *modules):  # torch.optim imports the first at its first use
-        importlib.import_module(name)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for line in sys.stdin:
+def serve(modules, commands, replies):
+    """Fork a process for each line of `commands`, a job as JSON. Its pid and its exit code are a line each on `replies`.
+    modules: what is imported before the first job begins."""
+    for number, line in enumerate(commands):
+        if number == 0:
+            for name in ("torch._dynamo", *modules):  # torch.optim imports the first at its first use
+                importlib.import_module(name)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         job = json.loads(line)
         pid = os.fork()
         if pid == 0:
             child(job)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print(pid, file=replies, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=replies, flush=True)
 
 
 def child(job):
@@ -53,14 +58,38 @@ def child(job):
     os._exit(code)
 
 
-class Forks:
-    """What forks, one process at a time; one that still runs is killed by the next. folder: for their output. modules: what
-    it has imported, beside torch."""
+def serve_in_this_process(modules, commands, replies):
+    """serve() in a fork of pytest, and end. commands, replies: descriptors; every other file of pytest is closed here."""
+    try:
+        faulthandler.disable()
+        for low, high in zip((2, *sorted((commands, replies))), (*sorted((commands, replies)), 10_000), strict=True):
+            os.closerange(low + 1, high)
+        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__  # not those that pytest reads
+        warnings.resetwarnings()  # to Python's own rules, and to stderr: pytest keeps a list
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = lambda *what: sys.stderr.write(warnings.formatwarning(*what[:4]))
+        os.chdir(ROOT)
+        serve(modules, os.fdopen(commands), os.fdopen(replies, "w"))
+    finally:
+        os._exit(0)
 
-    def __init__(self, folder, modules=("minitune.jobs.chat", "minitune.jobs.sweep")):
-        self.folder, self.last = folder, None
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        self.server = subprocess.Popen([sys.executable, __file__, *modules], cwd=ROOT, **pipes)
+
+class Forks:
+    """What forks, one process at a time; one that still runs is killed by the next. modules: what it has imported, beside torch.
+
+    It is a fork of this process, which must have imported torch and little more; with an environment, a new process."""
+
+    def __init__(self, modules, environment=None):
+        self.folder, self.last = None, None
+        (commands, self.commands), (self.replies, replies) = os.pipe(), os.pipe()
+        if environment is not None:
+            command = [sys.executable, __file__, *modules]
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=commands, stdout=replies)
+        elif os.fork() == 0:
+            serve_in_this_process(modules, commands, replies)
+        os.close(commands), os.close(replies)
+        self.replies = os.fdopen(self.replies, "rb", buffering=0)
 
     def start(self, code, *argv, environment=None, folder=ROOT, stdin=os.devnull):
         """A Fork that runs Python code with sys.argv = argv."""
@@ -79,8 +108,8 @@ class Forks:
             "out": f"{files}/out",
             "err": f"{files}/err",
         }
-        self.server.stdin.write(json.dumps(job).encode() + b"\n")
-        self.last = Fork(self.server, int(self.server.stdout.readline()), Path(files))
+        os.write(self.commands, json.dumps(job).encode() + b"\n")
+        self.last = Fork(self.replies, int(self.replies.readline()), Path(files))
         return self.last
 
     def script(self, name, *argv, **options):
@@ -88,25 +117,26 @@ class Forks:
         return self.start(SCRIPT, ROOT / "scripts" / name, *argv, **options)
 
     def stop(self):
-        self.server.stdin.close()
-        self.server.wait(10)
-        self.server.stdout.close()
+        os.close(self.commands)
+        self.replies.close()
+        if hasattr(self, "process"):
+            self.process.wait(10)
 
 
 class Fork:
     """A process: pid, out and err (the files of its streams) and, when it has ended, returncode, negative for a signal."""
 
-    def __init__(self, server, pid, files):
-        self.server, self.pid, self.returncode = server, pid, None
+    def __init__(self, replies, pid, files):
+        self.replies, self.pid, self.returncode = replies, pid, None
         self.out, self.err = files / "out", files / "err"
 
     def poll(self):
-        if self.returncode is None and select.select([self.server.stdout], [], [], 0)[0]:
-            self.returncode = int(self.server.stdout.readline())
+        if self.returncode is None and select.select([self.replies], [], [], 0)[0]:
+            self.returncode = int(self.replies.readline())
         return self.returncode
 
     def wait(self, timeout=60):
-        if self.returncode is None and not select.select([self.server.stdout], [], [], timeout)[0]:
+        if self.returncode is None and not select.select([self.replies], [], [], timeout)[0]:
             os.kill(self.pid, signal.SIGKILL)
             raise TimeoutError(f"a process did not end within {timeout} s; it said {self.err.read_text()[-2000:]}")
         return self.poll()
@@ -117,4 +147,4 @@ class Fork:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1:])
+    serve(sys.argv[1:], sys.stdin, os.fdopen(os.dup(1), "w"))

@@ -1,14 +1,8 @@
-"""What small models compute, by whichever package stands first on sys.path. tests/test_formulas.py runs it, also on copies of the
-package whose formulas were edited.
-
-usage: formula_runs.py, and a job a line on stdin: {"folder": of the package, "environment": {}, "dtype", "families": [], "out":
-a file for the results, "err": a file for stderr}. Each runs in a process that is forked from this one, which has imported what
-takes long."""
+"""What small models compute, by whichever package stands first on sys.path. tests/test_formulas.py runs it in processes of their
+own, also on copies of the package whose formulas were edited."""
 
 import json
-import os
 import sys
-import traceback
 
 import torch
 
@@ -37,29 +31,10 @@ DECODINGS = {  # name: (options, prompts)
 }
 
 
-def serve():
-    import huggingface_hub  # noqa: F401
-    import numpy  # noqa: F401
-    import torch.fx.experimental.symbolic_shapes  # noqa: F401 - torch.autograd.grad imports it, with sympy
-
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.dup2(os.open(job["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-                os.environ.update(job["environment"])
-                sys.path[:0] = [job["folder"]]
-                results = {family: run(family, getattr(torch, job["dtype"])) for family in job["families"]}
-                with open(job["out"], "w") as file:
-                    json.dump(results, file)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+def main(folder, dtype, *families):
+    """Print {family: run()} of the package in a folder, as JSON."""
+    sys.path[:0] = [folder]
+    print(json.dumps({family: run(family, getattr(torch, dtype)) for family in families}))
 
 
 def run(family, dtype):
@@ -131,6 +106,3 @@ def judged(dtype):
         "BERTScore": encoder(ids, lengths=[20, 5, 5])[0, :, 0].tolist(),
     }
 
-
-if __name__ == "__main__":
-    serve()

@@ -14,7 +14,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SHARD = "model-00002-of-00002.safetensors"
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-FAMILIES = {  # what makes each one itself
+FAMILIES = {  # what each one has that the others lack
     "llama": {"num_key_value_heads": 2},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
     "phi": {"partial_rotary_factor": 0.5},
@@ -22,7 +22,7 @@ FAMILIES = {  # what makes each one itself
 
 
 def sizes(**changes):
-    """The sizes of a model in the words of config.json. changes: what a test needs otherwise, and further keys."""
+    """The sizes of a small model as keys of config.json. changes: other values, and further keys."""
     return {
         "vocab_size": 264,
         "hidden_size": 64,
@@ -35,8 +35,8 @@ def sizes(**changes):
 
 
 def draw(model, std=0.08):
-    """Draw the weights again: vectors around 1, matrices around 0 with a deviation above an initialisation's, so that faults
-    show. From 0.2 on the logits make sharp choices. Returns the model."""
+    """Draw the weights again: vectors around 1, matrices around 0 with a larger deviation than models start with, so that errors
+    show. From 0.2 on one token is far more likely than the others. Returns the model."""
     for parameter in model.parameters():
         mean, deviation = (1.0, 0.1) if parameter.ndim == 1 else (0.0, std)
         torch.nn.init.normal_(parameter, mean, deviation)
@@ -81,7 +81,7 @@ def write_weights(folder, tensors, shards=1):
 
 
 def random_weight(*shape, dtype=torch.float32, seed=0):
-    """Of the size that weights have; the same for the same seed."""
+    """Normal values of the size that weights have. The same seed gives the same values."""
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.05).to(dtype)
 
 

@@ -59,7 +59,7 @@ def logits(model):
 
 
 def adapted(folder, targets=("all-linear",), r=4, alpha=8, quantize="none", dtype=torch.float32, **options):
-    """Our model with an adapter whose B is random, so that it says something."""
+    """Our model with an adapter whose B is random, so that it changes the logits."""
     model = load_model(folder, quantize=quantize, dtype=dtype)
     lora.inject(model, r, alpha, targets=targets, **options)
     generator = torch.Generator().manual_seed(5)

@@ -1,4 +1,4 @@
-"""Random models that make sharp choices: one beside transformers' with the same weights, one whose layers have adapters."""
+"""Random models for which one token is far more likely than the others: one with a twin in transformers, one with adapters."""
 
 import json
 
@@ -17,7 +17,7 @@ ENDS = (11, 17)
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def pair(request):
-    """(transformers' model, ours) with the same random weights, which make sharp choices."""
+    """(transformers' model, ours) with the same random weights. One token is far more likely than the others."""
     transformers = pytest.importorskip("transformers", reason="parity is proven against transformers")
     family = request.param.capitalize()
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def pair(request):
 
 
 def tiny_with_adapter(family, dtype, quantize):
-    """A model whose widths the kernels take, all of its linear layers with LoRA, in 4 bit if wanted."""
+    """A model with LoRA on all linear layers, of widths that the C kernels take. quantize: as in load_model."""
     torch.manual_seed(0)
     widths = sizes(vocab_size=61, intermediate_size=192)
     model = draw(build({"model_type": family, **widths, **FAMILIES[family]}), 0.2)

@@ -70,7 +70,7 @@ def check_page(text):
 
 @pytest.fixture
 def without_drawing(monkeypatch):
-    """PNG files are only begun, but in the report of the study, which is made once: a report draws for a second."""
+    """Draw no pictures, which takes a second for a report: a PNG file is its first bytes."""
     monkeypatch.setattr(figures, "png", lambda figure: PNG)
 
 

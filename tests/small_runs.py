@@ -19,7 +19,7 @@ from minitune.plan import StepPlan
 from minitune.runs.folder import read_lines
 from minitune.train import train
 
-CLOCK = {"seconds", "tokens_per_s", "peak_bytes"}  # what no two runs share
+CLOCK = {"seconds", "tokens_per_s", "peak_bytes"}  # differ between two runs of one config
 
 
 def make_model(folder, family, takes_bos=True):
@@ -48,7 +48,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """One thread, and no picture at every save: what every test that trains uses (pytestmark)."""
+    """One thread, and no picture at each save. Every file of tests that trains uses it (pytestmark)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(loop, "draw_curves", lambda records, path: None)
@@ -128,7 +128,7 @@ def losses(run):
 
 
 def assert_same_end(run, expected):
-    """Two runs ended alike, bit for bit: adapters, last and best weights, metrics but for the clock, samples."""
+    """Two runs ended with the same bits: adapters, last and best weights, samples, and metrics except for CLOCK."""
     run, expected = Path(run), Path(expected)
     assert metrics(run) == metrics(expected)
     assert read_lines(run / "samples.jsonl") == read_lines(expected / "samples.jsonl")
@@ -164,8 +164,7 @@ def loaded(monkeypatch):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """at_step(n, act): in the first micro-batch of step n, act(loss) gives the loss that training sees.
-    Once: a run that goes on does not meet it again."""
+    """at_step(n, act): act(loss) replaces the loss of the first micro-batch of step n, once: not again in a run that goes on."""
 
     def plan(n, act):
         acts, due, batches, batch_loss = [act], [], StepPlan.batches, loop.batch_loss

@@ -1,5 +1,5 @@
-"""Decoding over the cache: as without it, in a batch as alone, several tokens at once as one by one, and a conversation that
-goes on as one that is read anew."""
+"""Decoding with a cache gives what decoding without one gives: alone and in a batch, one token and several at a time, and over
+the turns of a conversation."""
 
 import gc
 import sys
@@ -67,7 +67,7 @@ def test_prompts_read_in_pieces_give_the_same_answers(pair, monkeypatch):
 
 @torch.no_grad()
 def test_cached_hidden_states_equal_uncached_ones(pair):
-    """Prompts of unequal length in pieces, then new tokens one and several at a time, in two sequences of each prompt."""
+    """Prompts of unequal length are read in pieces. Then two sequences of each prompt get new tokens, one or several at a time."""
     _, ours = pair
     new = torch.randint(0, 61, (len(PROMPTS) * 2, 9), generator=torch.Generator().manual_seed(2))
     window = getattr(ours.config, "sliding_window", None)
@@ -77,7 +77,7 @@ def test_cached_hidden_states_equal_uncached_ones(pair):
     cache.read([(0, 4, 9), (1, 0, 1), (2, 0, 4)])
     ours.model(torch.tensor([PROMPTS[0][4:] + PROMPTS[1] + PROMPTS[2]]), cache=cache)
     steps = [ours.model(new[:, a:b], cache=cache) for a, b in ((0, 1), (1, 4), (4, 5))]
-    ours.model(new[:, 7:9], cache=cache)  # two that are taken back
+    ours.model(new[:, 7:9], cache=cache)  # two guesses, which are dropped again
     cache.drop(2)
     steps += [ours.model(new[:, a:b], cache=cache) for a, b in ((5, 6), (6, 9))]
     found = torch.cat(steps, dim=1)
@@ -87,7 +87,7 @@ def test_cached_hidden_states_equal_uncached_ones(pair):
 
 
 def test_beams_share_the_cache_of_their_prompt():
-    """With ten times the beams the cache grows by the new tokens of these, not by copies of the prompt."""
+    """With ten times as many beams the cache grows by their new tokens only: the prompt is not copied."""
     torch.manual_seed(0)
     model = build({"model_type": "llama", **SIZES}).eval()
     held = []
@@ -160,7 +160,7 @@ def test_lookup_guesses_more_where_it_was_right_and_waits_where_it_was_wrong():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype, quantize", [("fp32", "none"), ("bf16", "none"), ("bf16", "nf4"), ("bf16", "nf4-dq")])
 def test_several_tokens_in_one_step_change_no_bit(family, dtype, quantize):
-    """Why guesses are free: with an adapter too, every row of a step is what it would be alone."""
+    """What makes guesses exact: each row of a step has the bits that it has alone, with an adapter too."""
     model = tiny_with_adapter(family, dtype, quantize)
     rows = steady_rows(model)
     if rows == 1:
@@ -242,7 +242,7 @@ def test_an_answer_that_is_interrupted_at_any_line_leaves_a_memory_that_is_right
     options = GenerateConfig(max_new_tokens=4, eos_ids=(), lookup=0)
 
     def lines_of(memory, stop_before=None):
-        """Decode, and the lines that ran; with stop_before, Ctrl-C comes before the line of this index."""
+        """Decode. Returns the lines that ran. stop_before: Ctrl-C comes before the line with this index."""
         lines = []
 
         def trace(frame, event, argument):
@@ -333,7 +333,7 @@ def test_autocast_and_cast_adapters_go_through_torch_and_give_numbers():
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
-def test_the_memory_of_a_decoding_goes_with_it_and_waits_for_no_garbage_collector(pair, options, monkeypatch):
+def test_the_cache_is_freed_when_decoding_ends_without_the_garbage_collector(pair, options, monkeypatch):
     _, ours = pair
     made, own = [], Cache.__init__
     monkeypatch.setattr(Cache, "__init__", lambda self, *rest: own(self, *rest) or made.append(weakref.ref(self)))

@@ -1,4 +1,5 @@
-"""Options: their order of strength, the study's recipes, and one clear line for whatever is wrong. Whole files."""
+"""Options: their order of strength, the study's recipes, and one clear line for whatever is wrong. Files are written
+whole or not at all."""
 
 import errno
 import json

@@ -4,12 +4,11 @@ told once which faster version was set aside. What was not edited sets nothing a
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from formula_runs import DECODINGS, FAMILIES
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING, DECODED = {"training", "held-out loss"}, {*DECODINGS, "a stream"}
@@ -55,8 +54,8 @@ EDITS = {
 class Runs:
     """Runs formula_runs.py. Keeps what was found with the unedited package."""
 
-    def __init__(self, folder):
-        self.folder, self.number, self.servers, self.known = folder, 0, {}, {}
+    def __init__(self, folder, forks):
+        self.folder, self.forks, self.known = folder, {"": forks}, {}
         shutil.copytree(ROOT / "minitune", folder / "minitune", ignore=shutil.ignore_patterns("embedded"))
 
     def package(self, name, edit=None):
@@ -75,21 +74,17 @@ class Runs:
 
     def run(self, package, families, dtype="float32", kernels="", capability=""):
         """(results, the lines of stderr) of a package."""
-        if capability not in self.servers:
-            environment = {key: value for key, value in os.environ.items() if key != "MINITUNE_KERNELS"}
-            environment |= {"ATEN_CPU_CAPABILITY": capability} if capability else {}
-            command = [sys.executable, ROOT / "tests" / "formula_runs.py"]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-            self.servers[capability] = subprocess.Popen(command, env=environment, **pipes)
-        server, self.number = self.servers[capability], self.number + 1
-        out, err = (self.folder / f"{self.number}.{name}" for name in ("out", "err"))
-        job = {"folder": str(package), "dtype": dtype, "families": list(families), "out": str(out), "err": str(err)}
-        job["environment"] = {"MINITUNE_KERNELS": kernels} if kernels else {}
-        server.stdin.write(json.dumps(job) + "\n")
-        code = server.stdout.readline().strip()
-        assert code == "0", err.read_text()[-3000:]
-        said = [line for line in err.read_text().splitlines() if "building the C kernels" not in line]
-        return json.loads(out.read_text()), said
+        environment = {key: value for key, value in os.environ.items() if key != "MINITUNE_KERNELS"}
+        environment |= {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+        if capability not in self.forks:  # torch reads it when it is imported
+            self.forks[capability] = Forks((), environment)
+            self.forks[capability].folder = self.folder
+        environment |= {"MINITUNE_KERNELS": kernels} if kernels else {}
+        code = "import formula_runs, sys; formula_runs.main(*sys.argv[1:])"
+        done = self.forks[capability].start(code, "code", package, dtype, *families, environment=environment)
+        assert done.wait() == 0, done.err.read_text()[-3000:]
+        said = [line for line in done.err.read_text().splitlines() if "building the C kernels" not in line]
+        return json.loads(done.out.read_text()), said
 
     def unedited(self, family, kernels):
         if (family, kernels) not in self.known:
@@ -97,15 +92,14 @@ class Runs:
         return self.known[family, kernels]
 
     def stop(self):
-        for server in self.servers.values():
-            server.stdin.close()
-            server.wait(10)
-            server.stdout.close()
+        for forks in self.forks.values():
+            if forks is not self.forks[""]:
+                forks.stop()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    runs = Runs(tmp_path_factory.mktemp("formulas"))
+def runs(tmp_path_factory, bare_forks):
+    runs = Runs(tmp_path_factory.mktemp("formulas"), bare_forks)
     yield runs
     runs.stop()
 

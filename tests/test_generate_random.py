@@ -27,7 +27,7 @@ def pair(family, rng):
     config = getattr(transformers, f"{family}Config")(
         vocab_size=rng.choice([13, 61, 97]),
         hidden_size=32,
-        intermediate_size=rng.choice([48, 64]),  # the products of the first are torch's, and no step is played
+        intermediate_size=rng.choice([48, 64]),  # 48: torch multiplies, and no step is replayed
         num_hidden_layers=rng.choice([1, 2]),
         num_attention_heads=4,
         max_position_embeddings=256,

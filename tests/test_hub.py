@@ -65,7 +65,7 @@ def run(tmp_path, server, forks):
     def run(code=f"attempt(hub.resolve, {REPO!r})", **variables):
         ours = re.compile("HF_|HUGGINGFACE|MINITUNE|.*_proxy$", re.IGNORECASE)
         kept = {key: value for key, value in os.environ.items() if not ours.match(key)}
-        # This machine may be busy: only a server that trickles is to be too slow.
+        # A long limit, so that a busy machine does not look like a slow server.
         home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url, "HF_HUB_DOWNLOAD_TIMEOUT": "120"}
         done = forks.start(PRELUDE + code, "hub.py", environment={**kept, **home, **variables}, folder=tmp_path)
         assert done.wait(240) == 0, done.err.read_text()

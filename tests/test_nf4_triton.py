@@ -240,9 +240,10 @@ def assert_product(out, x, packed, absmax, shape):
 )
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
 def test_matmul_equals_the_product_with_the_dequantized_weight(backend, monkeypatch, nested, dtype, rows):
-    shape = (13 if rows <= 4 else 70, 1088)  # a second step of the GEMV, mostly masked
+    # The GEMV takes a second step, mostly masked; the GEMM has two tiles of rows, and two parts of three and two steps.
+    shape = (13, 1088) if rows <= 4 else (70, 320)
     assert rows <= backend.max_rows(shape, dtype)
-    monkeypatch.setattr(backend, "GEMM_PROGRAMS", 4)  # so that each part of the columns has several steps
+    monkeypatch.setattr(backend, "GEMM_PROGRAMS", 4)
     packed, scales, absmax = quantized(shape, nested)
     x = random_weight(rows, shape[1], dtype=dtype, seed=1)
     out = torch.full((rows, shape[0]), 7.0, dtype=dtype, device=DEVICE)

@@ -78,14 +78,10 @@ def tables(B, T, half, dtype):
 # RMSNorm
 
 
-@pytest.mark.parametrize(
-    "shape, dtype",
-    [
-        *((shape, dtype) for shape in ((2, 3, 100), (5, 2), (0, 16), (1, 8192), (1, 33)) for dtype in DTYPES),
-        ((300, 7), torch.bfloat16),  # more rows than programs; a second in the interpreter
-    ],
-)
-def test_rms_norm_and_its_gradients_are_those_of_the_reference_and_of_the_model(random, shape, dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 100), (5, 2), (0, 16), (1, 8192), (1, 33)])
+def test_rms_norm_and_its_gradients_are_those_of_the_reference_and_of_the_model(random, shape, dtype, monkeypatch):
+    monkeypatch.setattr(ops_triton, "BACKWARD_PROGRAMS", 4)  # fewer than the rows of some shapes
     x, weight, grad = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype), random(*shape, dtype=dtype)
     ours, reference, model = (
         run(operation, (x, weight), grad)

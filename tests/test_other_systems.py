@@ -1,8 +1,6 @@
 """Windows and macOS, as far as Linux can tell: what only POSIX has is missing, and everything imports, trains and answers."""
 
 import json
-import subprocess
-import sys
 
 from test_house import modules
 
@@ -39,7 +37,7 @@ answer(AnswerConfig(model=options["model"], adapter=str(run), prompts=prompts, o
 """
 
 
-def test_everything_works_without_what_only_posix_has(tmp_path):
+def test_everything_works_without_what_only_posix_has(tmp_path, bare_forks):
     names = [name for name, _ in modules() if not name.startswith("scripts")]
     options = {
         "model": "tiny-llama",
@@ -51,7 +49,6 @@ def test_everything_works_without_what_only_posix_has(tmp_path):
     }
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    argv = [sys.executable, "-c", WITHOUT_POSIX, *map(repr, (names, options, "prompts.jsonl"))]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = bare_forks.start(WITHOUT_POSIX, "code", *map(repr, (names, options, "prompts.jsonl")), folder=tmp_path)
+    assert done.wait() == 0, done.err.read_text()
     assert len([json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]) == 2

@@ -1,6 +1,7 @@
 """The README's table "to change this, open that": each row is performed, by an edit of the file in a copy of the package and a
 command that shows the effect."""
 
+import functools
 import json
 import os
 import re
@@ -8,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,7 +16,8 @@ TRAIN = """
 from minitune.config import TrainConfig
 from minitune.train import train
 sys.modules["minitune.train"].draw_curves = lambda records, path: None  # a picture takes half a second
-run = train(TrainConfig({options}, data="rows.json", test_size=4, max_steps=2, samples=0, run="run", log_every=1), print)
+options = dict(data="rows.json", test_size=4, max_steps=2, eval_every=2, samples=0, run="run", log_every=1)
+run = train(TrainConfig({options}, lora_targets=("q_proj", "v_proj"), **options), print)
 print(*(line.split('"tokens"')[0] for line in (run / "metrics.jsonl").open()), *sorted(p.name for p in run.iterdir()))
 """
 MISTRAL, NF4 = (
@@ -41,6 +42,7 @@ result = evaluate(EvaluateConfig(run="run", resamples=10, max_new_tokens=2), pri
 )
 REPORT = """
 from minitune.jobs.report import ReportConfig, report
+sys.modules["minitune.reports.figures"].png = lambda figure: b""  # as above
 report(ReportConfig(folders=("study",), out="report.html"), print)
 print(open("report.html").read())
 """
@@ -229,32 +231,14 @@ def package(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    """What forks processes that have imported what minitune needs, and nothing of minitune."""
-    used = (
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-        "scipy.stats",
-        "tokenizers",
-        "sentencepiece",
-        "safetensors.torch",
-    )
-    forks = Forks(
-        tmp_path_factory.mktemp("forks-of-readme"), modules=(*used, "numpy", "nltk", "regex", "tqdm", "filelock")
-    )
-    yield forks
-    forks.stop()
-
-
-@pytest.fixture(scope="module")
-def shown(package, fresh):
+def shown(package, bare_forks):
     """shown(code): what Python code prints, and how it ends, with the package as it is now in the folder `work`."""
 
     def run(code):
         shutil.rmtree(package / "work" / "run", ignore_errors=True)
         settings = {name: value for name, value in os.environ.items() if name != "MINITUNE_KERNELS"}
         begin = f"import sys, torch; sys.path.insert(0, {str(package)!r}); torch.set_num_threads(1)\n"
-        process = fresh.start(begin + code, "code", folder=package / "work", environment=settings)
+        process = bare_forks.start(begin + code, "code", folder=package / "work", environment=settings)
         code = process.wait(120)
         assert "SyntaxError" not in process.err.read_text()
         text = process.out.read_text() + re.sub(r"(?m)^ .*\n", "", process.err.read_text())
@@ -265,9 +249,8 @@ def shown(package, fresh):
 
 @pytest.fixture(scope="module")
 def unedited(shown):
-    """What code shows with the package as it is: {code: ...}, filled as it is asked for."""
-    found = {}
-    return lambda code: found.setdefault(code, None) or found.update({code: shown(code)}) or found[code]
+    """unedited(code): what code shows with the package as it is, run once."""
+    return functools.cache(shown)
 
 
 def test_every_row_of_the_table_is_performed_here():
@@ -289,11 +272,13 @@ def test_an_edit_where_the_table_says_has_its_effect(row, file, old, new, code, 
     path = package / file.replace("kernels/", "minitune_kernels/", 1)
     text = path.read_text()
     assert text.count(old) >= 1, f"{file} has no {old!r} any more"
+    times = path.stat()
     path.write_text(text.replace(old, new))
     try:
         assert shown(code) != before
     finally:
         path.write_text(text)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # bytecode of the edit may have the same size and second
 
 
 def test_what_is_shown_is_the_same_without_an_edit(shown, unedited):

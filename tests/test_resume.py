@@ -35,31 +35,34 @@ from minitune.config import TrainConfig, run_script
 
 torch.set_num_threads(1)
 loop.draw_curves = lambda records, path: None
-left = [int(sys.argv.pop())]  # it kills itself before this file operation
+moment, operations, states = sys.argv.pop(), [], []
 
-def counted(call):
+def counted(name, call):
     def wrapped(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0:
+        operations.append(name)
+        if name == "replace" and str(args[1]).endswith("state.safetensors"):
+            states.append(name)
+        if moment in (f"operation {len(operations)}", f"state {len(states)}"):
             os.kill(os.getpid(), signal.SIGKILL)
         return call(*args, **kwargs)
     return wrapped
 
-if left[0]:
+if moment:
     for name in ("write", "fsync", "replace", "unlink", "chmod"):
-        setattr(os, name, counted(getattr(os, name)))
-# a scale that grows every second step until gradients overflow, so that it has a history to keep
-torch.amp.GradScaler = partial(torch.amp.GradScaler, growth_interval=2)
+        setattr(os, name, counted(name, getattr(os, name)))
+# a scale that grows in every step, until gradients overflow in the sixth
+torch.amp.GradScaler = partial(torch.amp.GradScaler, growth_interval=1)
 run_script(TrainConfig, loop.train, "")
 """
 
 
 @pytest.fixture(scope="session")
 def start(forks, tmp_path_factory):
-    """start(config, die_before=0) -> a process that trains, and kills itself before its n-th file operation."""
+    """start(config, die_before="") -> a process that trains, and kills itself before "operation N" on a file, or before "state N"
+    gets its name, when it is written."""
     stored = tmp_path_factory.mktemp("options") / "options.json"
 
-    def start(config, die_before=0):
+    def start(config, die_before=""):
         stored.write_text(json.dumps(asdict(config)))
         return forks.start(TRAIN, "train.py", "--config", stored, die_before)
 
@@ -77,6 +80,7 @@ def finish(process):
     assert process.wait() == 0, process.err.read_text()
 
 
+STEPS = 8
 EXACT = {  # every source of state at once, in each precision
     "fp32": {"lora_dropout": 0.2, "group_by_length": True, "warmup": 3.0},
     "bf16": {"lora_dropout": 0.2, "checkpointing": True, "quantize": "nf4-dq", "sample_tokens": 2},
@@ -91,7 +95,8 @@ def exact(start, options, base, tmp_path_factory):
 
     def of(precision):
         if precision not in made:
-            changes = {"dtype": precision, "save_every": 1, "eval_every": 3, "max_steps": 14, **EXACT[precision]}
+            changes = {"save_every": 1, "eval_every": 3, "max_steps": STEPS, "lora_targets": ("q_proj", "v_proj")}
+            changes |= {"dtype": precision, **EXACT[precision]}
             if "model" in changes:
                 changes["model"] = str(base / changes["model"])
             make = lambda run, **more: options(run, **{**changes, **more})
@@ -108,7 +113,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(exact, sta
     make, expected, seconds = exact(precision)
     moments, state, killed_at = random.Random(precision), tmp_path / "run" / "last" / "state.safetensors", [0]
     for _ in range(12):
-        if killed_at[-1] >= 10 or len(killed_at) == 4:
+        if killed_at[-1] >= STEPS - 2 or len(killed_at) == 4:
             break
         process = start(make(tmp_path / "run"))
         while process.poll() is None and not (state.exists() and read_progress(state).step > killed_at[-1]):
@@ -124,23 +129,20 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(exact, sta
     assert_same_end(tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("moment", ["state", "half"])
-def test_a_run_killed_while_it_saves_ends_as_the_uninterrupted_one(exact, start, tmp_path, moment):
+def test_a_run_killed_when_it_has_saved_its_state_ends_as_the_uninterrupted_one(exact, start, tmp_path):
     make, expected, _ = exact("fp32")
     state, seen = tmp_path / "run" / "last" / "state.safetensors", None
 
-    def is_saving():
+    def has_saved():
         nonlocal seen
-        if moment == "half":
-            return any(state.parent.glob(".state*.part")) if state.exists() else False
         now = state.stat().st_mtime_ns if state.exists() else None
         changed, seen = now != seen, now
         return changed
 
     kills = 0
-    for _ in range(4):
+    for _ in range(3):
         process = start(make(tmp_path / "run"))
-        while not is_saving() and process.poll() is None:
+        while not has_saved() and process.poll() is None:
             pass
         kills += kill(process) != 0
     assert kills
@@ -148,10 +150,11 @@ def test_a_run_killed_while_it_saves_ends_as_the_uninterrupted_one(exact, start,
     assert_same_end(tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("operation", [3, 20, 33, 52, 75, 110, 165, 240])
-def test_a_run_killed_before_a_file_operation_ends_as_the_uninterrupted_one(exact, start, tmp_path, operation):
+@pytest.mark.parametrize("moment", [*(f"operation {n}" for n in (3, 20, 33, 52, 75, 110, 165)), "state 3"])  # of 184 and 8
+def test_a_run_killed_before_a_file_operation_ends_as_the_uninterrupted_one(exact, start, tmp_path, moment):
     make, expected, _ = exact("fp32")
-    assert start(make(tmp_path / "run"), die_before=operation).wait() == -signal.SIGKILL
+    assert start(make(tmp_path / "run"), die_before=moment).wait() == -signal.SIGKILL
+    assert not moment.startswith("state") or any((tmp_path / "run" / "last").glob(".state*.part"))
     finish(start(make(tmp_path / "run")))
     assert_same_end(tmp_path / "run", expected)
 
@@ -197,7 +200,7 @@ def test_sigterm_is_as_ctrl_c(exact, start, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 130
-    assert re.search(r"^stopped: after step \d+ of 14; .*Go on with", process.err.read_text(), re.M)
+    assert re.search(r"^stopped: after step \d+ of 8; .*Go on with", process.err.read_text(), re.M)
     finish(start(make(tmp_path / "run")))
     assert_same_end(tmp_path / "run", expected)
 
