@@ -1,5 +1,6 @@
 """What this machine is: device, precision and why, peak memory, versions. No model, no file of a run."""
 
+import functools
 import os
 import platform
 import re
@@ -75,15 +76,9 @@ def proc_status(key):
 
 def environment(device):
     """Versions, machine and commit, for environment.json."""
-    packages = {}
-    for name in ("minitune", "torch", "safetensors", "sentencepiece", "tokenizers", "huggingface-hub", "numpy"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
     return {
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": dict(versions()),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".strip(", "),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else measured.cpu_name(),
         "cuda": torch.version.cuda,
@@ -93,6 +88,19 @@ def environment(device):
     }
 
 
+@functools.cache
+def versions():
+    """((package, version or None), ...) of what a run depends on."""
+    found = {}
+    for name in ("minitune", "torch", "safetensors", "sentencepiece", "tokenizers", "huggingface-hub", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return tuple(found.items())
+
+
+@functools.cache
 def git_commit():
     """The commit of this checkout, or None outside of one or without git."""
     try:

@@ -105,4 +105,3 @@ def judged(dtype):
         "perplexity": [nll for nll, _ in sequence_nll(gpt2, [list(range(3, 40)), [4, 5, 6]])],
         "BERTScore": encoder(ids, lengths=[20, 5, 5])[0, :, 0].tolist(),
     }
-

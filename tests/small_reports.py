@@ -11,6 +11,7 @@ from minitune.metrics.significance import bootstrap_interval
 from minitune.reports import figures
 from minitune.study.files import GRADES
 
+INLINE_SVG = figures.inline_svg
 PNG = b"\x89PNG\r\n\x1a\n"
 NASTY = '<script>alert(1)</script><img src="https://example.org/x.png" onerror=alert(2)> & | ` \u202e \x07 \ud800 ```'
 
@@ -70,8 +71,15 @@ def check_page(text):
 
 @pytest.fixture
 def without_drawing(monkeypatch):
-    """Draw no pictures, which takes a second for a report: a PNG file is its first bytes."""
+    """Draw nothing, which takes two seconds for a report: a PNG file is its first bytes, and a chart on the page is empty."""
     monkeypatch.setattr(figures, "png", lambda figure: PNG)
+    monkeypatch.setattr(figures, "inline_svg", lambda figure, prefix, alt: f'<svg role="img" aria-label="{alt}"></svg>')
+
+
+@pytest.fixture
+def drawn_charts(without_drawing, monkeypatch):
+    """Draw the charts on the page all the same."""
+    monkeypatch.setattr(figures, "inline_svg", INLINE_SVG)
 
 
 def put(path, value):

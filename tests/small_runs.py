@@ -46,12 +46,17 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def without_curves():
+    """No training in this process draws curves.png, which takes half a second."""
+    loop.draw_curves = lambda records, path: None
+
+
 @pytest.fixture
-def quick(monkeypatch):
-    """One thread, and no picture at each save. Every file of tests that trains uses it (pytestmark)."""
+def quick():
+    """One thread. Every file of tests that compares runs bit for bit uses it (pytestmark)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(loop, "draw_curves", lambda records, path: None)
     yield
     torch.set_num_threads(threads)
 
@@ -90,9 +95,7 @@ def done(options, tmp_path_factory):
     """A finished run that tests read and copy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the runs that are compared with it: two threads sum in another order
-    draw, loop.draw_curves = loop.draw_curves, lambda records, path: None
     run = train(options(tmp_path_factory.mktemp("done") / "run"), say=lambda line: None)
-    loop.draw_curves = draw
     torch.set_num_threads(threads)
     return run
 

@@ -63,10 +63,10 @@ def test_an_adapter_answers_as_its_run_was_evaluated_token_for_token(tmp_path, c
     run, questions = tmp_path / "run", tmp_path / "q.json"
     options = {"data": str(tmp_path / "rows.json"), "test_size": 8, "dtype": "bf16", "quantize": "nf4", "max_steps": 1}
     train(TrainConfig(run=str(run), samples=0, batch_size=2, max_length=64, **options), QUIET)
-    config = EvaluateConfig(run=str(run), base=False, metrics="exact_match", resamples=20, max_new_tokens=40)
+    config = EvaluateConfig(run=str(run), base=False, metrics="exact_match", resamples=20, max_new_tokens=16)
     expected = evaluate(config, QUIET)["systems"]["tuned"]["examples"]
     questions.write_text(json.dumps([{"instruction": example["prompt"]} for example in expected]))
-    asked = {"prompts": str(questions), "max_new_tokens": 40, "json": True}
+    asked = {"prompts": str(questions), "max_new_tokens": 16, "json": True}
 
     def answers(said=None, **more):
         found = answer(AnswerConfig(**asked | more), (said if said is not None else []).append)
@@ -257,9 +257,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(adapter, tmp_path, forks):
         print("Name a bird.", file=typed, flush=True)
         deadline = time.monotonic() + 60
         while len(process.out.read_text().partition("> ")[2]) < 40 and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        time.sleep(1)
+        while process.out.read_text().count("> ") < 2 and time.monotonic() < deadline:  # it asks again
+            time.sleep(0.01)
         assert process.poll() is None, process.err.read_text()
         print("/save\n/quit", file=typed, flush=True)
         code, errors = process.wait(), process.err.read_text()

@@ -44,7 +44,7 @@ def many(tmp_path):
 )
 def test_a_stopped_file_is_valid_and_a_second_start_gives_the_file_of_one_start(name, how, many, tmp_path, forks):
     """min_new_tokens makes every answer as long, so that there is time to stop."""
-    options = {"max_new_tokens": 40, "min_new_tokens": 40, "batch_size": 2, "num_return_sequences": 2}
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "batch_size": 2, "num_return_sequences": 2}
     out, whole = tmp_path / name, tmp_path / ("whole" + name[7:])
     argv = [part for key, value in options.items() for part in ("--" + key.replace("_", "-"), str(value))]
     process = forks.script("generate.py", "--do-sample", "--prompts", many, "--out", out, *argv)

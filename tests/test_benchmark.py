@@ -32,8 +32,9 @@ def test_minitune_is_measured_in_turn_with_a_peer(tmp_path):
     peer.write_text("import json; print(json.dumps({'system': 'peer', 'examples_per_s': 0.001}))")
     lines = []
     config = BenchTrainConfig(
-        examples=32,
-        batch_size=8,
+        examples=16,
+        batch_size=4,
+        dtype="fp32",
         repeats=1,
         peer=f"{sys.executable} {peer} {{model}}",
         out=str(tmp_path / "figures.json"),

@@ -236,7 +236,7 @@ def test_what_was_read_before_an_answer_was_stopped_is_remembered():
 
 
 def test_an_answer_that_is_interrupted_at_any_line_leaves_a_memory_that_is_right(monkeypatch):
-    """At the first, the second and the last time that each line of the cache runs."""
+    """At the first and the last time that each line of the cache runs."""
     monkeypatch.setattr("minitune.models.cache.FIRST_CAPACITY", 2)
     model, whole, prompt = tiny_with_adapter("llama", "fp32", "none"), Memory(), [4, 9, 3, 30, 2]
     options = GenerateConfig(max_new_tokens=4, eos_ids=(), lookup=0)
@@ -265,7 +265,7 @@ def test_an_answer_that_is_interrupted_at_any_line_leaves_a_memory_that_is_right
     for index, line in enumerate(lines_of(whole)):
         places.setdefault(line, []).append(index)
     assert len(places) > 60
-    for index in sorted({index for found in places.values() for index in (*found[:2], found[-1])}):
+    for index in sorted({index for found in places.values() for index in (found[0], found[-1])}):
         memory = Memory()
         with pytest.raises(KeyboardInterrupt):
             lines_of(memory, index)
@@ -281,10 +281,10 @@ def test_an_answer_that_is_interrupted_at_any_line_leaves_a_memory_that_is_right
 @pytest.mark.parametrize("dtype, quantize", [("fp32", "none"), ("bf16", "none"), ("bf16", "nf4")])
 def test_an_answer_is_the_same_alone_and_in_a_batch_whose_longest_prompt_leaves_first(family, dtype, quantize, options):
     model = tiny_with_adapter(family, dtype, quantize)
-    lengths = (90, 40, 3, 17, 1, 66, 8)
+    lengths = (90, 3, 17, 1, 66)
     prompts = [torch.randint(3, 60, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
     first = decode(model, prompts[:1], GenerateConfig(max_new_tokens=2, eos_ids=(), **options))[0][0].ids[0]
-    config = GenerateConfig(max_new_tokens=12, eos_ids=(first,), **options)
+    config = GenerateConfig(max_new_tokens=8, eos_ids=(first,), **options)
     together = decode(model, prompts, config)[0]
     exact = steady_rows(model) >= len(prompts) * config.num_beams
     for prompt, answer in zip(prompts, together, strict=True):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,6 @@ from minitune.hub import INDEX
 from minitune.models import build
 from minitune.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.randint(0, 264, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
@@ -378,7 +376,7 @@ for quantize, dtype in (("none", "bfloat16"), ("none", "float32"), ("nf4", "bflo
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell peak memory")
-def test_memory_above_the_loaded_model_stays_below_twice_the_largest_tensor(tmp_path):
+def test_memory_above_the_loaded_model_stays_below_twice_the_largest_tensor(tmp_path, forks):
     large = sizes(
         vocab_size=16384, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16
     )
@@ -396,16 +394,11 @@ def test_memory_above_the_loaded_model_stays_below_twice_the_largest_tensor(tmp_
     write_weights(tmp_path / "large", tensors, shards=2)
     del tensors
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        done = forks.start(MEASURE, "measure", tmp_path / "small", tmp_path / "large")
+        done.wait(100)
     finally:
         shutil.rmtree(tmp_path / "large")
-    measured = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(measured) == 4, done.stderr
+    measured = [json.loads(line) for line in done.out.read_text().splitlines()]
+    assert len(measured) == 4, done.err.read_text()
     for quantize, dtype, above in measured:
         assert above < 2 * largest + slack, f"{quantize} {dtype}: {above / 1e6:.0f} MB above the model"

@@ -46,7 +46,7 @@ def pair(family, rng):
 
 def draw_options(rng, vocabulary):
     """Options of generate() with the meaning that both sides give them."""
-    beams, new = rng.choice([1, 1, 2, 3, 4, 7]), rng.choice([1, 2, 5, 14, 30])
+    beams, new = rng.choice([1, 1, 2, 3, 4, 7]), rng.choice([1, 2, 5, 9, 16])
     options = {"max_new_tokens": new, "num_beams": beams, "num_return_sequences": rng.randint(1, beams)}
     choices = {
         "repetition_penalty": [0.7, 1.1, 1.7, 3.0],

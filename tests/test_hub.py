@@ -452,10 +452,10 @@ def test_sizes_and_redirects_that_cannot_be_are_one_line(server, run):
 
 def test_a_server_that_trickles_is_given_up_and_what_came_is_kept(server, run):
     server.trickles = {SHARDS[0]}
-    (outcome,), _ = run(f"hub.PATIENCE = 1.5\nattempt(hub.resolve, {REPO!r})")
+    (outcome,), _ = run(f"hub.PATIENCE = 0.7\nattempt(hub.resolve, {REPO!r})")
     assert one_line(outcome, "too slow", "1,024 bytes a second", "run the command again to go on")
     server.trickles = {"headers"}
-    (outcome,), _ = run(f"hub.PATIENCE = 1.5\nattempt(hub.resolve, {REPO!r})")
+    (outcome,), _ = run(f"hub.PATIENCE = 0.7\nattempt(hub.resolve, {REPO!r})")
     assert one_line(outcome, "too slow: it sent 0 bytes")
 
 

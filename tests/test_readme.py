@@ -278,7 +278,9 @@ def test_an_edit_where_the_table_says_has_its_effect(row, file, old, new, code, 
         assert shown(code) != before
     finally:
         path.write_text(text)
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # bytecode of the edit may have the same size and second
+        os.utime(
+            path, ns=(times.st_atime_ns, times.st_mtime_ns)
+        )  # bytecode of the edit may have the same size and second
 
 
 def test_what_is_shown_is_the_same_without_an_edit(shown, unedited):

@@ -120,7 +120,7 @@ def test_names_of_the_study_are_read_strictly():
         assert parse_name(name) is None, name
 
 
-def test_a_run_folder_gives_every_section(run, tmp_path):
+def test_a_run_folder_gives_every_section(run, tmp_path, drawn_charts):
     text, markdown, lines = write([run], tmp_path)
     found = check_page(text)
     sections = re.findall(r"^## (.*)", markdown, re.M)

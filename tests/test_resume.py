@@ -150,7 +150,9 @@ def test_a_run_killed_when_it_has_saved_its_state_ends_as_the_uninterrupted_one(
     assert_same_end(tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("moment", [*(f"operation {n}" for n in (3, 20, 33, 52, 75, 110, 165)), "state 3"])  # of 184 and 8
+@pytest.mark.parametrize(
+    "moment", [*(f"operation {n}" for n in (3, 20, 33, 52, 75, 110, 165)), "state 3"]
+)  # of 184 and 8
 def test_a_run_killed_before_a_file_operation_ends_as_the_uninterrupted_one(exact, start, tmp_path, moment):
     make, expected, _ = exact("fp32")
     assert start(make(tmp_path / "run"), die_before=moment).wait() == -signal.SIGKILL
