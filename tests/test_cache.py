@@ -67,7 +67,7 @@ def test_prompts_read_in_pieces_give_the_same_answers(pair, monkeypatch):
 
 @torch.no_grad()
 def test_cached_hidden_states_equal_uncached_ones(pair):
-    """Prompts of unequal length are read in pieces. Then two sequences of each prompt get new tokens, one or several at a time."""
+    """Prompts of unequal length are read in pieces. Two sequences of each then get new tokens, one or several at a time."""
     _, ours = pair
     new = torch.randint(0, 61, (len(PROMPTS) * 2, 9), generator=torch.Generator().manual_seed(2))
     window = getattr(ours.config, "sliding_window", None)

@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from formula_runs import DECODINGS, FAMILIES
 from forks import Forks
+from formula_runs import DECODINGS, FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING, DECODED = {"training", "held-out loss"}, {*DECODINGS, "a stream"}
