@@ -10,7 +10,6 @@ import os
 
 import torch
 from minitune_kernels import built, measured
-from minitune_kernels.built import INT, POINTER, SIZE, struct
 from minitune_kernels.direct import is_direct
 
 MAX_ROWS = 128  # of x in linear() and add_lora(): for more rows torch's products are as fast
@@ -25,6 +24,12 @@ class Shape(ctypes.Structure):
     ]
 
 
+def struct(name, *fields):
+    """A ctypes struct of the C files, from groups (type, names)."""
+    return type(name, (ctypes.Structure,), {"_fields_": [(n, kind) for kind, names in fields for n in names.split()]})
+
+
+INT, POINTER, SIZE = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
 Rope = struct(
     "Rope",
     (INT, "dtype"),

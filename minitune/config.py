@@ -390,9 +390,9 @@ def positive(config, *names):
             raise ValueError(f"{name} is {value}, expected a number above 0")
 
 
-STUDY = {"quantize": "nf4", "lora_alpha": 16.0, "learning_rate": 2e-4, "batch_size": 2}
-LLAMA_STUDY = {
-    **STUDY,
+STUDY_RECIPE = {"quantize": "nf4", "lora_alpha": 16.0, "learning_rate": 2e-4, "batch_size": 2}
+LLAMA_RECIPE = {
+    **STUDY_RECIPE,
     "lora_rank": 64,
     "lora_dropout": 0.1,
     "lora_targets": ("q_proj", "v_proj"),
@@ -415,10 +415,10 @@ TINY = {  # fp32: at this size it is faster than bf16, also on a CPU with bf16 u
     "sample_tokens": 24,
 }
 RECIPES = {  # what --model NAME means beyond the weights: the study's settings, and ours for the embedded models
-    "llama2": {**LLAMA_STUDY, "accumulation": 8},
-    "mistral": {**LLAMA_STUDY, "accumulation": 16},
+    "llama2": {**LLAMA_RECIPE, "accumulation": 8},
+    "mistral": {**LLAMA_RECIPE, "accumulation": 16},
     "phi2": {
-        **STUDY,
+        **STUDY_RECIPE,
         "lora_rank": 16,
         "lora_dropout": 0.05,
         "schedule": "linear",

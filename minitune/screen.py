@@ -66,6 +66,44 @@ def show(stream, text):
         raise
 
 
+def speaks_unicode():
+    return (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+
+
+class Writer:
+    """Called with each token of an answer: writes the text that has become certain. A token may hold half a character, and text
+    that may begin one of the `stop` texts waits."""
+
+    def __init__(self, tokenizer, stream=None, stop=()):
+        self.tokenizer, self.stream, self.stop = tokenizer, stream or sys.stdout, stop
+        self.ids, self.shown = [], ""
+
+    def __call__(self, token):
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            self.write(text[: certain(text, self.stop)])
+
+    def write(self, text):
+        show(self.stream, text[len(self.shown) :])
+        self.shown = max(self.shown, text, key=len)
+
+    def end(self, text=None):
+        """Write the rest: of `text`, the whole answer, or of all tokens."""
+        self.write(self.tokenizer.decode(self.ids) if text is None else text)
+        show(self.stream, "\n")
+
+
+def certain(text, stop):
+    """How much of `text` is before any stop text, whole or begun at its end."""
+    ends = [len(text)]
+    for wanted in stop:
+        found = text.find(wanted)
+        begun = [len(text) - n for n in range(1, len(wanted)) if text.endswith(wanted[:n])]
+        ends += [found] if found >= 0 else begun
+    return min(ends)
+
+
 def progress(total, unit, **options):
     """A tqdm bar on stderr; none where that is no terminal. options: of tqdm."""
     return tqdm(total=total, unit=unit, file=sys.stderr, **{"disable": None, "dynamic_ncols": True, **options})

@@ -2,7 +2,7 @@
 share it."""
 
 import functools
-import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,12 @@ from minitune.adapters import peft_files
 from minitune.config import arg, is_out_of_memory
 from minitune.data import labels
 from minitune.device import DTYPES, choose_device, choose_dtype
-from minitune.files import expand, read_json
+from minitune.files import read_json
 from minitune.formats.templates import ADAPTER_TEMPLATES, CHAT_TEMPLATES, for_tokenizer
+from minitune.generate import decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
 from minitune.model_folder import ModelFolder
-from minitune.runs.folder import ADAPTERS
+from minitune.runs.folder import ADAPTERS, find_adapter
 from minitune.screen import short, some
 
 ADAPTER_CONFIG = peft_files.ADAPTER_CONFIG
@@ -74,6 +75,11 @@ class ModelConfig(DecodingOptions):
         return {name: options[name] for name in ("model", "revision", "quantize", "dtype") if options.get(name)}
 
 
+@contextmanager
+def no_prefix(batch):
+    yield None
+
+
 class Answerer:
     """A model, which loads when it is first asked for, with its tokenizer, template and decoding.
 
@@ -82,7 +88,7 @@ class Answerer:
 
     def __init__(self, config, say, folder=None, **weaker):
         self.config, self.say = config, say
-        self.adapter = None if config.adapter is None else adapter_folder(config.adapter)
+        self.adapter = None if config.adapter is None else find_adapter(config.adapter)
         trained = read_facts(self.adapter)  # a bad one is said before anything else
         self.name = config.model if config.model is not None else trained["base"] or "tiny-mistral"
         is_base = config.model is None or config.model == trained["base"]
@@ -127,6 +133,52 @@ class Answerer:
             pieces = labels.read_special(pieces, self.tokenizer)
         return [token for ids in self.tokenizer.encode_pieces(pieces) for token in ids]
 
+    def decode_batches(self, prompts, size, is_done, take, unit="prompt", label="", on_token=None, prefix_of=no_prefix):
+        """Decode prompts in batches, and call take(batch, answers) after each. A batch with nothing left to do is left out; the
+        others are the same ones whatever is done, and so are their answers.
+
+        prompts: token ids of each. size: prompts of a batch. is_done(i): whether prompt i has its answers. batch: a range of
+        indices of prompts. answers: the Answers of each prompt of the batch, one after the other. unit, label: what a prompt and
+        the whole are called on the screen. on_token, and the prefix that the context manager prefix_of(batch) gives: see
+        decode()."""
+        missing = [i for i in range(len(prompts)) if not is_done(i)]
+        if not missing:
+            return
+        model, decoding = self.model, self.decoding  # the model loads here: not a part of the time that is measured
+        size = 1 if decoding.lookup else size
+        copies = earlier_copies(prompts)
+        tokens = guessed = accepted = 0
+        started = time.perf_counter()
+        bar = screen.progress(
+            len(prompts),
+            unit,
+            initial=len(prompts) - len(missing),
+            desc=label or None,
+            disable=len(prompts) == 1 or None,
+        )
+        with bar:
+            for first in sorted({i // size * size for i in missing}):
+                batch = range(first, min(first + size, len(prompts)))
+                asked, copied = [prompts[i] for i in batch], [copies[i] for i in batch]
+                try:
+                    with out_of_memory_explained(decoding, len(batch)), prefix_of(batch) as prefix:
+                        answers, counts = decode(
+                            model, asked, decoding, self.tokenizer, on_token, prefix=prefix, copies=copied
+                        )
+                except ValueError as error:
+                    raise ValueError(f"{unit}s {batch[0]} to {batch[-1]}: {error}") from None
+                before = sum(map(is_done, batch))
+                take(batch, answers)
+                tokens += sum(len(answer.ids) for answer in answers)
+                guessed, accepted = guessed + counts.guessed, accepted + counts.accepted
+                bar.set_postfix(tokens_per_s=f"{tokens / (time.perf_counter() - started):.0f}", refresh=False)
+                bar.update(len(batch) - before)
+        seconds = time.perf_counter() - started
+        share = f"; lookup guessed {guessed}, of which {accepted} were right" if guessed else ""
+        self.say(
+            f"{label}{': ' if label else ''}{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{share}"
+        )
+
     def text(self, answer):
         """The text of an Answer, cut at a stop text."""
         text = self.tokenizer.decode(answer.ids)
@@ -145,17 +197,6 @@ def say_idle(given, decoding, say):
         if named:
             flags = ", ".join("--" + name.replace("_", "-") for name in named)
             say(f"warning: without {option}, {flags} changes nothing")
-
-
-def adapter_folder(path):
-    """The folder of an adapter: `path`, or what a run folder of that name holds. Raises ValueError where there is none."""
-    folder = expand(path)
-    for inner in (folder, *(folder / name for name in ADAPTERS)):
-        if (inner / ADAPTER_CONFIG).is_file():
-            return inner
-    raise ValueError(
-        f"{short(str(path))} is not the folder of an adapter: it has no {ADAPTER_CONFIG}, and no {' or '.join(ADAPTERS)} of a run"
-    )
 
 
 def read_facts(adapter):
@@ -207,44 +248,3 @@ def out_of_memory_explained(decoding, prompts):
             f"out of memory with {prompts} questions of {sequences} sequences and {decoding.max_new_tokens} tokens each: lower "
             "--batch-size, --num-beams, --num-return-sequences or --max-new-tokens, or use --quantize nf4"
         ) from error
-
-
-# --- where answers go ---
-
-
-def speaks_unicode():
-    return (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-
-
-class Writer:
-    """Called with each token of an answer: writes the text that has become certain. A token may hold half a character, and text
-    that may begin one of the `stop` texts waits."""
-
-    def __init__(self, tokenizer, stream=None, stop=()):
-        self.tokenizer, self.stream, self.stop = tokenizer, stream or sys.stdout, stop
-        self.ids, self.shown = [], ""
-
-    def __call__(self, token):
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if not text.endswith("\ufffd"):
-            self.write(text[: certain(text, self.stop)])
-
-    def write(self, text):
-        screen.show(self.stream, text[len(self.shown) :])
-        self.shown = max(self.shown, text, key=len)
-
-    def end(self, text=None):
-        """Write the rest: of `text`, the whole answer, or of all tokens."""
-        self.write(self.tokenizer.decode(self.ids) if text is None else text)
-        screen.show(self.stream, "\n")
-
-
-def certain(text, stop):
-    """How much of `text` is before any stop text, whole or begun at its end."""
-    ends = [len(text)]
-    for wanted in stop:
-        found = text.find(wanted)
-        begun = [len(text) - n for n in range(1, len(wanted)) if text.endswith(wanted[:n])]
-        ends += [found] if found >= 0 else begun
-    return min(ends)

@@ -22,7 +22,9 @@ from minitune.hub import resolve
 from minitune.jobs.chat import ChatConfig, chat
 from minitune.jobs.evaluate import EvaluateConfig, evaluate
 from minitune.jobs.generate import AnswerConfig, answer, print_json, print_text, read_questions
-from minitune.session import Answerer, Writer, adapter_folder, choose_template, read_facts
+from minitune.runs.folder import find_adapter
+from minitune.screen import Writer
+from minitune.session import Answerer, choose_template, read_facts
 from minitune.tokenizer import load_tokenizer
 from minitune.train import train
 
@@ -163,9 +165,9 @@ def test_the_model_is_the_one_that_the_adapter_was_trained_on(adapter, tmp_path)
         write_json(other / "minitune.json", facts)
         with pytest.raises(ValueError, match=message):
             Answerer(AnswerConfig(prompt="x", adapter=str(other)), said.append)
-    assert adapter_folder(tmp_path) == other
+    assert find_adapter(tmp_path) == other
     with pytest.raises(ValueError, match="has no adapter_config.json, and no adapter or best or last of a run"):
-        adapter_folder(tmp_path / "gone")
+        find_adapter(tmp_path / "gone")
 
 
 def test_the_prompt_is_the_one_of_training_to_the_last_token(adapter):
@@ -356,7 +358,7 @@ def test_letters_that_the_screen_does_not_have_are_escaped(adapter, monkeypatch)
 
 
 def test_a_question_beyond_the_context_is_named_before_anything_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("minitune.jobs.generate.decode", lambda *args, **options: pytest.fail("something was decoded"))
+    monkeypatch.setattr("minitune.session.decode", lambda *args, **options: pytest.fail("something was decoded"))
     for name, text, place in (
         ("q.json", json.dumps(["a", "word " * 600]), "row 1"),
         ("q.txt", "a\n\n" + "word " * 600, "line 3"),

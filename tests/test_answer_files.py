@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import re
 import signal
 import time
+import zlib
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch
 from minitune.files import write_json
 from minitune.jobs.generate import AnswerConfig, answer
 from minitune.runs import answers
-from minitune.runs.answers import open_answers
+from minitune.runs.answers import open_answers, open_row_answers
 
 QUIET = lambda line: None
 
@@ -86,7 +89,7 @@ def test_ctrl_c_while_answers_are_written_keeps_them_all(many, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_batch_is_in_the_file_when_the_next_one_begins(name, many, tmp_path, monkeypatch):
-    import minitune.jobs.generate as module
+    import minitune.session as module
 
     out, real, seen = tmp_path / name, module.decode, []
 
@@ -153,86 +156,166 @@ def test_a_file_that_is_not_of_answers_is_never_written_over(many, tmp_path):
 
 QUESTIONS = [{"prompt": text} for text in ("a", "b\u2028\n", "c, ]", "d")]
 ANSWERS = [question | {"answer": '"é😀"],\n'} for question in QUESTIONS]
+ROWS = [
+    {"row": row, "answer": text, "tokens": 1, "ended_by": "eos", "reference_loss": [0.5, 2.0]}
+    for row, text in ((2, "a"), (0, "b\u2028\n"), (3, "é"), (1, ""))
+]
+LAYOUTS = (*KINDS, "rows.jsonl")
 
 
-@pytest.mark.parametrize("name", KINDS)
+def opening(path, settings=MappingProxyType({"x": 1}), start_over=False):
+    """A file of one of the LAYOUTS, by its name."""
+    if path.name == "rows.jsonl":
+        return open_row_answers(path, dict(settings), len(ROWS), start_over)
+    return open_answers(path, dict(settings), QUESTIONS, 1, start_over)
+
+
+def wanted(path):
+    return ROWS if path.name == "rows.jsonl" else ANSWERS
+
+
+def plain(records):
+    """Records without their checksums."""
+    return [{key: value for key, value in record.items() if key != "check"} for record in records]
+
+
+def stored(path):
+    """The answers in a file, which must be valid as it is."""
+    return plain(entries(path)[path.name == "rows.jsonl" :])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_file_cut_at_any_byte_goes_on_to_the_same_file(name, tmp_path):
     """As a crash of the machine may leave it."""
     path = tmp_path / name
-    with open_answers(path, {"x": 1}, QUESTIONS, 1, True) as file:
-        file.write(ANSWERS[:1])
-        file.write(ANSWERS[1:])
+    with opening(path, start_over=True) as file:
+        file.write(wanted(path)[:1])
+        file.write(wanted(path)[1:])
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
-        with open_answers(path, {"x": 1}, QUESTIONS, 1, False) as file:
-            assert file.records == ANSWERS[: len(file.records)] == entries(path)
-            file.write(ANSWERS[len(file.records) :]) if len(file.records) < 4 else None
+        with opening(path) as file:
+            count = len(file.records)
+            assert plain(file.records) == wanted(path)[:count] == stored(path)
+            file.write(wanted(path)[count:])
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_full_disk_leaves_the_answers_before(name, tmp_path, monkeypatch):
     path, real = tmp_path / name, answers.write_at
-    with open_answers(path, {}, QUESTIONS, 1, False) as file:
-        file.write(ANSWERS[:2])
+    with opening(path) as file:
+        file.write(wanted(path)[:2])
         before = path.read_bytes()
         short = iter([9])
         monkeypatch.setattr(answers, "write_at", lambda fd, data, at: real(fd, data[: next(short, None)], at))
         with pytest.raises(OSError) as error:
-            file.write(ANSWERS[2:])
+            file.write(wanted(path)[2:])
         assert error.value.errno == errno.ENOSPC and path.read_bytes() == before
-        file.write(ANSWERS[2:])
-    assert entries(path) == ANSWERS
+        file.write(wanted(path)[2:])
+    assert stored(path) == wanted(path)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_an_edited_answer_is_refused_and_one_without_a_checksum_said(name, tmp_path, capsys):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_edited_answer_is_refused(name, tmp_path):
     path = tmp_path / name
-    with open_answers(path, {}, QUESTIONS, 1, False) as file:
-        file.write(ANSWERS[:2])
-        file.write(ANSWERS[2:])
+    with opening(path) as file:
+        file.write(wanted(path)[:2])
+        file.write(wanted(path)[2:])
     whole = path.read_text()
-    for edited in (whole.replace("é", "e", 1), whole.replace('"answer": ', '"answer":  ', 1)):
-        path.write_text(edited)
-        with pytest.raises(ValueError, match="line . was changed after it was written; use --resume never"):
-            with open_answers(path, {}, QUESTIONS, 1, False):
-                pass
-    path.write_text(whole.replace('"answer"', '"tokens": -1, "answer"', 1))
-    with pytest.raises(ValueError, match=r"line .: tokens is -1"), open_answers(path, {}, QUESTIONS, 1, False):
+    path.write_text(whole.replace("é", "e", 1))
+    with pytest.raises(ValueError, match="line . was changed after it was written; use --resume never"), opening(path):
+        pass
+    path.write_text(whole.replace('"answer"', '"tokens": -1, "answer"', 1).replace('"tokens": 1,', ""))
+    with pytest.raises(ValueError, match=r"line .: tokens is -1"), opening(path):
         pass
     path.write_text(whole)
-    write_json(answers.settings_path(path), {})
-    with open_answers(path, {}, QUESTIONS, 1, False) as file:
+    with opening(path) as file:
+        assert plain(file.records) == wanted(path)
+
+
+def test_answers_of_a_minitune_without_checksums_are_taken_and_that_is_said(tmp_path, capsys):
+    path = tmp_path / "answers.json"
+    with opening(path) as file:
+        file.write(ANSWERS)
+    write_json(answers.settings_path(path), {"x": 1})
+    with opening(path) as file:
         assert file.records == ANSWERS and "no checksums" in capsys.readouterr().err
 
 
-def test_a_damaged_line_is_named_and_two_processes_do_not_write_one_file(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    with open_answers(path, {}, QUESTIONS, 1, False) as file:
-        file.write(ANSWERS)
-        with pytest.raises(ValueError, match="another process writes"), open_answers(path, {}, QUESTIONS, 1, False):
+OLD_ROWS = """{"settings": {"quantize": "none", "adapter (sha256)": null, "decoding": {"num_beams": 5}}}
+{"row": 1, "answer": "Paris é", "tokens": 3, "ended_by": "eos", "reference_loss": [0.5, null], "check": "17779ca6a4742353"}
+"""
+
+
+def test_files_of_earlier_commits_are_gone_on_with_and_those_without_a_check_refused(tmp_path):
+    """OLD_ROWS is what commit 933dd78 wrote. Commit 162902e wrote no check."""
+    path = tmp_path / "rows.jsonl"
+    settings = {"quantize": "none", "adapter (sha256)": None, "decoding": {"num_beams": 5}}
+    path.write_text(OLD_ROWS)
+    before = path.read_bytes()
+    for more in ({}, {"a new setting": None}):
+        with opening(path, settings | more) as file:
+            assert [record["answer"] for record in file.records] == ["Paris é"]
+    with opening(path, settings | more) as file:
+        file.write(ROWS[:2])
+    assert path.read_bytes().startswith(before)
+    with opening(path, settings | more) as file:
+        assert sorted(file.rows) == [0, 1, 2]
+    with pytest.raises(ValueError, match="other settings: num_beams 5 -> 4; use --resume never"):
+        with opening(path, settings | {"decoding": {"num_beams": 4}}):
+            pass
+    with pytest.raises(ValueError, match="another adapter"), opening(path, settings | {"adapter (sha256)": "1"}):
+        pass
+
+    path.write_text(re.sub(', "check": "[^"]*"', "", OLD_ROWS))
+    with pytest.raises(ValueError, match="line 2: check is missing, expected text; use --resume never"):
+        with opening(path, settings):
+            pass
+
+    path = tmp_path / "answers.json"
+    path.write_text('[\n{"prompt": "a", "answer": "b"}\n]\n')
+    sums = [zlib.crc32(b'{"prompt": "a", "answer": "b"}')]
+    answers.settings_path(path).write_text(json.dumps({"x": 1, "checksums (crc32)": sums}))
+    with opening(path) as file:
+        file.write(ANSWERS[1:])
+    assert stored(path) == [{"prompt": "a", "answer": "b"}, *ANSWERS[1:]]
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "rows.jsonl"])
+def test_a_damaged_line_is_named_and_two_processes_do_not_write_one_file(name, tmp_path):
+    path = tmp_path / name
+    with opening(path) as file:
+        file.write(wanted(path))
+        with pytest.raises(ValueError, match="another process writes"), opening(path):
             pass
     lines = path.read_text().split("\n")
     path.write_text("\n".join([lines[0], "{", *lines[2:]]))
-    with pytest.raises(ValueError, match="line 2 is no answer"), open_answers(path, {}, QUESTIONS, 1, False):
+    with pytest.raises(ValueError, match="line 2 is no answer"), opening(path):
         pass
-    path.write_text("[1]\n")
-    with (
-        pytest.raises(ValueError, match=r"line 1: it is \[1\], expected an object; use --resume never"),
-        open_answers(path, {}, QUESTIONS, 1, False),
-    ):
+    path.write_text("\n".join([lines[0], "[1]", *lines[2:]]))
+    with pytest.raises(ValueError, match=r"line 2: it is \[1\], expected an object; use --resume never"), opening(path):
         pass
-    answers.settings_path(path).write_text("{}")
-    with (
-        pytest.raises(ValueError, match="other settings: x None -> 1"),
-        open_answers(path, {"x": 1}, QUESTIONS, 1, False),
-    ):
+    with pytest.raises(ValueError, match="other settings: x 1 -> 2"), opening(path, {"x": 2}):
+        pass
+
+
+def test_a_file_of_rows_refuses_what_it_did_not_write(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for content in ("mine", '{"row": 1}\n', "[1]\n", '{"settings": 3}\n', '{"settings": {"decoding": 1}}\n', "\xff\n"):
+        path.write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match="line 1 has no settings: it is not a file of answers"), opening(path):
+            pass
+        assert path.read_bytes() == content.encode("latin-1")
+    with opening(path, start_over=True) as file:
+        file.write(ROWS)
+    path.write_text(path.read_text() + path.read_text().split("\n")[1] + "\n")
+    with pytest.raises(ValueError, match="line 6 answers row 2 again, or there is no such row"), opening(path):
         pass
 
 
 def test_what_is_printed_of_a_file_comes_batch_by_batch_and_a_stopped_list_is_closed(many, capsys, monkeypatch):
-    import minitune.jobs.generate as module
+    import minitune.session as module
 
     real, calls = module.decode, []
 
@@ -255,7 +338,7 @@ def test_what_is_printed_of_a_file_comes_batch_by_batch_and_a_stopped_list_is_cl
 
 
 def test_out_of_memory_names_the_options_and_keeps_the_answers_before(many, tmp_path, monkeypatch):
-    import minitune.jobs.generate as module
+    import minitune.session as module
 
     real, calls, out = module.decode, [], tmp_path / "answers.jsonl"
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from minitune import data, hub
+from minitune import data, hub, session
 from minitune.adapters import lora
 from minitune.checkpoint import load_model
 from minitune.config import TrainConfig, parse
 from minitune.decoding.options import GenerateConfig
 from minitune.evaluation import held_out as module
 from minitune.evaluation import metrics, scoring
-from minitune.evaluation.held_out import Run, read_options
+from minitune.evaluation.held_out import Run
 from minitune.files import read_json, write_json
 from minitune.generate import generate
 from minitune.jobs.evaluate import EvaluateConfig, evaluate
@@ -32,7 +32,7 @@ from minitune.metrics.perplexity import judge_perplexity
 from minitune.metrics.rouge import rouge_l, rouge_lsum, rouge_n
 from minitune.metrics.significance import bootstrap_interval, paired_bootstrap, paired_permutation
 from minitune.metrics.token_f1 import token_f1
-from minitune.runs.folder import read_lines
+from minitune.runs.folder import read_lines, read_options
 from minitune.screen import cells
 from minitune.tokenizer import load_tokenizer
 from minitune.train import train
@@ -251,14 +251,14 @@ def test_more_rows_go_on_from_fewer(run):
 def test_other_settings_are_refused_by_name_and_resume_never_answers_again(run):
     config = EvaluateConfig(run=str(run), max_new_tokens=6, resamples=20, base=False, limit=3)
     evaluate(config, QUIET)
-    with pytest.raises(ValueError, match=r"other settings: max_new_tokens 6 -> 7. Use --resume never"):
+    with pytest.raises(ValueError, match=r"other settings: max_new_tokens 6 -> 7; use --resume never"):
         evaluate(replace(config, max_new_tokens=7), QUIET)
     evaluate(replace(config, max_new_tokens=7, resume="never"), QUIET)
     evaluate(replace(config, max_new_tokens=7, top_p=0.5), QUIET)  # which greedy decoding does not read
     shutil.rmtree(run / "adapter")
     train(read_options(run).replace(max_steps=9, run=str(run), resume="never"), QUIET)
     with pytest.raises(
-        ValueError, match="answers of another adapter: the run was trained again since. Use --resume never"
+        ValueError, match="answers of another adapter, or of one that was trained again since; use --resume never"
     ):
         evaluate(replace(config, max_new_tokens=7), QUIET)
     head, *rest = answers_file(run).read_text().split("\n", 1)
@@ -280,8 +280,8 @@ def test_other_settings_are_refused_by_name_and_resume_never_answers_again(run):
         (b'{"row": 0}\n', "line 2: answer is missing"),
         (b'{"row": -1}\n', "line 2: row is -1, expected a whole number"),
         (b"[1]\n", r"line 2: it is \[1\], expected an object"),
-        (b"[" * 100_000 + b"\n1\n", "line 2 is not"),
-        (b'{"row": \n[1]\n', "line 2 is not"),
+        (b"[" * 100_000 + b"\n1\n", "line 2 is no answer"),
+        (b'{"row": \n[1]\n', "line 2 is no answer"),
     ],
 )
 def test_a_damaged_file_of_answers_is_said_with_its_line(run, content, message):
@@ -301,7 +301,7 @@ def test_answers_and_losses_that_were_edited_are_refused(run):
     for changed in changes:
         edited = [*lines[:1], lines[1] | changed, *lines[2:]]
         answers_file(run).write_text("".join(json.dumps(line) + "\n" for line in edited))
-        with pytest.raises(ValueError, match="line 2 was changed after it was written. Use --resume never"):
+        with pytest.raises(ValueError, match="line 2 was changed after it was written; use --resume never"):
             evaluate(config, QUIET)
     twice = [*lines[:2], lines[1]]
     answers_file(run).write_text("".join(json.dumps(line) + "\n" for line in twice))
@@ -350,7 +350,7 @@ def test_prompt_completion_rows_are_asked_as_they_were_trained(run, tmp_path):
 
 def test_ctrl_c_says_what_is_there_and_a_prompt_without_room_its_rows(run, monkeypatch):
     config = EvaluateConfig(run=str(run), max_new_tokens=4, batch_size=4)
-    decode, calls = module.decode, []
+    decode, calls = session.decode, []
 
     def fail_at_the_second(error):
         def failing(*args, **options):
@@ -361,11 +361,11 @@ def test_ctrl_c_says_what_is_there_and_a_prompt_without_room_its_rows(run, monke
 
         return failing
 
-    monkeypatch.setattr(module, "decode", fail_at_the_second(KeyboardInterrupt()))
+    monkeypatch.setattr(session, "decode", fail_at_the_second(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt, match="jsonl has 4 answers; the same command goes on"):
         evaluate(config, QUIET)
     calls.clear()
-    monkeypatch.setattr(module, "decode", fail_at_the_second(ValueError("prompt 0 has 999 tokens")))
+    monkeypatch.setattr(session, "decode", fail_at_the_second(ValueError("prompt 0 has 999 tokens")))
     with pytest.raises(ValueError, match="held-out rows 8 to 11: prompt 0 has 999 tokens"):
         evaluate(config, QUIET)
 
@@ -486,7 +486,7 @@ def test_options_that_cannot_work_are_refused_before_anything_is_read(options, m
 
 
 def test_a_judge_or_an_encoder_that_is_not_there_is_said_before_anything_is_decoded(run, monkeypatch):
-    monkeypatch.setattr(module, "decode", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr(session, "decode", lambda *args: pytest.fail("decoded"))
     for options in ({"judge": "/nowhere"}, {"encoder": "/nowhere"}):
         with pytest.raises(ValueError, match="the folder /nowhere does not exist; expected"):
             evaluate(EvaluateConfig(run=str(run), **options), QUIET)
@@ -524,7 +524,7 @@ def test_a_note_of_many_values_names_the_first_of_them(tmp_path):
 
 def test_an_evaluation_that_could_not_be_written_is_said_before_anything_is_decoded(run, monkeypatch):
     (run / "evaluation.json").mkdir()
-    monkeypatch.setattr(module, "decode", lambda *args, **options: pytest.fail("decoded"))
+    monkeypatch.setattr(session, "decode", lambda *args, **options: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="evaluation.json is a folder, expected a file to write"):
         evaluate(EvaluateConfig(run=str(run)), QUIET)
 

@@ -1,6 +1,7 @@
 """The shape of the house: who may import whom, the kernels/ folder's name, and what the project must not depend on."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,25 @@ def test_a_folder_s_readme_lists_its_modules_and_nothing_else(folder):
     assert {str(p.relative_to(ROOT)) for p in listed ^ real} == set(), (
         "listed without being there, or there without being listed"
     )
+
+
+def test_the_four_walks_name_files_and_functions_that_are_there():
+    """A name without a dot is defined in a file of its line; one with a dot, or of a line without files, in the house."""
+    house = [
+        p for room in ("minitune", "kernels", "scripts") for p in (ROOT / room).rglob("*") if p.suffix in (".py", ".c")
+    ]
+    texts = {path: path.read_text() for path in house}
+    walks = (ROOT / "minitune" / "README.md").read_text().split("## Four walks")[1].split("\n## ")[0]
+    assert walks.count("**From ") == 4
+    for line in walks.splitlines():
+        names = [name for name in re.findall(r"`([\w./]+)`", line) if name not in ("torch", "F.linear")]
+        files = {name: [p for p in house if p in (ROOT / name, ROOT / "minitune" / name)] for name in names}
+        here = [path for found in files.values() for path in found]
+        for name in names:
+            if re.search(r"\.(py|c)$", name):
+                assert files[name], f"{name} is not there: {line}"
+                continue
+            last = name.split(".")[-1]
+            places = here if here and "." not in name else house
+            definition = re.compile(rf"(def|class) {last}\b|^(int|void) {last}\(", re.M)
+            assert any(path.stem == last or definition.search(texts[path]) for path in places), f"{name}: {line}"

@@ -17,6 +17,7 @@ from minitune.files import read_json
 from minitune.models import build
 from minitune.runs import folder as run_folder
 from minitune.runs.folder import append_line, hold, keep_lines, read_lines
+from minitune.session import Answerer, ModelConfig
 from minitune.train import train
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -32,6 +33,19 @@ def test_an_adapter_has_one_fingerprint_and_none_where_it_is_not_whole(copied):
     (copied / "adapter" / "adapter_model.safetensors").unlink()
     assert run_folder.adapter_fingerprint(copied / "adapter") is None
     assert run_folder.adapter_fingerprint(None) is None
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_every_job_takes_the_first_adapter_of_a_run_that_is_whole(missing, copied):
+    """generate, evaluate and the report, where adapter/ lacks a file."""
+    (copied / "adapter" / missing).unlink()
+    assert run_folder.adapter_folder(copied) == run_folder.find_adapter(copied) == copied / "best"
+    assert Answerer(ModelConfig(adapter=str(copied)), quiet).adapter == copied / "best"
+    shutil.rmtree(copied / "best")
+    shutil.rmtree(copied / "last")
+    assert run_folder.adapter_folder(copied) is None
+    with pytest.raises(ValueError, match="of a run with adapter_config.json and adapter_model.safetensors"):
+        run_folder.find_adapter(copied)
 
 
 def test_lines_survive_separators_kills_and_numbers_that_json_lacks(tmp_path):

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from minitune import hub
+from minitune import hub, session
 from minitune import train as training
 from minitune.checkpoint import load_model
 from minitune.config import TrainConfig, parse, sigterm_as_ctrl_c
 from minitune.decoding.options import GenerateConfig
 from minitune.evaluation import held_out as evaluating
-from minitune.evaluation.held_out import read_options
 from minitune.files import read_json, write_json
 from minitune.generate import Decoder, generate
 from minitune.jobs import sweep as module
@@ -24,7 +23,7 @@ from minitune.jobs.evaluate import EvaluateConfig, evaluate
 from minitune.jobs.sweep import SweepConfig, decoding_points, sweep, table
 from minitune.metrics.significance import paired_permutation
 from minitune.reports.results import read_results
-from minitune.runs.folder import hold, read_lines
+from minitune.runs.folder import hold, read_lines, read_options
 from minitune.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,9 +50,9 @@ def run(trained, tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The decoding options of every batch that goes through the model, and how often a model was loaded."""
-    seen, decode, answerer = [], evaluating.decode, evaluating.Answerer
+    seen, decode, answerer = [], session.decode, evaluating.Answerer
     monkeypatch.setattr(
-        evaluating,
+        session,
         "decode",
         lambda m, p, config, *args, **options: seen.append(config) or decode(m, p, config, *args, **options),
     )

@@ -5,38 +5,28 @@ import json
 import math
 import os
 import shlex
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 
-from minitune import data, hub, schema, screen
+from minitune import data, hub, screen
 from minitune.adapters import lora
-from minitune.config import TrainConfig, arg, from_file, positive
+from minitune.config import arg, positive
 from minitune.device import choose_device, choose_dtype, environment
 from minitune.evaluation import scoring
 from minitune.evaluation.scoring import ScoreConfig
-from minitune.files import differences, fingerprint, prove_writable, read_json, to_json, write_json, write_whole
-from minitune.generate import Prefix, decode, earlier_copies
+from minitune.files import fingerprint, write_json
+from minitune.generate import Prefix
 from minitune.generation_config import DecodingOptions, settle
 from minitune.metrics.perplexity import sequence_nll
 from minitune.model_folder import ModelFolder
-from minitune.runs.folder import adapter_fingerprint, adapter_folder, append_line, hold, read_lines
-from minitune.schema import COUNT
-from minitune.screen import short
+from minitune.runs.answers import ADAPTER, open_row_answers
+from minitune.runs.folder import adapter_fingerprint, adapter_folder, hold, read_options
 from minitune.session import Answerer, ModelConfig, read_facts
 from minitune.study.names import point_name
 
 GROUP = 16  # held-out rows whose loss is computed together
-ANSWER = {  # a line of generations/NAME.jsonl behind its first, which is {"settings": {...}}
-    "row": COUNT,
-    "answer": str,
-    "tokens": COUNT,
-    "ended_by": {"eos", "stop", "length"},
-    "reference_loss": [(float, None)],
-    "check": str,
-}
 
 
 @dataclass(frozen=True)
@@ -161,7 +151,7 @@ class Run:
     def __init__(self, config, say):
         self.config, self.say, self.folder = config, say, Path(config.run)
         self.options = read_options(self.folder)
-        self.adapter = find_adapter(self.folder, say)
+        self.adapter = self.find_adapter()
         self.model_folder = ModelFolder.open(self.options.model, self.options.revision)
         self.tokenizer = self.model_folder.tokenizer
         [self.test] = data.load_for(self.options, self.tokenizer, ("test",))
@@ -188,8 +178,18 @@ class Run:
         self.prefixes, self.prefix_room = {}, 0  # (is_tuned, rows) -> Prefix, and the bytes that they may still take
         self.known = {}  # (is_tuned, meaning of a decoding) -> {row: its answer}: what another point need not decode again
         self.said = set()  # lines about decodings
-        self.working_on = None  # the file of the answers that were asked for last
-        self.settings_check = None  # what it was made with
+        self.working_on = None  # the RowAnswers that were asked for last
+
+    def find_adapter(self):
+        """The folder of the run's adapter. Says where the run did not end."""
+        found = adapter_folder(self.folder)
+        if found is None:
+            raise ValueError(
+                f"{self.folder} has no adapter/, best/ or last/ with weights; train it first: scripts/train.py"
+            )
+        if found.name != "adapter":
+            self.say(f"{self.folder} did not end its training: {found} is evaluated")
+        return found
 
     @functools.cached_property
     def answerer(self):
@@ -256,84 +256,73 @@ class Run:
             "template": self.test.row_format,
             "decoding": json.loads(json.dumps(asdict(self.decoding(config)))),
             **score_settings(config),
-            "facts": self.facts | {"adapter (sha256)": self.adapter_sha256},
+            "facts": self.facts | {ADAPTER: self.adapter_sha256},
         }
 
     def answer_settings(self, is_tuned, decoding):
         """The same for the answers alone, of one system."""
-        settings = self.facts | {"adapter (sha256)": self.adapter_sha256 if is_tuned else None}
+        settings = self.facts | {ADAPTER: self.adapter_sha256 if is_tuned else None}
         return settings | {"decoding": json.loads(json.dumps(asdict(decoding.meaning())))}
 
     def check_answers(self, config, folder, with_base, point):
         """Raises ValueError where `folder` holds answers of other settings than evaluate() would give."""
         decoding = self.decoding(config)
         for is_tuned in (True, False)[: 1 + with_base]:
-            file = folder / "generations" / f"{self.name(is_tuned)}_{point}.jsonl"
-            read_answers(file, self.answer_settings(is_tuned, decoding), len(self.test.examples))
+            path = folder / "generations" / f"{self.name(is_tuned)}_{point}.jsonl"
+            if path.exists():
+                with open_row_answers(path, self.answer_settings(is_tuned, decoding), len(self.test.examples), False):
+                    pass
 
-    def answers(self, is_tuned, decoding, file):
-        """The records of one system, in order: those in `file`, and the others decoded and appended to it."""
+    def answers(self, is_tuned, decoding, path):
+        """The records of one system, in order: those in the file `path`, and the others decoded and appended to it."""
         settings = self.answer_settings(is_tuned, decoding)
-        prove_writable(file)
-        if self.config.resume == "never":
-            file.unlink(missing_ok=True)
         found = self.known.setdefault((is_tuned, decoding.meaning()), {})
-        done = read_answers(file, settings, len(self.test.examples))
-        if not done:
-            write_whole(file, to_json({"settings": settings}) + "\n")
-        self.working_on, self.settings_check = file, fingerprint(settings)
-        for row in sorted(found.keys() - done.keys()):
-            append_line(file, done.setdefault(row, found[row]))
-        found |= done
-        size = 1 if decoding.lookup else self.config.batch_size
-        rows = range(len(self.examples))
-        missing = [row for row in rows if row not in found]
-        if missing:
-            self.decode_batches(
-                [rows[i : i + size] for i in range(0, len(rows), size)], is_tuned, decoding, file, found
-            )
-        return [self.record(row, found[row]) for row in rows]
+        with open_row_answers(path, settings, len(self.test.examples), self.config.resume == "never") as file:
+            self.working_on = file
+            file.write([found[row] for row in sorted(found.keys() - file.rows.keys())])
+            found |= file.rows
+            if any(row not in found for row in range(len(self.examples))):
+                self.decode_rows(is_tuned, decoding, file, found)
+        return [self.record(row, found[row]) for row in range(len(self.examples))]
 
     def kept(self):
         """What a stop leaves, in words."""
         if self.working_on is None:
             return "what was answered is kept"
-        number = len(read_lines(self.working_on)) - 1  # without its settings
-        return f"{self.working_on} has {number} answer{'s' * (number != 1)}"
+        number = len(self.working_on.records)
+        return f"{self.working_on.path} has {number} answer{'s' * (number != 1)}"
 
-    def decode_batches(self, batches, is_tuned, decoding, file, found):
-        """Decode the batches that have a row which is not `found`. A batch is the same one after a kill: so are its answers."""
-        answerer, tokens = self.answerer, 0
+    def decode_rows(self, is_tuned, decoding, file, found):
+        """Decode the rows that are not `found`, and append their answers to a RowAnswers and to `found`."""
+        answerer = self.answerer
         answerer.decoding = decoding
-        model = answerer.model  # which loads: not a part of the time that is measured
-        started = time.perf_counter()
-        done = sum(row in found for batch in batches for row in batch)
-        every = [example.ids[: example.prompt_length] for example in self.examples]
-        earlier = earlier_copies(every)
-        bar = screen.progress(len(self.examples), "answer", initial=done, desc=file.stem)
-        with nullcontext() if is_tuned else lora.switched_off(model), bar:
-            for batch in batches:
-                if all(row in found for row in batch):
-                    continue
-                prompts, copies = [every[row] for row in batch], [earlier[row] for row in batch]
-                try:
-                    with self.prefix_of(is_tuned, batch) as prefix:
-                        answers, _ = decode(model, prompts, decoding, answerer.tokenizer, prefix=prefix, copies=copies)
-                except ValueError as error:
-                    raise ValueError(f"held-out rows {batch[0]} to {batch[-1]}: {error}") from None
-                losses = self.reference_losses(is_tuned, batch)
-                for row, answer, loss in zip(batch, answers, losses, strict=True):
-                    tokens += len(answer.ids)
-                    if row not in found:
-                        found[row] = {"row": row, "answer": answerer.text(answer), "tokens": len(answer.ids)}
-                        loss = [value if math.isfinite(value) else None for value in loss]
-                        found[row] |= {"ended_by": answer.ended_by, "reference_loss": loss}
-                        found[row] |= {"check": check_of(found[row], self.settings_check)}
-                        append_line(file, found[row])
-                        bar.update()
-                seconds = time.perf_counter() - started
-                bar.set_postfix(tokens_per_s=f"{tokens / seconds:.0f}", refresh=False)
-        self.say(f"{file.stem}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")
+
+        def take(batch, answers):
+            records = []
+            for row, answer, loss in zip(batch, answers, self.reference_losses(is_tuned, batch), strict=True):
+                records.append(
+                    {
+                        "row": row,
+                        "answer": answerer.text(answer),
+                        "tokens": len(answer.ids),
+                        "ended_by": answer.ended_by,
+                        "reference_loss": [value if math.isfinite(value) else None for value in loss],
+                    }
+                )
+            file.write([record for record in records if record["row"] not in found])
+            found.update(file.rows)
+
+        prompts = [example.ids[: example.prompt_length] for example in self.examples]
+        with nullcontext() if is_tuned else lora.switched_off(answerer.model):
+            answerer.decode_batches(
+                prompts,
+                self.config.batch_size,
+                found.__contains__,
+                take,
+                unit="held-out row",
+                label=file.path.stem,
+                prefix_of=functools.partial(self.prefix_of, is_tuned),
+            )
 
     @contextmanager
     def prefix_of(self, is_tuned, batch):
@@ -363,69 +352,3 @@ class Run:
             "reference": given["output" if is_alpaca else "completion"],
             **answer,
         }
-
-
-def read_options(folder):
-    """The TrainConfig in a run folder."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; expected a run folder of scripts/train.py")
-    stored = read_json(path)
-    if isinstance(stored, dict) and "model_type" in stored:
-        raise ValueError(f"{folder} is the folder of a model; expected a run folder of scripts/train.py")
-    stored = from_file(TrainConfig, path)
-    return TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
-
-
-def find_adapter(folder, say):
-    """The folder of a run's adapter. Says where the run did not end."""
-    found = adapter_folder(folder)
-    if found is None:
-        raise ValueError(f"{folder} has no adapter/, best/ or last/ with weights; train it first: scripts/train.py")
-    if found.name != "adapter":
-        say(f"{folder} did not end its training: {found} is evaluated")
-    return found
-
-
-def read_answers(file, settings, rows):
-    """{row: answer} of a file that an earlier start wrote. Raises ValueError where it holds those of other settings, or was
-    changed since."""
-    first, *records = read_lines(file) or [None]
-    if first is None:
-        return {}
-    stored = first.get("settings") if isinstance(first, dict) else None
-    if not isinstance(stored, dict):
-        raise ValueError(f"{file}, line 1 has no settings: it is not a file of answers; move it, or use --resume never")
-    if stored != settings:
-        raise ValueError(other_settings(file, stored, settings))
-    found, settings_check = {}, fingerprint(settings)
-    for number, record in enumerate(records, 2):
-        where = f"{file}, line {number}"
-        schema.check(record, ANSWER, where)
-        if not record["row"] < rows or record["row"] in found:
-            raise ValueError(f"{where} answers row {short(record['row'])} again, or there is no such row. {ANEW}")
-        if record["check"] != check_of(record, settings_check):
-            raise ValueError(f"{where} was changed after it was written. {ANEW}")
-        found[record["row"]] = record
-    content = "".join(to_json(line) + "\n" for line in (first, *records))
-    if file.read_bytes() != content.encode():  # a torn last line, which the next one would be glued to
-        write_whole(file, content)
-    return found
-
-
-ANEW = "Use --resume never to answer again"
-
-
-def check_of(record, settings_check):
-    """What a line of answers says of the rest of it, and of the settings that it was made with."""
-    rest = {key: value for key, value in record.items() if key != "check"}
-    return fingerprint([rest, settings_check])[:16]
-
-
-def other_settings(file, stored, settings):
-    """What is wrong with answers of other settings, in words."""
-    key = "adapter (sha256)"
-    if stored.get(key) != settings[key] and {**stored, key: None} == {**settings, key: None}:
-        return f"{file} holds answers of another adapter: the run was trained again since. {ANEW}"
-    flat = [{k: v for k, v in s.items() if k != "decoding"} | dict(s.get("decoding") or {}) for s in (stored, settings)]
-    return f"{file} holds answers of other settings: {screen.some(differences(*flat)) or 'a field is missing'}. {ANEW}"

@@ -13,8 +13,8 @@ from minitune.files import write_json
 from minitune.formats.templates import conversation
 from minitune.generate import decode
 from minitune.models.cache import Memory
-from minitune.screen import short
-from minitune.session import Answerer, ModelConfig, Writer, out_of_memory_explained
+from minitune.screen import Writer, short
+from minitune.session import Answerer, ModelConfig, out_of_memory_explained
 
 HELP = (
     "/reset forgets the conversation, /save FILE writes it as JSON, /help, /quit or Ctrl-D ends, Ctrl-C stops an answer"

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -12,10 +11,10 @@ from minitune.config import arg
 from minitune.files import expand, prove_writable, to_json, write_json, write_whole
 from minitune.formats import files as row_files
 from minitune.formats.templates import BOS, alpaca_prompt, conversation
-from minitune.generate import decode, earlier_copies
-from minitune.runs.answers import open_answers, settings_path
+from minitune.runs.answers import ADAPTER, open_answers, settings_path
 from minitune.runs.folder import adapter_fingerprint
-from minitune.session import Answerer, ModelConfig, Writer, out_of_memory_explained, speaks_unicode
+from minitune.screen import Writer, speaks_unicode
+from minitune.session import Answerer, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def answer(config, say=screen.tell):
                 is_done = len(file.records) == file.total
                 say(f"{file.progress()}; {'nothing is left to do' if is_done else 'going on'}")
             try:
-                decode_batches(answerer, questions, prompts, file.write, len(file.records), say, places)
+                decode_questions(answerer, questions, prompts, places, file.write, len(file.records))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"{file.progress()}; the same command goes on") from None
             say(f"{file.progress()}; score them: scripts/evaluate.py --predictions {config.out} --references FILE")
@@ -110,7 +109,7 @@ def answer(config, say=screen.tell):
                 write(found)
 
         try:
-            decode_batches(answerer, questions, prompts, take, 0, say, places, writer)
+            decode_questions(answerer, questions, prompts, places, take, on_token=writer)
         except BaseException:
             if writer and writer.shown:
                 writer.end(writer.shown)  # what is said next gets a line of its own
@@ -120,45 +119,24 @@ def answer(config, say=screen.tell):
     return records
 
 
-def decode_batches(answerer, questions, prompts, write, done, say, places, writer=None):
-    """Decode the prompts, and call write(records) after each batch. done: answers that are there, of the first prompts; a batch
-    is the same one whatever is there, and so are its answers. places: where the questions stand."""
+def decode_questions(answerer, questions, prompts, places, write, done=0, on_token=None):
+    """Decode the prompts, and call write(records) after each batch. done: answers that are there, of the first prompts; places:
+    where the questions stand."""
     config, each = answerer.config, answerer.decoding.num_return_sequences
     if done == len(prompts) * each:
         return
-    size = 1 if config.lookup else config.batch_size
-    check_lengths(answerer, prompts, places, say)  # which loads the model: not a part of the time that is measured
-    tokens = guessed = accepted = 0
-    copies = earlier_copies(prompts)
-    started = time.perf_counter()
-    with screen.progress(
-        len(prompts), "prompt", initial=done // each, disable=None if len(prompts) > 1 else True
-    ) as bar:
-        for start in range(0, len(prompts), size):
-            batch = range(start, min(start + size, len(prompts)))
-            if batch.stop * each <= done:
-                continue
-            with out_of_memory_explained(answerer.decoding, len(batch)):
-                answers, counts = decode(
-                    answerer.model,
-                    [prompts[i] for i in batch],
-                    answerer.decoding,
-                    answerer.tokenizer,
-                    writer,
-                    copies=[copies[i] for i in batch],
-                )
-            records = [
-                record(found, answerer, questions[i], len(prompts[i]), config.logprobs)
-                for i, found in zip((i for i in batch for _ in range(each)), answers, strict=True)
-            ]
-            tokens += sum(entry["tokens"] for entry in records)
-            guessed, accepted = guessed + counts.guessed, accepted + counts.accepted
-            write(records[max(0, done - start * each) :])
-            bar.set_postfix(tokens_per_s=f"{tokens / (time.perf_counter() - started):.0f}", refresh=False)
-            bar.update(batch.stop - max(start, done // each))
-    seconds = time.perf_counter() - started
-    share = f"; lookup guessed {guessed}, of which {accepted} were right" if guessed else ""
-    say(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{share}")
+    check_lengths(answerer, prompts, places)
+
+    def take(batch, answers):
+        numbers = (i for i in batch for _ in range(each))
+        records = [
+            record(found, answerer, questions[i], len(prompts[i]), config.logprobs)
+            for i, found in zip(numbers, answers, strict=True)
+        ]
+        write(records[max(0, done - batch.start * each) :])
+
+    is_done = lambda i: (i + 1) * each <= done
+    answerer.decode_batches(prompts, config.batch_size, is_done, take, on_token=on_token)
 
 
 def encode_question(answerer, question, place):
@@ -174,7 +152,7 @@ def encode_question(answerer, question, place):
         raise ValueError(f"{place}: {error}") from None
 
 
-def check_lengths(answerer, prompts, places, say):
+def check_lengths(answerer, prompts, places):
     """Before anything is decoded: raises ValueError where a prompt leaves no room, and says where an answer may not have it."""
     context, longest = answerer.model.config.max_position_embeddings, max(map(len, prompts))
     if longest >= context:
@@ -190,9 +168,9 @@ def check_lengths(answerer, prompts, places, say):
             "--max-new-tokens, or shorten it"
         )
     if asked > context:
-        say(f"an answer has at most {context} tokens, the model's context, and not {asked:,}")
+        answerer.say(f"an answer has at most {context} tokens, the model's context, and not {asked:,}")
     if (total := min(longest + min(asked, context), both)) > context:
-        say(
+        answerer.say(
             f"warning: prompt and answer may come to {total} tokens; the model was trained on {context}, and gets worse beyond"
         )
 
@@ -203,7 +181,7 @@ def answer_settings(answerer):
     settings = {
         "model": answerer.name,
         "model files (sha256)": answerer.folder.fingerprint,
-        "adapter (sha256)": adapter_fingerprint(answerer.adapter),
+        ADAPTER: adapter_fingerprint(answerer.adapter),
         "template": answerer.template,
         **({} if answerer.special_text == "text" else {"special text": answerer.special_text}),
         "quantize": answerer.quantize,

@@ -17,12 +17,12 @@ from minitune import schema, screen
 from minitune.config import TrainConfig, arg, field_type, misfit, positive
 from minitune.decoding.options import GenerateConfig
 from minitune.evaluation import scoring
-from minitune.evaluation.held_out import DecodeConfig, EvaluateConfig, Run, next_command, read_options, sealed, stopped
+from minitune.evaluation.held_out import DecodeConfig, EvaluateConfig, Run, next_command, sealed, stopped
 from minitune.evaluation.metrics import METRICS, Rows
 from minitune.evaluation.scoring import ScoreConfig
 from minitune.files import read_json, write_json
 from minitune.generation_config import OPTIONS
-from minitune.runs.folder import hold
+from minitune.runs.folder import hold, read_options
 from minitune.screen import table_lines, wrap
 from minitune.study.names import CENTRE, STUDY, point_name, written
 from minitune.train import train

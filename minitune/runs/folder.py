@@ -13,13 +13,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from minitune.config import TrainConfig, from_file
 from minitune.device import environment
-from minitune.files import parse_json, read_bytes, read_json, to_json, write_json, write_whole
+from minitune.files import expand, parse_json, read_bytes, read_json, to_json, write_json, write_whole
 from minitune.locks import held
 from minitune.schema import COUNT, check
 from minitune.screen import short
 
 ADAPTERS = ("adapter", "best", "last")  # of a run folder, the first that is there
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def hold(run):
                     raise ValueError(
                         f"{run} is the folder of a model, which a run would overwrite; choose another --run"
                     )
-            for half in (path for part in ("", "adapter", "best", "last") for path in (run / part).glob(".*.part")):
+            for half in (path for part in ("", *ADAPTERS) for path in (run / part).glob(".*.part")):
                 half.unlink()
             yield
     finally:
@@ -149,9 +151,36 @@ def file_sha256(path):
 
 def adapter_folder(run):
     """Where the adapter of a run lies: adapter/, which train.py writes in the end; of a run that did not end best/ or last/.
-    None where there is none."""
-    folders = (Path(run) / name for name in ADAPTERS)
-    return next((folder for folder in folders if (folder / "adapter_model.safetensors").is_file()), None)
+    None where no such folder has both files of an adapter."""
+    return next((folder for name in ADAPTERS if has_adapter(folder := Path(run) / name)), None)
+
+
+def has_adapter(folder):
+    return all((folder / name).is_file() for name in ADAPTER_FILES)
+
+
+def find_adapter(path):
+    """The folder of an adapter: `path`, or what adapter_folder() finds in it. Raises ValueError where there is none."""
+    folder = expand(path)
+    found = folder if (folder / ADAPTER_FILES[0]).is_file() else adapter_folder(folder)
+    if found is None:
+        raise ValueError(
+            f"{short(str(path))} is not the folder of an adapter: it has no {ADAPTER_FILES[0]}, and no "
+            f"{' or '.join(ADAPTERS)} of a run with {' and '.join(ADAPTER_FILES)}"
+        )
+    return found
+
+
+def read_options(run):
+    """The TrainConfig of a run folder. Raises ValueError where it is none."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run} has no config.json; expected a run folder of scripts/train.py")
+    stored = read_json(path)
+    if isinstance(stored, dict) and "model_type" in stored:
+        raise ValueError(f"{run} is the folder of a model; expected a run folder of scripts/train.py")
+    stored = from_file(TrainConfig, path)
+    return TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
 
 
 def adapter_fingerprint(folder):
@@ -160,7 +189,7 @@ def adapter_fingerprint(folder):
     Whatever is made from an adapter (answers, scores, points of a sweep) stores it: what does not fit is out of date."""
     if folder is None:
         return None
-    parts = [file_sha256(Path(folder) / name) for name in ("adapter_config.json", "adapter_model.safetensors")]
+    parts = [file_sha256(Path(folder) / name) for name in ADAPTER_FILES]
     return None if None in parts else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -194,11 +223,7 @@ def start_run(run, config, device, fingerprint):
         "metrics.jsonl",
         "samples.jsonl",
         "curves.png",
-        *(
-            f"{part}/{file}"
-            for part in ("adapter", "best", "last")
-            for file in ("adapter_model.safetensors", "adapter_config.json", "minitune.json")
-        ),
+        *(f"{part}/{file}" for part in ADAPTERS for file in (*reversed(ADAPTER_FILES), "minitune.json")),
     ):
         (run / name).unlink(missing_ok=True)
     write_config(run, config)
