@@ -283,7 +283,7 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_no_tape_running():
         other = Tape()
         other.record(lambda x: ops_cpu.add(x, x), x.clone())
         other.inputs[0].mul_(3)
-        assert torch.equal(other.play(), 6 * x)
+        assert torch.equal(other.replay(), 6 * x)
 
 
 def test_a_tape_that_an_interrupt_left_open_is_closed_when_it_goes():
@@ -295,7 +295,7 @@ def test_a_tape_that_an_interrupt_left_open_is_closed_when_it_goes():
             ops_cpu.add(x, x)  # to memory that is another's now, if it were written down
         other = Tape()
         other.record(lambda x: ops_cpu.add(x, x), x.clone())
-        assert torch.equal(other.play(), 2 * x)
+        assert torch.equal(other.replay(), 2 * x)
 
 
 def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
