@@ -1,6 +1,6 @@
-"""Decoding: a model and prompts in, new tokens out. Greedy, sampling, beam search and beam sampling over a key-value cache.
+"""Decoding: new tokens for prompts. Greedy decoding, sampling, beam search and beam sampling with a key-value cache.
 
-The options mean what they mean in transformers, whose tokens these are. It never loads a model."""
+The options mean what they mean in transformers, and the tokens are the same. Not here: loading a model (session.py)."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,20 +19,21 @@ from minitune.models.layers import LayerNorm, Linear, RMSNorm
 from minitune.quant import NF4Linear
 from minitune.screen import some
 
-NORMS = {RMSNorm: "rms_norm", LayerNorm: "layer_norm"}  # module -> its operation
+NORMS = {RMSNorm: "rms_norm", LayerNorm: "layer_norm"}  # class of a module -> its operation in ops
+# hidden_act of config.json -> the operation of the MLP in ops
 BY_ACTIVATION = {"silu": "swiglu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # Default length of a guess: 7 guessed tokens and the last one are 8 rows, which cost one pass over the weights.
 FREE_LOOKUP = 7
-PREFILL_TOKENS = 2048  # largest number of prompt tokens in one call of the model
+PREFILL_TOKENS = 2048  # most prompt tokens in one call of the model
 
 
 @dataclass
 class Counts:
-    """What a decoding did: steps of the model after the prompts, tokens guessed by lookup and how many of them were right."""
+    """Counts of one decoding."""
 
-    steps: int = 0
-    guessed: int = 0
-    accepted: int = 0
+    steps: int = 0  # calls of the model after the prompts were read
+    guessed: int = 0  # tokens guessed by prompt lookup
+    accepted: int = 0  # guessed tokens that were right
 
 
 @dataclass
@@ -40,35 +41,35 @@ class Prefix:
     """Keys, values and logits of some prompts, for decoding the same prompts again with the same model. decode() fills an empty
     Prefix, and uses a filled one instead of running the model over the prompts."""
 
-    parts: list | None = None  # of each layer: {prompt: (keys, values)}
-    logits: torch.Tensor | None = None  # (B, V) after each prompt
+    parts: list | None = None  # for each layer: {index of the prompt: (keys, values), each (H_kv, P, D)}
+    logits: torch.Tensor | None = None  # (B, V), of the token after each prompt
 
     def bytes(self):
-        """Memory of the keys and values."""
+        """Memory of the keys and values, in bytes."""
         pairs = [pair for layer in self.parts for pair in layer.values()]
         return sum(t.numel() * t.element_size() for pair in pairs for t in pair)
 
 
 def generate(model, prompts, config, tokenizer=None):
-    """The new token ids of each prompt, without the one that ended it.
+    """The new token ids of each prompt, without the end token: a list of lists.
 
-    prompts: lists of token ids, of unequal length. Returns one list for each, or num_return_sequences lists side by side.
-    What comes out does not depend on what else is in the batch: bit by bit on a CPU with up to steady_rows() sequences,
-    elsewhere up to the rounding of the library's products.
-    Raises ValueError as decode() does."""
+    prompts: lists of token ids, of any lengths. config: a GenerateConfig. tokenizer: needed for config.stop. Each prompt has
+    num_return_sequences adjacent lists in the result. An answer does not depend on the other prompts: bit by bit on a CPU
+    with up to steady_rows() sequences, elsewhere up to rounding in the matrix products. Raises as decode() does."""
     return [answer.ids for answer in decode(model, prompts, config, tokenizer)[0]]
 
 
 @torch.no_grad()
 def decode(model, prompts, config, tokenizer=None, on_token=None, memory=None, prefix=None, copies=None):
-    """([Answer of each prompt, num_return_sequences of each side by side], Counts).
+    """(list of Answers, Counts). Each prompt has num_return_sequences adjacent Answers.
 
-    tokenizer: for `stop`. on_token: called with each new id of a single answer as it comes (not with beams). memory: a
-    cache.Memory of the conversation that the only prompt goes on with (not with beams); it then remembers the answer too.
-    prefix: a Prefix, where the same prompts are decoded several times. copies: earlier_copies() of all prompts, where these are a
-    batch of them: equal prompts draw for themselves.
-    Raises ValueError on an empty prompt, one that leaves no room in the model's context, ids that the model does not have,
-    and options that do not go together; FloatingPointError on NaN in the logits."""
+    prompts, config, tokenizer: as in generate(). on_token: called with each new id as soon as it is chosen; for a single
+    answer without beams. memory: the cache.Memory of a conversation that the prompt continues; it then holds the answer too;
+    for a single answer without beams. prefix: a Prefix, to decode the same prompts several times. copies: for a batch out of a
+    longer list, the part of earlier_copies() of that list that belongs to these prompts; equal prompts then draw different
+    random numbers.
+    Raises ValueError on an empty prompt, a prompt that leaves no room in the model's context, ids that the model does not
+    have, and options that exclude each other; FloatingPointError on NaN in the logits."""
     check(model, prompts, config, tokenizer, on_token, memory)
     if not prompts:
         return [], Counts()
@@ -83,7 +84,7 @@ def decode(model, prompts, config, tokenizer=None, on_token=None, memory=None, p
 
 
 def earlier_copies(prompts):
-    """How many of the prompts before each one are equal to it."""
+    """For each prompt, how many earlier prompts in the list are equal to it."""
     seen, copies = {}, []
     for prompt in map(tuple, prompts):
         copies.append(seen.get(prompt, 0))
@@ -92,6 +93,7 @@ def earlier_copies(prompts):
 
 
 def check(model, prompts, config, tokenizer, on_token, memory):
+    """Raises ValueError if decode() cannot work with these arguments."""
     context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -111,43 +113,44 @@ def check(model, prompts, config, tokenizer, on_token, memory):
     if beyond := [i for i in config.eos_ids or () if i >= vocabulary]:
         raise ValueError(f"eos_ids is {some(beyond)}, but the model has the tokens 0 to {vocabulary - 1:,}")
     if config.stop and tokenizer is None:
-        raise ValueError("stop is given, but no tokenizer, which is needed to find these texts")
+        raise ValueError("stop is given without a tokenizer, which is needed to find these texts")
     if on_token and (config.num_beams > 1 or len(prompts) * config.num_return_sequences != 1):
         raise ValueError("streaming needs a single answer without beams: a beam may still be replaced by another")
     if memory is not None and (config.num_beams > 1 or len(prompts) * config.num_return_sequences != 1):
-        raise ValueError("memory is of a single answer without beams")
+        raise ValueError("memory works for a single answer without beams only")
     if config.lookup and len(prompts) > 1:
         raise ValueError(f"lookup is for one prompt at a time, and there are {len(prompts)}; set it to 0")
 
 
 class Decoder:
-    """The loops of decode(), over one model and its options."""
+    """The loops of decode(), for one model and its options. R rows of a step, V tokens of the vocabulary."""
 
     def __init__(self, model, config, tokenizer, prefix, copies):
         self.model, self.config, self.tokenizer, self.prefix, self.copies = model, config, tokenizer, prefix, copies
         self.eos = config.eos_ids if config.eos_ids is not None else getattr(model, "eos_ids", ())
         self.device = next(model.parameters()).device
         self.window = getattr(model.config, "sliding_window", None)
-        self.longest = min(
-            config.max_new_tokens, model.config.max_position_embeddings
-        )  # answer of any prompt, in tokens
+        # Most tokens of an answer to any prompt.
+        self.longest = min(config.max_new_tokens, model.config.max_position_embeddings)
         self.counts = Counts()
         self.steady = steady_rows(model)
 
     def limit(self, prompt_length):
-        """The longest answer to a prompt of that many tokens."""
+        """Most tokens of an answer to a prompt of `prompt_length` tokens."""
         longest, both = self.longest, self.config.max_length
         return longest if both is None else min(longest, both - prompt_length)
 
     # --- the model ---
 
     def read(self, prompts, sequences, draft=0, memory=None):
-        """(cache, logits (B, V) after each prompt). Prompts are packed, and cut where they are long."""
+        """Read the prompts into a new cache. Returns (Cache, logits (B, V) of the token after each prompt).
+
+        sequences: sequences of each prompt. draft: most guessed tokens in a step. memory: a cache.Memory or None."""
         lengths = [len(prompt) for prompt in prompts]
         cache = Cache(self.model.config.num_hidden_layers, lengths, sequences, self.longest, self.window, draft)
         if self.prefix is not None and self.prefix.parts is not None:
             for layer, parts in zip(cache.layers, self.prefix.parts, strict=True):
-                layer.parts = parts  # which are copied from, and not written to
+                layer.parts = parts  # shared: a LayerCache copies from it and does not write to it
             return cache, self.prefix.logits
         start = memory.recall(cache, prompts[0]) if memory else 0
         last = {}
@@ -166,10 +169,10 @@ class Decoder:
         return cache, logits
 
     def calls(self, lengths, start):
-        """The calls of the model that read the prompts, each a list [(prompt, start, stop), ...]. The first prompt begins at
-        `start`.
+        """The calls of the model that read the prompts, each a list [(prompt, start, stop), ...].
 
-        Short prompts share a call as long as that changes no bit (steady_rows); a longer prompt has calls of its own."""
+        lengths: tokens of each prompt. start: first token of the first prompt to read. Short prompts are packed into one call up
+        to the length at which the bits stay the same (steady_rows). A longer prompt is split into calls of its own."""
         most = self.steady if self.steady > 1 else PREFILL_TOKENS
         call, size = [], 0
         for i, length in enumerate(lengths):
@@ -193,9 +196,9 @@ class Decoder:
     # --- scores ---
 
     def logprobs(self, logits):
-        """logits (R, V) -> (R, V) fp32. Raises FloatingPointError on NaN, of which a row is full where it has one."""
+        """logits (R, V) -> log-probabilities (R, V) fp32. Raises FloatingPointError on NaN."""
         logprobs = logits.float().log_softmax(-1)
-        refuse_nan(logprobs[:, 0])
+        refuse_nan(logprobs[:, 0])  # one NaN in a row of logits makes the whole row NaN
         return logprobs
 
     def adjusts(self, new_length):
@@ -208,8 +211,9 @@ class Decoder:
         return is_penalised or bool(least > 0 and self.eos) or is_forced or any(rare)
 
     def adjust(self, scores, histories, new_length):
-        """The penalties and bans that do not belong to sampling, in transformers' order. histories: ids of each row, prompt
-        included."""
+        """Apply the penalties and bans to scores (R, V), in transformers' order. Returns new scores.
+
+        histories: lists of ids of each row, prompt included. new_length: tokens of the answers so far."""
         config = self.config
         if config.repetition_penalty != 1.0:
             scores = sampling.penalise_repetition(scores, self.seen(histories), config.repetition_penalty)
@@ -240,6 +244,7 @@ class Decoder:
         return scores
 
     def warp(self, scores, keep=1):
+        """sampling.warp() with the options of this decoding."""
         config = self.config
         return sampling.warp(
             scores, config.temperature, config.top_k, config.top_p, config.min_p, keep, config.typical_p
@@ -249,15 +254,15 @@ class Decoder:
         return scores.log_softmax(-1) if self.config.renormalize_logits else scores
 
     def seen(self, histories):
-        """(R, V) bool, which tokens a history has."""
+        """(R, V) bool, True for the tokens in each row's history."""
         seen = torch.zeros(len(histories), self.model.config.vocab_size, dtype=torch.bool)
         for row, ids in enumerate(histories):
             seen[row, ids] = True
         return seen.to(self.device)
 
     def generators(self, prompts):
-        """A torch.Generator for each answer, seeded by the seed, the prompt and the number of the answer to it: other prompts in
-        the batch change nothing."""
+        """A torch.Generator for each answer. Its seed depends on the option `seed`, the prompt and the number of the answer to
+        it, so the other prompts of a batch have no influence."""
         generators, n = [], self.config.num_return_sequences
         for prompt, copy in zip(prompts, self.copies, strict=True):
             for i in range(n):
@@ -266,11 +271,11 @@ class Decoder:
         return generators
 
     def ends(self, ids):
-        """ "eos" or "stop" where the last of these new ids ends an answer, else None."""
+        """ "eos" or "stop" if the last of these new ids ends an answer, else None."""
         if ids[-1] in self.eos:
             return "eos"
         if self.config.stop:
-            # the last tokens that can hold a stop text: each token has a character at least, but a byte token less
+            # Enough tokens to hold the longest stop text: a token is at least one of the up to 4 bytes of a character.
             text = self.tokenizer.decode(ids[-4 * max(map(len, self.config.stop)) - 1 :])
             if any(stop in text for stop in self.config.stop):
                 return "stop"
@@ -279,9 +284,9 @@ class Decoder:
     # --- greedy and sampling ---
 
     def rows(self, prompts, on_token=None, memory=None):
-        """Every answer by itself. Prompts whose answers are all done leave the batch."""
+        """Greedy decoding and sampling: ([Answer, ...], Counts). A prompt leaves the batch when all its answers are complete."""
         if getattr(self.model.config, "rope", None) and self.model.config.rope.kind == "dynamic":
-            memory = None  # its keys turn anew with every length
+            memory = None  # dynamic RoPE rotates all keys again when the length changes
         config, n = self.config, self.config.num_return_sequences
         answers, length = [Answer() for _ in range(len(prompts) * n)], 0
         limits = [self.limit(len(prompt)) for prompt in prompts for _ in range(n)]
@@ -289,7 +294,7 @@ class Decoder:
         lookup = self.lookup(len(prompts))
         cache, logits = self.read(prompts, n, lookup.at_most if lookup else 0, memory)
         logits = logits.repeat_interleave(n, dim=0)
-        running = list(range(len(prompts)))  # prompts; answer i of prompt p is p * n + i
+        running = list(range(len(prompts)))  # indices of the prompts in the batch; answer i of prompt p is p * n + i
         histories = [list(prompt) for prompt in prompts for _ in range(n)]
         done = [False] * len(answers)
         try:
@@ -316,12 +321,15 @@ class Decoder:
                     length = len(answers[0].ids)
                 else:
                     logits = self.step(cache, tokens[:, None])[:, -1]
-        finally:  # also where the caller stops an answer
+        finally:  # also if on_token raises to stop an answer
             if memory is not None:
                 memory.keep(cache, histories[0])
 
     def choose(self, logits, histories, new_length, generators):
-        """The next token (R,) of each row, and its log-probability (R,) under the model."""
+        """(next token of each row (R,), its log-probability under the model (R,)). logits: (R, V).
+
+        histories: lists of ids of each row, prompt included. new_length: tokens of the answers so far. generators: one for each
+        row to draw with, or None for greedy decoding."""
         if generators is None and not self.adjusts(new_length):
             logprobs, tokens = likeliest(logits, 1)
             return tokens[:, 0], logprobs[:, 0]
@@ -335,7 +343,7 @@ class Decoder:
         return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
     def append(self, answer, token, logprob, limit, on_token=None):
-        """Add a token to an answer of at most `limit` tokens. Returns whether it is done."""
+        """Add a token to an answer of at most `limit` tokens. Returns whether the answer is complete."""
         answer.ids.append(token)
         answer.logprobs.append(logprob)
         ended = self.ends(answer.ids)
@@ -348,7 +356,8 @@ class Decoder:
         return bool(ended) or len(answer.ids) == limit
 
     def lookup(self, prompts):
-        """A Lookup where the options ask for one; by default for one greedy answer, where guesses change no bit. Else None."""
+        """The Lookup of this decoding, or None. prompts: their number. If the option is not set, a single greedy answer uses
+        lookup with guesses short enough to keep the bits (steady_rows)."""
         config = self.config
         at_most = config.lookup
         if at_most is None:
@@ -357,8 +366,10 @@ class Decoder:
         return Lookup(at_most) if at_most else None
 
     def guess(self, lookup, cache, history, answer, limit, on_token):
-        """A step of prompt lookup: guess some tokens, check all of them in one call, and append those that greedy decoding
-        chooses too. Returns the logits (1, V) after them, None where the answer is done."""
+        """One step of prompt lookup: guess tokens, verify them in one call, and append those that greedy decoding chooses too.
+
+        history: ids of prompt and answer, which is extended; limit: most tokens of the answer. Returns the logits (1, V) after
+        the accepted tokens, or None if the answer is complete."""
         room = limit - len(answer.ids)
         guess = lookup.guess(history, room - 1)
         tokens = torch.tensor([[history[-1], *guess]], device=self.device)
@@ -381,9 +392,9 @@ class Decoder:
     # --- beams ---
 
     def beams(self, prompts):
-        """Beam search, or beam sampling, with transformers' rules: see its _beam_search. A prompt leaves when it is done."""
+        """Beam search or beam sampling: ([Answer, ...], Counts). A prompt leaves the batch when its search is complete."""
         config, n = self.config, self.config.num_beams
-        count = max(2, 1 + len(self.eos)) * n  # of candidates: enough to go on where the best n all end
+        count = max(2, 1 + len(self.eos)) * n  # candidates: n remain even if every beam ends with every end token
         count = min(count, n * self.model.config.vocab_size)
         searches = [Search(list(prompt), n, self.limit(len(prompt))) for prompt in prompts]
         generators = self.generators(prompts)[:: config.num_return_sequences] if config.samples else None
@@ -406,11 +417,14 @@ class Decoder:
                 running = [running[k] for k in still]
             tokens = torch.tensor([[ids[-1]] for p in running for ids in searches[p].tokens], device=self.device)
             logits = self.step(cache, tokens)[:, -1]
-        return [answer for s in searches for answer in s.answers(self, config.num_return_sequences)], self.counts
+        return [answer for s in searches for answer in s.answers(config.num_return_sequences)], self.counts
 
     def candidates(self, logits, searches, generators, count):
-        """The next tokens to consider, the best first or in the order drawn: (scores, beams, tokens, log-probabilities), each
-        a list (prompts, count)."""
+        """The candidates for the next step, best first, or in the order drawn.
+
+        logits: (prompts * num_beams, V). searches: the Search of each prompt. generators: one for each prompt, or None. count:
+        candidates of each prompt. Returns [scores, beams, tokens, log-probabilities], each a list of `count` entries for each
+        prompt, as Search.advance() takes them."""
         n, length, config = self.config.num_beams, searches[0].length, self.config
         before = torch.tensor([search.scores for search in searches], device=self.device)[:, :, None]  # (prompts, n, 1)
         if config.samples or self.adjusts(length):
@@ -422,7 +436,7 @@ class Decoder:
             else:
                 scores, tokens = self.renormalise(scores).topk(min(count, scores.shape[1]))
                 raw = raw.gather(1, tokens)
-        else:  # what is among the best of all beams is among the best of its own
+        else:  # the `count` best of all beams are among the `count` best of each beam
             raw, tokens = likeliest(logits, min(count, logits.shape[1]))
             scores = raw
         each = scores.shape[1]
@@ -438,7 +452,8 @@ class Decoder:
 
 
 def likeliest(logits, count):
-    """logits (R, V) -> (log-probabilities (R, count) fp32, ids (R, count)), the best first. Raises FloatingPointError on NaN."""
+    """logits (R, V) -> (log-probabilities (R, count) fp32, ids (R, count) int64), best first. Raises FloatingPointError on
+    NaN."""
     logprobs, ids = ops.most_likely(logits, count)
     refuse_nan(logprobs)
     return logprobs, ids
@@ -455,10 +470,10 @@ def refuse_nan(logprobs):
 def steady_rows(model):
     """Largest number of tokens per call for which every token's result is bit-identical to processing it alone.
 
-    1 where the matrix products of a library are used: their order of summation depends on the number of rows."""
+    1 if a matrix product of a library is used, since its order of summation depends on the number of rows."""
     config, modules = model.config, list(model.modules())
     rope = getattr(config, "rope", None)
-    if rope is not None and rope.kind == "dynamic":  # which stretches with the last token of a call
+    if rope is not None and rope.kind == "dynamic":  # the frequencies depend on the last position of a call
         return 1
     lora = [module for module in modules if isinstance(module, LoRALinear)]
     halves = {half for module in lora for half in (module.lora_A, module.lora_B)}

@@ -217,7 +217,7 @@ def test_a_remembered_conversation_is_not_read_again_and_changes_nothing(family,
         ids = [*ids, *answer.ids, 7, 8 + turn, 9]
     decode(model, [[4, 9, 5, 6]], options, memory=memory)  # another conversation with the same beginning
     assert memory.ids[:4] == [4, 9, 5, 6] or window
-    with pytest.raises(ValueError, match="memory is of a single answer"):
+    with pytest.raises(ValueError, match="memory works for a single answer"):
         decode(model, [[4], [5]], options, memory=memory)
 
 

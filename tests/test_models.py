@@ -244,7 +244,7 @@ CONFIG = {"model_type": "llama", **SIZES, "num_key_value_heads": 2}
         ({"hidden_act": "x" * 10_000}, r"hidden_act is 'x{30,60}\.\.\.x"),
         ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads, 3"),
         ({"head_dim": 15}, "expected an even number"),
-        ({"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}}, "turns whole heads"),
+        ({"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotates whole heads"),
         ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
         ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor is '4'"),
         ({"rope_parameters": [1]}, "expected an object or null"),
@@ -336,7 +336,7 @@ def test_a_config_that_transformers_takes_gives_the_same_logits(change, tmp_path
     if change in HARMLESS:
         assert torch.equal(expected, model.eval()(ids).logits)
         known = {"sliding_window", "layer_types", "is_causal", "attention_chunk_size"}
-        assert known & change.keys() or "passed over, since this model does not use it" in line
+        assert known & change.keys() or "ignored, because this model does not use it" in line
 
 
 @torch.no_grad()

@@ -173,7 +173,7 @@ def test_a_frozen_head_that_the_adapter_brings_replaces_the_models_and_is_said(b
     save_file(load_file(path) | {key: head * 2}, path)
     model = load_model(bases["llama"], adapter=tmp_path)
     assert torch.equal(model.lm_head.base_layer.weight, head * 2)
-    assert capsys.readouterr().err.endswith("brings its own lm_head.weight, to replace the model's, as in PEFT\n")
+    assert capsys.readouterr().err.endswith("contains lm_head.weight, which replace those of the model, as in PEFT\n")
     save_file(load_file(path) | {key: head[:-1].contiguous()}, path)
     with pytest.raises(ValueError, match=r"lm_head.base_layer.weight \[263, 64\], expected \[264, 64\]"):
         load_model(bases["llama"], adapter=tmp_path)
@@ -196,7 +196,7 @@ AS_IN_PEFT = {  # name: (options of the adapter that PEFT writes, changes of its
     "no-targets": ({"target_modules": None}, {"target_modules": None}, None),
     "targets-left-out": ({"target_modules": None}, {"target_modules": NULL}, None),
     "r-and-alpha-left-out": ({"r": 8, "lora_alpha": 8}, {"r": NULL, "lora_alpha": NULL}, None),
-    "fan-in-fan-out": ({}, {"fan_in_fan_out": True}, "fan_in_fan_out, which linear layers do not have"),
+    "fan-in-fan-out": ({}, {"fan_in_fan_out": True}, "fan_in_fan_out, which has no effect on linear layers"),
     "dropout-1": ({"lora_dropout": 1.0}, {}, None),
     "unknown-keys": ({}, {"from_the_future": [1], "enable_lora": [True]}, "the keys from_the_future, enable_lora"),
     "all-linear-in-capitals": ({"target_modules": "all-linear"}, {"target_modules": "ALL-LINEAR"}, None),
@@ -260,10 +260,10 @@ def test_modules_that_an_adapter_saves_whole_replace_the_models(modules, is_tied
     capsys.readouterr()
     model = load_model(base, adapter=adapter)
     said = capsys.readouterr().err
-    assert "brings modules_to_save of its own, which replace the model's" in said
+    assert "contains whole modules (modules_to_save), which replace the model's" in said
     assert ("modules_to_save gone, which this model does not have" in said) == ("gone" in modules)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="of another adapter, which would not be saved"):
+    with pytest.raises(ValueError, match="of a loaded adapter, which cannot be saved with this one"):
         save_adapter(model, tmp_path / "again")
     edit(adapter, modules_to_save=["v_proj"])
     with pytest.raises(
@@ -281,11 +281,11 @@ def test_a_model_folder_with_an_adapter_is_the_adapted_model(bases, peft, tmp_pa
     expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     capsys.readouterr()
     torch.testing.assert_close(logits(load_model(folder)), expected, rtol=0, atol=1e-5)
-    assert "holds an adapter beside the model; it is applied, as transformers does." in capsys.readouterr().err
+    assert "holds an adapter beside the model; it is applied, as in transformers." in capsys.readouterr().err
     save_adapter(adapted(bases["phi"]), tmp_path / "other")
     other = load_model(folder, adapter=tmp_path / "other")
     assert torch.equal(logits(other), logits(load_model(bases["phi"], adapter=tmp_path / "other")))
-    assert "holds an adapter of its own, which is left out" in capsys.readouterr().err
+    assert "holds an adapter beside the model; it is not applied" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a new one cannot be trained on top of it"):
         ModelFolder(folder).check_trainable()
     edit(folder, peft_type="IA3")
@@ -308,10 +308,10 @@ def test_names_that_the_model_does_not_have_are_loudly_passed_over_as_by_peft(ba
     model = load_model(bases["phi"], adapter=tmp_path)
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and warning.count("\n") == 1
-    assert "o_proj" in warning and "Wqkv" in warning and "q_proj" not in warning and "passed over" in warning
+    assert "o_proj" in warning and "Wqkv" in warning and "q_proj" not in warning and "ignored" in warning
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
     edit(tmp_path, target_modules=["o_proj", "Wqkv"])
-    with pytest.raises(ValueError, match="none of target_modules o_proj, Wqkv is in this model"):
+    with pytest.raises(ValueError, match="the model has none of target_modules o_proj, Wqkv"):
         load_model(bases["phi"], adapter=tmp_path)
 
 

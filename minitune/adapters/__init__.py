@@ -1,1 +1,1 @@
-"""Methods of adapting a frozen model, and PEFT's files of them."""
+"""Methods of adapting a frozen model (LoRA), and adapter files in PEFT's format."""

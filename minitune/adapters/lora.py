@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685) by hand: a frozen linear layer plus B(A(x)) * scaling, wrapped by name, and PEFT's key names.
+"""LoRA (arXiv 2106.09685): a frozen linear layer plus B(A(x)) * scaling. Layers are wrapped by name; tensors have PEFT's keys.
 
-Files are not touched here: peft_files.py reads and writes adapters."""
+Not here: adapter files, which peft_files.py reads and writes."""
 
 import math
 import re
@@ -15,16 +15,18 @@ from torch import nn
 
 from minitune.screen import short, some
 
-PATTERN_SECONDS = 1  # for all names of a model; the patterns that people write take milliseconds
-PATTERN_LENGTH, PATTERN_COPIES = 40_000, 10_000
+PATTERN_SECONDS = 1  # limit for matching a pattern against all names of a model; usual patterns take milliseconds
+PATTERN_LENGTH, PATTERN_COPIES = 40_000, 10_000  # longest pattern in characters; largest product of its {n} repeats
 
 
 class LoRALinear(nn.Module):
     """base_layer(x) + lora_B(lora_A(dropout(x))) * scaling.
 
-    base_layer: nn.Linear or a quantised one, frozen. lora_A (r, in) and lora_B (out, r) stay fp32 whatever the
-    compute dtype: in bf16 a step of the learning rate would be rounded away. A is kaiming-uniform and B zero, so that
-    step 0 is the base."""
+    base_layer: nn.Linear or a quantised linear layer, frozen. r: the rank. alpha: scaling is alpha / r, or alpha / sqrt(r) with
+    use_rslora (arXiv 2312.03732). dropout: on the input of lora_A.
+
+    lora_A (r, in) and lora_B (out, r) are fp32 for every compute dtype, since bf16 would round small updates away. lora_B
+    starts at zero, so that the layer starts equal to base_layer; inject() initialises lora_A."""
 
     def __init__(self, base_layer, r, alpha, dropout=0.0, use_rslora=False, device=None):
         super().__init__()
@@ -45,14 +47,14 @@ class LoRALinear(nn.Module):
 
 
 def match_targets(model, targets):
-    """Names of the linear layers that `targets` mean, in the model's order.
+    """Names of the linear layers that `targets` selects, in the model's order.
 
-    targets: names, each a whole name or its end after a dot; ("all-linear",): every linear layer but the head; or, as
-    in PEFT, a single string that is a regex for whole names. Raises ValueError with the names that match nothing, and
-    where the model has LoRA layers already."""
+    targets: a list of names, each a full name or the last parts of one; ("all-linear",) for every linear layer but the
+    head; or, as in PEFT, one string that is a regular expression for full names. Raises ValueError if a target matches no
+    layer, or if the model already has LoRA layers."""
     if lora_layers(model):
-        raise ValueError("the model has LoRA layers already; load it again before it gets others")
-    # nn.Linear and its 4-bit kin
+        raise ValueError("the model has LoRA layers already; load it again before adding others")
+    # nn.Linear and the 4-bit layers
     linears = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
     if isinstance(targets, str):
         if targets.lower() != "all-linear":
@@ -78,20 +80,21 @@ def match_targets(model, targets):
 
 
 def matching(pattern, names):
-    """Those of `names` that a regular expression matches whole, as PEFT finds them by re.fullmatch.
+    """The `names` that a regular expression matches as a whole, as re.fullmatch in PEFT does.
 
-    Raises ValueError where it is none, or where it takes more than PATTERN_SECONDS: (.*)*x would take years."""
+    Raises ValueError if `pattern` is not a regular expression, or if matching takes more than PATTERN_SECONDS: (.*)*x would
+    take years."""
     too_long = ValueError(
         f"lora_targets: the pattern {short(pattern)} needs too much time or memory; use a simpler one, or a list of names"
     )
-    # regex writes a repeat out as often as it says: ((x{1000}){1000}){1000} would fill the memory.
+    # regex expands repeats when it compiles: ((x{1000}){1000}){1000} would use up the memory.
     copies = math.prod(int((most or least or "1")[:6]) or 1 for least, most in re.findall(r"\{(\d*),?(\d*)\}", pattern))
     if len(pattern) > PATTERN_LENGTH or copies > PATTERN_COPIES:
         raise too_long
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of syntax that may change one day
-            re.compile(pattern)  # what re refuses, PEFT refuses
+            warnings.simplefilter("ignore")  # FutureWarning about the syntax of the pattern
+            re.compile(pattern)  # PEFT uses re, so a pattern that re refuses must be refused here
             compiled = regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"lora_targets: {short(pattern)} is not a regular expression: {short(str(error))}") from None
@@ -103,14 +106,16 @@ def matching(pattern, names):
 
 
 def known_leaves(linears):
+    """The last parts of the names of linear layers, as the end of an error message."""
     return "this model has " + some(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears), 10)
 
 
 def inject(model, r, alpha, dropout=0.0, targets=("all-linear",), use_rslora=False, seed=0):
-    """Freeze `model` and wrap the linear layers that `targets` name (see match_targets) in LoRALinear, in place.
+    """Freeze `model` and wrap the linear layers that `targets` selects (see match_targets) in LoRALinear, in place.
 
-    The start of A is drawn from `seed` alone, on the CPU: the same on every device. Returns the names of the wrapped
-    layers."""
+    lora_A is drawn from a kaiming-uniform distribution by a CPU generator with this seed, so it is equal on every device. Other
+    arguments as in LoRALinear. Returns the names of the wrapped layers. Raises ValueError on a bad r, and as match_targets
+    does."""
     if not (isinstance(r, int) and r > 0):
         raise ValueError(f"the rank r is {short(r)}, expected a whole number above 0")
     names = match_targets(model, targets)
@@ -125,7 +130,7 @@ def inject(model, r, alpha, dropout=0.0, targets=("all-linear",), use_rslora=Fal
 
 
 def wrap(model, name, r, alpha, dropout, use_rslora):
-    """Put a LoRALinear around the linear layer `name`, on its device. Returns it."""
+    """Wrap the linear layer `name` in a LoRALinear on the same device. Returns the LoRALinear."""
     base = model.get_submodule(name)
     device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
     layer = LoRALinear(base, r, alpha, dropout, use_rslora, device)
@@ -134,13 +139,13 @@ def wrap(model, name, r, alpha, dropout, use_rslora):
 
 
 def lora_layers(model):
-    """{name: LoRALinear} of a model, in its order."""
+    """{name: LoRALinear} of a model, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 @contextmanager
 def switched_off(model):
-    """While open, `model` is its base: each LoRALinear makes room for the layer that it wraps."""
+    """Context in which `model` computes without its adapter: each LoRALinear is replaced by its base_layer."""
     layers = lora_layers(model)
     try:
         for name, layer in layers.items():
@@ -152,12 +157,13 @@ def switched_off(model):
 
 
 def put(model, name, layer):
+    """Replace the module `name` of the model."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 
 
 def adapter_tensors(model):
-    """{PEFT's key: the trainable tensor} of every LoRALinear, without copying."""
+    """{PEFT's key: parameter} of every LoRALinear; the parameters are not copied."""
     return {
         f"base_model.model.{name}.{part}.weight": getattr(module, part).weight
         for name, module in lora_layers(model).items()

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, read and written: adapter_config.json and adapter_model.safetensors."""
+"""Reads and writes adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
 
 import json
 import os
@@ -16,14 +16,11 @@ from minitune.screen import short, some, tell, warn
 from minitune.tensor_files import FLOATS, check_header, open_safetensors
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-# --- adapters in PEFT's format ------------------------------------------------------------------
-
 INDEX_OF_LAYER = Number(0, 2**31 - 1, is_whole=True)
-ALPHA = Number(-1e9, 1e9)  # far beyond use
-MAX_REACH = 1e15  # of alpha * A * B, whose square, in the attention's scores, must stay within fp32's 3e38
-ADAPTER = {  # what the keys of adapter_config.json that are read must hold; null means PEFT's default
+ALPHA = Number(-1e9, 1e9)  # far beyond usual values
+# Largest product alpha * max(A) * max(B). Attention scores hold its square, which must stay below 3e38, the largest fp32.
+MAX_REACH = 1e15
+ADAPTER = {  # types of the keys of adapter_config.json that are read; null means PEFT's default
     "peft_type?": str,
     "r?": Number(1, 2**31 - 1, is_whole=True),
     "lora_alpha?": ALPHA,
@@ -41,12 +38,12 @@ ADAPTER = {  # what the keys of adapter_config.json that are read must hold; nul
 }
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "fan_in_fan_out": False}
 PEFT_DEFAULTS |= {"rank_pattern": {}, "alpha_pattern": {}}
-ADAPTER_DEFAULTS = {  # keys that PEFT reads and that may hold null or these values only, which change nothing
+ADAPTER_DEFAULTS = {  # keys of features that minitune does not have: null or one of these values turns the feature off
     "arrow_config": (),
     "alora_invocation_tokens": (),
     "corda_config": (),
     "ensure_weight_tying": (False,),
-    # Not here: pissa, olora, corda, loftq, lora_ga. They change the frozen weights, and PEFT does so again on loading.
+    # Not allowed: pissa, olora, corda, loftq, lora_ga. With them PEFT changes the frozen weights when it loads the adapter.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "kasa_config": (),
     "layer_replication": (),
@@ -79,18 +76,22 @@ PEFT_PREFIX = "base_model.model."  # before the model's own names in an adapter 
 
 
 def save_adapter(model, folder, base_model=None, revision=None, extra=None, trained=True):
-    """Write the LoRA weights of `model` as PEFT does: adapter_config.json and adapter_model.safetensors (fp32).
+    """Write the LoRA weights of `model` in PEFT's format: adapter_config.json and adapter_model.safetensors (fp32).
 
-    base_model, revision: where the frozen weights came from. extra: our own facts (the prompt template ...), written to
-    minitune.json beside them. Every file appears whole or not at all; the weights are read back and compared. Raises
-    ValueError where a weight is not finite (nothing is written then), where what was written is not what is in memory,
-    and, for a trained adapter, where every B is still zero."""
+    base_model, revision: the source of the frozen weights. extra: a dict of minitune's own facts (prompt template, ...), written
+    to minitune.json. trained: refuse an adapter whose every lora_B is zero. Each file is written whole or not at all, and
+    the weights are read back and compared.
+    Raises ValueError if the model has no LoRA layers, if a weight is not finite (nothing is written then), or if the file
+    does not hold the weights in memory."""
     folder = Path(folder)
     layers = lora.lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layers to save; call lora.inject first")
-    if brought := getattr(model, "brought", None):  # of load_adapter
-        raise ValueError(f"the model has {some(brought)} of another adapter, which would not be saved")
+    if brought := getattr(model, "brought", None):  # set by load_adapter
+        raise ValueError(
+            f"the model has {some(brought)} of a loaded adapter, which cannot be saved with this one; load the base model "
+            "without it"
+        )
     first = next(iter(layers.values()))
     leaves = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
     untouched = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
@@ -124,7 +125,7 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
     if extra is not None:
         write_json(folder / "minitune.json", extra)
     else:
-        (folder / "minitune.json").unlink(missing_ok=True)  # of an adapter that was here before
+        (folder / "minitune.json").unlink(missing_ok=True)  # left by an earlier adapter in this folder
     stored = read_adapter_tensors(folder)
     if stored.keys() != tensors.keys() or any(not torch.equal(stored[name], tensors[name]) for name in tensors):
         raise ValueError(
@@ -135,16 +136,22 @@ def save_adapter(model, folder, base_model=None, revision=None, extra=None, trai
 
 
 def number(value):
-    """16.0 as 16, the way PEFT writes it."""
+    """A float without fraction as an int, as PEFT writes it: 16.0 -> 16."""
     return int(value) if value == int(value) else value
 
 
 def read_adapter_tensors(folder):
-    """{PEFT's key: tensor}, copied from the file. Raises ValueError where the file is missing or not whole."""
+    """{PEFT's key: tensor}, copied from the file.
+
+    Raises ValueError if the file is missing, incomplete, not of floats, or holds NaN or infinity."""
     path = expand(folder) / "adapter_model.safetensors"
     if not os.path.exists(path):
         pickled = os.path.exists(path.with_suffix(".bin"))
-        hint = "; adapter_model.bin is a pickle, which is not read: save it again by a new PEFT" if pickled else ""
+        hint = (
+            "; adapter_model.bin is a pickle, which minitune does not read: save it again with a newer PEFT"
+            if pickled
+            else ""
+        )
         raise ValueError(f"{folder} has no adapter_model.safetensors; expected a folder in PEFT's format{hint}")
     with open_safetensors(path) as f:
         check_header(path)
@@ -158,15 +165,16 @@ def read_adapter_tensors(folder):
 
 
 def read_adapter_config(folder):
-    """adapter_config.json as a dict, with PEFT's defaults for what it lacks. Raises ValueError on an adapter that is not LoRA,
-    and on a setting that minitune does not implement. A key that PEFT does not know is kept: load_adapter names it."""
+    """adapter_config.json as a dict, with PEFT's defaults for missing keys. Unknown keys are kept; load_adapter reports them.
+
+    Raises ValueError on an adapter that is not LoRA, and on a setting that minitune does not implement."""
     path = expand(folder) / ADAPTER_CONFIG
     config = PEFT_DEFAULTS | {key: value for key, value in read_json(path, {}).items() if value is not None}
     method = config.get("peft_type", "LORA")
     if method != "LORA":
         raise ValueError(
-            f"{folder} holds an adapter of another method, peft_type {short(method)}; minitune reads LORA only. Merge it "
-            "into its base with PEFT (merge_and_unload) where the method can, and use the merged model"
+            f"{folder} holds an adapter of another method, peft_type {short(method)}; minitune reads LORA only. If the method "
+            "allows it, merge the adapter into its base with PEFT (merge_and_unload) and use the merged model"
         )
     check(config, ADAPTER, path)
     for key, allowed in ADAPTER_DEFAULTS.items():
@@ -182,22 +190,21 @@ def read_adapter_config(folder):
 
 
 def unknown_keys(config):
-    """The keys of an adapter_config.json that PEFT does not know, unless they ask for nothing."""
+    """The keys of an adapter_config.json that PEFT does not know, without those that are false or empty."""
     known = ADAPTER_IGNORED | ADAPTER_READ | ADAPTER_DEFAULTS.keys()
     return [key for key, value in config.items() if key not in known and value not in (False, {}, [])]
 
 
 def load_adapter(model, folder, trainable=False):
-    """Wrap `model` with the LoRA layers of an adapter in PEFT's format, in place. Returns its adapter_config.json as
-    a dict.
+    """Add the LoRA layers of an adapter in PEFT's format to `model`, in place. Returns adapter_config.json as a dict.
 
-    Strict both ways: a LoRA tensor without a layer, or a layer without a tensor, is a ValueError, and the model stays as it
-    was. PEFT stores a frozen head or embedding too where it wraps or resizes one; they replace the model's own. What PEFT
-    passes over is passed over and named in a line."""
+    trainable: whether the LoRA weights require gradients. PEFT may also store whole modules, such as an embedding that it
+    resized; they replace the model's own. Keys and tensors that PEFT ignores are ignored here and reported in one line.
+    Raises ValueError if a LoRA tensor has no layer, a layer has no tensor, or a shape differs; the model is then unchanged."""
     config, stored = read_adapter_config(folder), read_adapter_tensors(folder)
     notes = [f"the keys {some(unknown)}"] if (unknown := unknown_keys(config)) else []
     if config["fan_in_fan_out"]:
-        notes.append("fan_in_fan_out, which linear layers do not have")
+        notes.append("fan_in_fan_out, which has no effect on linear layers")
     targets = config.get("target_modules") or peft_targets(model)
     if not isinstance(targets, str):
         targets, absent = present_targets(model, targets, folder)
@@ -242,8 +249,8 @@ def load_adapter(model, folder, trainable=False):
         A, B = (stored[f"{PEFT_PREFIX}{name}.{part}.weight"].abs().max().item() for part in ("lora_A", "lora_B"))
         if (reach := abs(alphas[name]) * A * B) > MAX_REACH:
             raise ValueError(
-                f"{folder}: the weights of {name} are too large to compute with (up to {reach:.0e}); the adapter is damaged, or "
-                "its training went wrong"
+                f"{folder}: the weights of {name} are too large to compute with (up to {reach:.0e}). The adapter is damaged, or "
+                "its training diverged; use another one"
             )
     replaced = []
     for key, own in frozen.items():
@@ -252,17 +259,18 @@ def load_adapter(model, folder, trainable=False):
             replaced.append(own)
             parameters[own].data.copy_(weight)
     if replaced:
-        warn(f"{folder} brings its own {some(sorted(replaced), 3)}, to replace the model's, as in PEFT")
-    for own in saved:  # a parameter of its own: a tied head leaves the embedding as it is
+        warn(f"{folder} contains {some(sorted(replaced), 3)}, which replace those of the model, as in PEFT")
+    for own in saved:  # as a new parameter: if a head is tied to the embedding, the embedding keeps its weights
         owner, _, leaf = own.rpartition(".")
         weight = stored[f"{PEFT_PREFIX}{own}"].to(parameters[own])
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
     if saved:
         tell(
-            f"{folder} brings modules_to_save of its own, which replace the model's: {some(config['modules_to_save'])}."
+            f"{folder} contains whole modules (modules_to_save), which replace the model's: "
+            f"{some(config['modules_to_save'])}."
         )
     if notes:
-        warn(f"{folder}: passed over, as by PEFT: {'; '.join(notes)}")
+        warn(f"{folder}: ignored, as in PEFT: {'; '.join(notes)}")
     model.brought = sorted({*replaced, *saved})
     model.requires_grad_(False)
     for name in names:
@@ -274,7 +282,9 @@ def load_adapter(model, folder, trainable=False):
 
 
 def left_out(config, names, targets):
-    """Those of the layers `names`, which `targets` mean, that PEFT does not wrap since another key leaves them out."""
+    """The layers among `names`, which `targets` selects, that another key of the config excludes: a set of names.
+
+    Raises ValueError if no layer is left, and if layers_to_transform is combined with a pattern."""
     excluded = config.get("exclude_modules") or []
     if isinstance(excluded, str):
         out = set(lora.matching(excluded, names))
@@ -292,13 +302,16 @@ def left_out(config, names, targets):
             kept |= set(lora.matching(rf"(?:.*?\.)?(?:{pattern})\.(?:{wanted})\..*", names))
         out |= set(names) - kept
     if out >= set(names):
-        raise ValueError("exclude_modules, modules_to_save or layers_to_transform leave no layer to its LoRA")
+        raise ValueError(
+            "exclude_modules, modules_to_save or layers_to_transform exclude every layer of target_modules"
+        )
     return out
 
 
 def saved_parameters(config, model, parameters, folder):
-    """(the names among `parameters` that an adapter brings whole, in modules_to_save; the modules that the model lacks, which
-    PEFT passes over). Raises ValueError where the model has such a module in 4 bit."""
+    """(the names among `parameters` that modules_to_save replaces, the modules in it that the model does not have).
+
+    Raises ValueError if such a module has no plain weights, as in 4 bit."""
     saved, absent = [], []
     for module in config.get("modules_to_save") or []:
         owners = {name for name, _ in model.named_modules() if name == module or name.endswith(f".{module}")}
@@ -314,7 +327,8 @@ def saved_parameters(config, model, parameters, folder):
 
 
 def by_pattern(patterns, names, default):
-    """{name: the value of the first pattern that matches it, as PEFT matches them: at its end, after a dot}."""
+    """{name: value of the first pattern that matches it, else default}. A pattern matches the last parts of a name, as in
+    PEFT."""
     values = dict.fromkeys(names, default)
     for pattern, value in reversed(patterns.items()):
         values |= dict.fromkeys(lora.matching(rf"(.*\.)?({pattern})$", names), value)
@@ -322,17 +336,17 @@ def by_pattern(patterns, names, default):
 
 
 def peft_targets(model):
-    """PEFT's LoRA targets for the architecture of a model."""
+    """PEFT's default LoRA targets for the architecture of a model."""
     return next(targets for _, Model, targets in ARCHITECTURES.values() if isinstance(model, Model))
 
 
 def present_targets(model, targets, folder):
-    """(the targets that the model has, those that it lacks). Adapters with names of another architecture circulate: PEFT wraps
-    what it finds, and so do we."""
+    """(the targets that the model has, those that it lacks). Some published adapters list names of other architectures too;
+    PEFT ignores these. Raises ValueError if the model has none of the targets."""
     modules = [name for name, _ in model.named_modules()]
     absent = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules)]
     if len(absent) == len(targets):
         raise ValueError(
-            f"{folder}: none of target_modules {some(targets)} is in this model; it is of another architecture"
+            f"{folder}: the model has none of target_modules {some(targets)}; the adapter is for another architecture"
         )
     return tuple(target for target in targets if target not in absent), absent

@@ -1,1 +1,1 @@
-"""How the next token is chosen."""
+"""How the next token is chosen: options, sampling, beam search, prompt lookup."""

@@ -1,24 +1,26 @@
-"""Prompt lookup: guess the next tokens of a greedy answer from where its last n-gram stood before (github.com/apoorvumang/
-prompt-lookup-decoding). The model checks a guess in one step, so a wrong one costs a little time and changes nothing."""
+"""Prompt lookup (github.com/apoorvumang/prompt-lookup-decoding): guess the next tokens of greedy decoding by copying the
+tokens that followed an earlier occurrence of the last n-gram. The model verifies a guess in one step, so a wrong guess costs
+some time and does not change the output."""
 
-SIZES = (3, 2)  # of the n-grams; a single token says too little
-FIRST, LONGEST_WAIT = 3, 16
+SIZES = (3, 2)  # lengths of the n-grams, tried in this order; single tokens repeat too often to be of use
+FIRST, LONGEST_WAIT = 3, 16  # tokens of the first guess; most steps without a guess after wrong ones
 
 
 class Lookup:
-    """The n-grams of a history of ids, prompt included, and how well guesses went so far.
+    """Index of the n-grams of a list of ids, prompt included, and the length of the next guess.
 
-    at_most: tokens of a guess. A guess grows by two where the last one was right to its end, and shrinks to what was right;
-    after one that was all wrong no guess is made for 1, 2, 4, ... steps."""
+    at_most: largest number of tokens of a guess. After a guess that was right as a whole, the next one is two tokens longer;
+    after one that was right in part, it is as long as the right part. After a guess without a right token there is none
+    for 1, then 2, 4, ... steps."""
 
     def __init__(self, at_most):
         self.at_most, self.size = at_most, min(FIRST, at_most)
-        self.places = {}  # n-gram -> where the last and the last but one begins to be followed
-        self.read = 0  # ids whose n-grams are known
-        self.wait, self.next_wait = 0, 1
+        self.places = {}  # n-gram -> index after its last occurrence, and after the one before that (or None)
+        self.read = 0  # number of ids whose n-grams are in `places`
+        self.wait, self.next_wait = 0, 1  # steps without a guess: still to come, and after the next wrong guess
 
     def guess(self, ids, room):
-        """Up to `room` ids that may follow."""
+        """At most `room` ids that may follow `ids`, the prompt and the answer so far; [] for no guess."""
         for end in range(self.read + 1, len(ids) + 1):
             for size in SIZES:
                 if end >= size:
@@ -35,7 +37,7 @@ class Lookup:
         return []
 
     def learn(self, guessed, accepted):
-        """How many ids of the last guess were right."""
+        """Adapt to the result of the last guess: `accepted` of its `guessed` ids were right."""
         if not guessed:
             return
         if accepted:

@@ -1,11 +1,11 @@
-"""The options of decoding, as transformers means them."""
+"""The options of decoding, with the meaning that they have in transformers."""
 
 from dataclasses import dataclass, fields, replace
 
 from minitune.config import arg, check_types, positive
 
 EARLY = {False: "no", True: "yes"}  # transformers' spelling of early_stopping
-IN_FILE = {"is_option": False}
+IN_FILE = {"is_option": False}  # set by Python code and generation_config.json only
 
 
 @dataclass(frozen=True)
@@ -13,41 +13,52 @@ class GenerateConfig:
     """How an answer is decoded."""
 
     max_new_tokens: int = arg(64, "longest answer, in tokens", low=1)
-    min_new_tokens: int = arg(0, "an answer does not end before this many tokens")
-    num_beams: int = arg(1, "beams; 1: no beam search", low=1, high=1024)
-    do_sample: bool = arg(False, "draw tokens instead of taking the most likely")
-    temperature: float = arg(1.0, "sampling: scores are divided by it; 0: not sampled")
-    top_k: int = arg(50, "sampling: only the k most likely tokens; 0: all")
-    top_p: float = arg(1.0, "sampling: only the most likely tokens that reach this probability, above 0 to 1")
-    min_p: float = arg(0.0, "sampling: only tokens at least this probable, as a share of the most likely one, 0 to 1")
-    repetition_penalty: float = arg(1.0, "tokens that were there are made less likely by it (above 1)")
-    no_repeat_ngram_size: int = arg(0, "no n-gram of this many tokens comes twice; 0: allowed")
-    length_penalty: float = arg(1.0, "beams: the score of an answer is divided by its length to this power")
+    min_new_tokens: int = arg(0, "shortest answer, in tokens")
+    num_beams: int = arg(1, "number of beams; 1: no beam search", low=1, high=1024)
+    do_sample: bool = arg(False, "draw tokens instead of taking the most likely one")
+    temperature: float = arg(1.0, "sampling: divide the logits by this number; 0: no sampling")
+    top_k: int = arg(50, "sampling: draw from the k most likely tokens; 0: from all")
+    top_p: float = arg(
+        1.0, "sampling: draw from the fewest most likely tokens whose probabilities sum to this, above 0 to 1"
+    )
+    min_p: float = arg(0.0, "sampling: smallest probability of a token, relative to the most likely one, 0 to 1")
+    repetition_penalty: float = arg(1.0, "above 1: make tokens that already occurred less likely")
+    no_repeat_ngram_size: int = arg(0, "no n-gram of this many tokens may occur twice; 0: no limit")
+    length_penalty: float = arg(1.0, "beams: divide the score of an answer by its length to this power")
     early_stopping: str = arg(
         "no",
-        "beams: yes ends when num_beams answers are done, no when a better one is unlikely, never when it is impossible",
+        "beams: when to end. yes: as soon as num_beams answers are complete; no: when a better answer is unlikely; never: "
+        "when a better answer is impossible",
         choices=("no", "yes", "never"),
     )
-    num_return_sequences: int = arg(1, "answers of each prompt: samples, or the best beams", low=1, high=4096)
+    num_return_sequences: int = arg(1, "answers for each prompt: samples, or the best beams", low=1, high=4096)
     stop: tuple[str, ...] = arg((), "texts that end an answer")
-    seed: int = arg(0, "seed of the sampling")
+    seed: int = arg(0, "random seed of the sampling")
     lookup: int | None = arg(
         None,
-        "greedy, one prompt: guess up to this many tokens from a repeated n-gram and check them in one step; 0: off; "
-        "not set: where it cannot change the answer",
+        "greedy decoding of one prompt: guess up to this many tokens from a repeated n-gram and verify them in one step; 0: off; "
+        "not set: on if the answer stays bit-identical",
         high=1024,
     )
-    eos_ids: tuple[int, ...] | None = arg(None, "token ids that end an answer; not set: the checkpoint's")
-    # What a checkpoint's generation_config.json may ask for beside these; no options of the command line.
-    max_length: int | None = arg(None, "prompt and answer, in tokens; with max_new_tokens the smaller holds", **IN_FILE)
-    min_length: int | None = arg(None, "prompt and answer, in tokens, before which no answer ends", **IN_FILE)
-    typical_p: float | None = arg(None, "sampling: only the most typical tokens of this probability", **IN_FILE)
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = arg(None, "lists of token ids that no answer has", **IN_FILE)
-    suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer has", **IN_FILE)
-    begin_suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer begins with", **IN_FILE)
-    forced_bos_token_id: int | None = arg(None, "the first token after a prompt of one token", **IN_FILE)
-    forced_eos_token_id: tuple[int, ...] | None = arg(None, "what the last token of the longest answer is", **IN_FILE)
-    renormalize_logits: bool | None = arg(None, "beams: scores are log-probabilities again after penalties", **IN_FILE)
+    eos_ids: tuple[int, ...] | None = arg(None, "token ids that end an answer; not set: those of the checkpoint")
+    # Further settings of a checkpoint's generation_config.json; they are not options of the command line.
+    max_length: int | None = arg(
+        None, "most tokens of prompt and answer together; max_new_tokens applies too", **IN_FILE
+    )
+    min_length: int | None = arg(None, "fewest tokens of prompt and answer together", **IN_FILE)
+    typical_p: float | None = arg(
+        None, "sampling: draw from the most typical tokens whose probabilities sum to this", **IN_FILE
+    )
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = arg(
+        None, "sequences of token ids that no answer may contain", **IN_FILE
+    )
+    suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer may contain", **IN_FILE)
+    begin_suppress_tokens: tuple[int, ...] | None = arg(None, "token ids that no answer may begin with", **IN_FILE)
+    forced_bos_token_id: int | None = arg(None, "first token of an answer, if the prompt is one token", **IN_FILE)
+    forced_eos_token_id: tuple[int, ...] | None = arg(
+        None, "possible last tokens of an answer of the largest length", **IN_FILE
+    )
+    renormalize_logits: bool | None = arg(None, "beams: apply log_softmax again after the penalties", **IN_FILE)
 
     def __post_init__(self):
         if isinstance(self.early_stopping, bool):  # transformers' spelling
@@ -78,12 +89,12 @@ class GenerateConfig:
 
     @property
     def samples(self):
-        """Whether tokens are drawn: a temperature of 0 means that they are not."""
+        """Whether tokens are drawn: do_sample with a temperature above 0."""
         return self.do_sample and self.temperature > 0
 
     def meaning(self):
-        """The same decoding, with the defaults in place of options that change nothing in it: two configs with one meaning
-        decode the same."""
+        """A copy in which options without effect on this decoding have their defaults. Two configs with equal meaning() decode
+        to the same tokens."""
         idle = () if self.samples else ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
         idle += () if self.num_beams > 1 else ("length_penalty", "early_stopping", "renormalize_logits")
         return replace(self, **{f.name: f.default for f in fields(GenerateConfig) if f.name in idle})

@@ -1,19 +1,20 @@
-"""From the scores of the next token to a choice: penalties, bans, and the warpers of sampling.
+"""Penalties, bans and warpers on the scores of the next token, and drawing from them.
 
-Pure functions on scores (R, V) in fp32, one row a sequence; they return new scores. Every option means what it means in
-transformers."""
+Pure functions on scores (R, V) fp32, logits or log-probabilities, one row for each sequence. They return new scores. The
+options mean what they mean in transformers."""
 
 import torch
 
 
 def penalise_repetition(scores, seen, penalty):
-    """Scores of tokens that were seen (R, V) bool are divided by `penalty` where positive and multiplied where negative
-    (CTRL, arXiv 1909.05858)."""
+    """Divide positive scores of seen tokens by `penalty` and multiply negative ones by it (CTRL, arXiv 1909.05858).
+
+    seen: (R, V) bool, True for the tokens in a row's history."""
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def ban_repeated_ngrams(scores, histories, size):
-    """-inf for each token that would repeat an n-gram of `size` tokens of its row's history, a list of ids."""
+    """-inf for each token that would repeat an n-gram of `size` tokens. histories: lists of ids, one for each row."""
     scores = scores.clone()
     for row, ids in enumerate(histories):
         if len(ids) >= size:
@@ -24,7 +25,7 @@ def ban_repeated_ngrams(scores, histories, size):
 
 
 def ban(scores, ids, rows=None):
-    """-inf for the tokens `ids` in every row, or in these."""
+    """-inf for the tokens `ids`, in the rows `rows` (indices), or in all rows for None."""
     scores = scores.clone()
     rows = torch.tensor(list(range(len(scores)) if rows is None else rows), dtype=torch.long)
     scores[rows[:, None], [i for i in ids if i < scores.shape[1]]] = -torch.inf
@@ -32,7 +33,7 @@ def ban(scores, ids, rows=None):
 
 
 def ban_words(scores, histories, words):
-    """-inf for each token that would end one of `words`, lists of ids, after a row's history."""
+    """-inf for each token that would complete one of `words`, lists of ids. histories: lists of ids, one for each row."""
     scores = scores.clone()
     for row, ids in enumerate(histories):
         for *start, last in words:
@@ -42,7 +43,7 @@ def ban_words(scores, histories, words):
 
 
 def force(scores, ids, rows):
-    """In these rows 0 for the tokens `ids` and -inf for all others."""
+    """In the rows `rows` (indices): 0 for the tokens `ids`, -inf for all others."""
     scores = scores.clone()
     for row in rows:
         scores[row] = -torch.inf
@@ -51,9 +52,11 @@ def force(scores, ids, rows):
 
 
 def warp(scores, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keep=1, typical_p=None):
-    """Temperature, then the k best, then the nucleus of mass top_p (arXiv 1904.09751), then those above min_p times the best
-    probability (arXiv 2407.01082), then the most typical ones of mass typical_p (arXiv 2202.00666). The others become -inf;
-    at least `keep` tokens stay."""
+    """Divide by the temperature, then set to -inf all tokens but those that pass each of these filters, in this order.
+
+    top_k: the k best; 0: all. top_p: the nucleus of this probability mass (arXiv 1904.09751). min_p: probability of at least
+    min_p times the largest (arXiv 2407.01082). typical_p: the most typical tokens of this mass (arXiv 2202.00666). keep: each
+    filter leaves at least this many tokens."""
     if temperature != 1.0:
         scores = scores / temperature
     if top_k:
@@ -82,23 +85,25 @@ def warp(scores, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keep=1, typical
 
 
 def draw_several(scores, numbers, count):
-    """`count` different places of scores (N,), drawn one after the other without putting back, by Gumbel noise made of
-    numbers (N,) in [0, 1) (arXiv 1903.06059). Impossible ones come last, where there are not enough."""
+    """Draw `count` indices of scores (N,) without replacement, with the Gumbel top-k trick (arXiv 1903.06059).
+
+    numbers: (N,) uniform in [0, 1), on the CPU. Returns (count,) int64 in the order drawn. Indices with score -inf come last, if
+    fewer than `count` others exist."""
     noise = -(-numbers.double().clamp(min=1e-300).log()).log()
     return (scores.double().cpu() + noise).topk(count).indices
 
 
 def draw(scores, numbers):
-    """The token (R,) whose part of the cumulated probabilities holds the row's number (R,) in [0, 1).
+    """Draw one token for each row by inverting the cumulative probabilities. Returns (R,) int64.
 
-    In fp64 and on the CPU's numbers, so that a seed means the same on every device. Raises FloatingPointError where a row has
-    NaN, or nothing to draw."""
+    numbers: (R,) fp64 uniform in [0, 1), drawn on the CPU, so that a seed gives the same tokens on every device. The sums are
+    fp64. Raises FloatingPointError if a row has NaN, or only -inf."""
     cumulated = scores.double().softmax(-1).cumsum(-1)
     reached = cumulated > numbers.to(cumulated)[:, None] * cumulated[:, -1:]
     if not reached[:, -1].all():
         if (scores == -torch.inf).all(1).any():
             raise FloatingPointError(
-                "every token is banned, and none can be drawn; raise no_repeat_ngram_size, or lower max_new_tokens"
+                "every token is banned, so none can be drawn; raise no_repeat_ngram_size, or lower max_new_tokens"
             )
         raise FloatingPointError("the probabilities of the next token are NaN: scores or temperature are out of range")
-    return reached.int().argmax(-1)  # the first that passes the number
+    return reached.int().argmax(-1)  # the first token whose cumulative probability exceeds the number

@@ -1,51 +1,56 @@
 """The key-value cache of a decoding, and attention over it.
 
-A prompt's keys and values are stored once, however many sequences are decoded from it: memory grows with the new tokens, not with
-beams x prompt. Letters as in layers.py, and: B prompts, n sequences of each, R = B * n, P tokens of the longest prompt stored."""
+The keys and values of a prompt are stored once and shared by all sequences decoded from it, so memory does not grow with
+beams x prompt length. Letters as in layers.py, and: B prompts, n sequences of each, R = B * n, P stored tokens of the longest
+prompt."""
 
 import weakref
 
 import torch
 from minitune_kernels import ops, replay
 
-FIRST_CAPACITY = 256  # new tokens that there is room for at first; doubled when they come
+FIRST_CAPACITY = 256  # initial capacity for new tokens; doubled whenever it is used up
 
 
 class Cache:
-    """What all layers share: how many tokens of the prompts and how many new tokens are stored.
+    """The keys and values of all layers (LayerCache), and what the layers share: the numbers of stored tokens.
 
-    First every prompt is read, in one or more calls of the model with input_ids (1, N): `pieces` says which tokens these are,
-    [(prompt, start, stop), ...]. Then each call brings T tokens of every sequence, input_ids (R, T), the n sequences of a
-    prompt side by side.
-    window: sliding window of Mistral v0.1. Only what it can see is kept; new tokens are in a ring buffer."""
+    First the prompts are read, in one or more calls of the model with input_ids (1, N). read() says which tokens the next call
+    holds, as `pieces` [(prompt, start, stop), ...]. After that, each call holds the next T tokens of every sequence, input_ids
+    (R, T), where the n sequences of a prompt are adjacent.
+
+    lengths: tokens of each prompt, (B,). sequences: n. max_new_tokens: largest number of new tokens of a sequence. window: tokens
+    of the sliding window of Mistral v0.1, or None. With a window only the tokens inside it are kept, and new tokens are
+    stored in a ring buffer. draft: largest number of guessed tokens, which may be dropped again, in a call."""
 
     def __init__(self, num_layers, lengths, sequences=1, max_new_tokens=1, window=None, draft=0):
         self.lengths, self.sequences, self.window = list(lengths), sequences, window
-        self.new = 0  # tokens of every sequence that are stored
+        self.new = 0  # stored new tokens of each sequence
         self.pieces = []
         most = max_new_tokens if window is None else min(max_new_tokens, window)
-        self.capacity = min(most, FIRST_CAPACITY if window is None else window) + draft  # a ring has its size at once
+        self.capacity = min(most, FIRST_CAPACITY if window is None else window) + draft  # slots; a ring never grows
         self.layers = [LayerCache(self) for _ in range(num_layers)]
-        self.writers = None  # (R, capacity) int32: the sequence whose token stands in a slot; None: each its own
-        self.form = None  # ops.CacheForm: how keys are stored; chosen when the prompts have been read
-        self.shape = None  # ops.Shape, for a form with writers; made anew where prompts leave
-        self.tapes = {}  # the form of a step -> its Tape or Graph
+        self.writers = None  # (R, capacity) int32: which sequence wrote the key in a slot; None: the sequence itself
+        self.form = None  # ops.CacheForm: how keys are stored; chosen after the prompts were read
+        self.shape = None  # ops.Shape, for a form with writers; None after prompts were removed
+        self.tapes = {}  # recorded steps: (shapes, dtype, threads) -> Tape or Graph
 
     def read(self, pieces):
-        """Says which tokens of the prompts the next call brings."""
+        """Announce the tokens of the prompts that the next call holds: pieces [(prompt, start, stop), ...]."""
         self.pieces = list(pieces)
 
     def positions(self, T, device):
-        """(1, N) int64 of the pieces, or (R, T) of the next new tokens."""
+        """Positions of the next call's tokens, int64: (1, N) while prompts are read, else (R, T)."""
         if self.pieces:
             return torch.cat([torch.arange(start, stop, device=device) for _, start, stop in self.pieces])[None]
         lengths = torch.tensor(self.lengths, device=device).repeat_interleave(self.sequences)
         return lengths[:, None] + self.new + torch.arange(T, device=device)
 
     def run(self, blocks, x, rope, layout):
-        """x (R, T, C), or (1, N, C) while prompts are read, through the blocks of a model.
+        """Run the blocks of a model on x (R, T, C), or (1, N, C) while prompts are read. Returns the same shape.
 
-        A step with the same shapes as earlier ones is replayed, from a tape or as a CUDA graph, without the blocks' Python."""
+        rope: (cos, sin) of Rope.tables(). layout: the Layout of this call. A step with the same shapes as earlier ones is
+        replayed, from a tape or as a CUDA graph, without running the Python code of the blocks."""
 
         def through(x, cos, sin, *masks):
             layout.cache_masks = masks
@@ -85,20 +90,21 @@ class Cache:
         self.tapes = {}
 
     def masks(self, positions):
-        """The tensors that a step in torch needs beside keys and values, so that a CUDA graph of it stays right: the slots (T,)
-        int64 of the tokens at `positions` (R, T); a bool mask over the new tokens (1, 1, 1, T, capacity), True where a query
-        may look; and, only if some prompt token is hidden from a query, a mask over the prompt tokens, shape
-        (B, 1, n or 1, 1, T or 1, P)."""
+        """Slots and masks for a step in torch. They are tensors, not numbers, so that a CUDA graph of the step stays valid.
+
+        positions: (R, T) int64. Returns the slots (T,) int64 of the new tokens, and a bool mask over the slots,
+        (1, 1, 1, T, capacity), True where a query may attend. Only if some prompt token is hidden from a query there is a third
+        item: a mask over the prompt tokens, (B, 1, n or 1, 1, T or 1, P)."""
         B, n, T = len(self.lengths), self.sequences, positions.shape[1]
         device, window = positions.device, self.window
-        index = self.new + torch.arange(T, device=device)  # of the queries among the new tokens
+        index = self.new + torch.arange(T, device=device)  # index of each query among the new tokens
         owner = self.owners(T, device)
         new = (owner <= index[:, None]) & (owner >= 0)
         is_windowed = window is not None and max(self.lengths) + self.new + T > window
         if is_windowed:
             new = new & (index[:, None] - owner < window)
         found = index % self.capacity, new[None, None, None]
-        stored = self.layers[0].stored  # tokens kept of each prompt, the last ones
+        stored = self.layers[0].stored  # number of stored tokens of each prompt, its last ones
         P = max(stored)
         if min(stored) == P and not is_windowed:
             return found
@@ -106,19 +112,19 @@ class Cache:
         slot = torch.arange(P, device=device)
         prompt = (slot < kept)[:, None, None, None, None]
         if is_windowed:
-            at = slot + (torch.tensor(self.lengths, device=device)[:, None] - kept)  # (B, P) positions
+            at = slot + (torch.tensor(self.lengths, device=device)[:, None] - kept)  # (B, P) positions of the keys
             prompt = prompt & (positions.view(B, 1, n, 1, T, 1) - at.view(B, 1, 1, 1, 1, P) < window)
         return *found, prompt
 
     def owners(self, T, device):
-        """(capacity,) int64: which new token each slot of the ring holds once the next T are stored; -1: none."""
+        """(capacity,) int64: index of the new token in each slot after the next T are stored; -1 for an empty slot."""
         last = self.new + T - 1
         slot = torch.arange(self.capacity, device=device)
         owner = last - (last - slot) % self.capacity
         return torch.where(owner < 0, -1, owner)
 
     def advance(self, T):
-        """Called when all layers have stored the tokens of a call."""
+        """Count the tokens of a call, after all layers have stored them. T: new tokens of each sequence."""
         if self.pieces:
             self.pieces = []
             return
@@ -128,12 +134,12 @@ class Cache:
         self.new += T
 
     def drop(self, count):
-        """Forget the last `count` new tokens of every sequence."""
+        """Remove the last `count` new tokens of every sequence."""
         self.new -= count
 
     def reorder(self, rows):
-        """rows (R,) int64: the sequence that each one continues from now on, of the same prompt."""
-        if self.form.has_writers:  # nothing moves
+        """Let each sequence continue another one of the same prompt, as in beam search. rows: (R,) int64, which one."""
+        if self.form.has_writers:  # keys stay where they are; `writers` says whose they are
             if self.writers is None:
                 self.writers = torch.arange(len(rows), dtype=torch.int32)[:, None].expand(-1, self.capacity)
             self.writers = self.writers[rows]
@@ -144,7 +150,7 @@ class Cache:
             layer.v[:, :, :used] = layer.v[rows, :, :used]
 
     def keep(self, prompts):
-        """Keep only these prompts (their indices, ascending) and their sequences."""
+        """Keep only these prompts (ascending indices) and their sequences."""
         for layer in self.layers:
             layer.keep(prompts, self.sequences)
         if self.writers is not None:
@@ -155,8 +161,8 @@ class Cache:
         self.lengths, self.shape, self.tapes = [self.lengths[i] for i in prompts], None, {}
 
     def next_shape(self, T):
-        """The ops.Shape for the next T tokens: the same object each time, since a tape holds its address. It keeps the
-        tensors that it points to alive."""
+        """The ops.Shape for the next T tokens. Always the same object, because a tape holds its address. It also holds
+        references to the tensors whose addresses it stores."""
         if self.shape is None:
             layer = self.layers[0]
             B, H_kv, P, D = layer.prompt_k.shape
@@ -170,15 +176,17 @@ class Cache:
 
 
 def has_hooks(blocks):
-    """Whether a block, or a module in it, has a hook: hooks must run at every step."""
+    """Whether a block or a module inside it has a hook. Hooks must run at every step, so such a step is not replayed."""
     if torch.nn.modules.module._has_any_global_hook():
         return True
     return any(module._forward_hooks or module._forward_pre_hooks for block in blocks for module in block.modules())
 
 
 class Memory:
-    """What is known of one conversation: its ids, and each layer's keys and values (H_kv, len(ids), D). The model reads only the
-    tokens of the next prompt that differ. Nothing is kept once a sliding window has dropped tokens."""
+    """Token ids of one conversation so far, and each layer's keys and values of them, (H_kv, len(ids), D).
+
+    The model then reads only the part of the next prompt after the common beginning. Nothing is kept if a sliding window has
+    dropped tokens."""
 
     def __init__(self):
         self.forget()
@@ -187,8 +195,10 @@ class Memory:
         self.ids, self.layers = [], []
 
     def recall(self, cache, prompt):
-        """Copy what is known of this prompt into `cache`, which is empty and of this prompt alone. Returns the number of tokens;
-        at least one is left to read."""
+        """Put the stored keys and values of the beginning of `prompt` into `cache`, an empty cache of this one prompt.
+
+        prompt: list of token ids. Returns the number of tokens found, at most len(prompt) - 1: the model must read at least one
+        token to give logits."""
         known = 0
         while known < min(len(self.ids), len(prompt) - 1) and self.ids[known] == prompt[known]:
             known += 1
@@ -198,7 +208,7 @@ class Memory:
         return known
 
     def keep(self, cache, ids):
-        """Keep what the cache holds of `ids`, the prompt and the new tokens."""
+        """Remember the cache's keys and values of `ids`, the prompt and the new tokens."""
         ids = ids[: cache.lengths[0] + cache.new]
         if cache.window and len(ids) >= cache.window:
             self.forget()
@@ -207,18 +217,20 @@ class Memory:
 
 
 class LayerCache:
-    """Keys and values of one layer: of the prompts (B, H_kv, P, D), and of the new tokens (R, H_kv, capacity, D)."""
+    """Keys and values of one layer: of the prompts (B, H_kv, P, D) and of the new tokens (R, H_kv, capacity, D)."""
 
     def __init__(self, cache):
         # Weak: cache -> layer -> cache would be a cycle, freed only by the garbage collector.
         self.cache = weakref.proxy(cache)
-        self.parts = {}  # while prompts are read: prompt -> (k, v), each (H_kv, S, D)
-        self.stored = []
+        self.parts = {}  # while prompts are read: index of the prompt -> (k, v), each (H_kv, S, D)
+        self.stored = []  # number of stored tokens of each prompt
         self.prompt_k = self.prompt_v = self.k = self.v = None
 
     def attend(self, q, k, v, layout):
-        """Store k, v and attend. q (R, H, T, D); k, v (R, H_kv, T, D), or all with R = 1 while prompts are read.
-        Returns (R, T, H * D) in q.dtype."""
+        """Store k and v, then attend over all stored keys. Returns (R, T, H * D) in q.dtype.
+
+        q: (R, H, T, D). k, v: (R, H_kv, T, D). While prompts are read all have R = 1 and T = N. layout: the Layout of this
+        call."""
         if self.cache.pieces:
             return self.read(q, k, v)
         self.cache.make_room(q.shape[2])
@@ -231,7 +243,7 @@ class LayerCache:
         return ops.attention_over_cache(form, q, k, v, stores, where)
 
     def read(self, q, k, v):
-        """The tokens of cache.pieces: each attends to the earlier ones of its prompt."""
+        """Store the prompt tokens of cache.pieces and attend. Each token attends to the earlier ones of its prompt."""
         window, outputs, sizes = self.cache.window, [], [stop - start for _, start, stop in self.cache.pieces]
         for (prompt, start, stop), *piece in zip(
             self.cache.pieces, *(t.split(sizes, dim=2) for t in (q, k, v)), strict=True
@@ -245,37 +257,38 @@ class LayerCache:
             mask = ops.causal_mask(T, S, window, q.device) if start or (window and S > window) else None
             out = ops.attention(own_q, keys[None], values[None], mask, is_causal=mask is None and T > 1)
             outputs.append(out.transpose(1, 2))
-            if window and S > window - 1:  # no later token looks further back
+            if window and S > window - 1:  # later tokens attend to the last window - 1 of these only
                 keys, values = keys[:, S - window + 1 :], values[:, S - window + 1 :]
             self.parts[prompt] = keys, values
         return torch.cat(outputs, dim=1).reshape(1, q.shape[2], -1)
 
     def lay_out(self):
-        """Join the prompts in one tensor, with unused slots after the shorter ones. An interrupt leaves all or nothing done."""
+        """Join the prompts in one tensor, with unused slots after the shorter ones, and allocate room for new tokens.
+
+        The attributes are set so that an interrupt leaves either the old or the new state."""
         parts = [self.parts[prompt] for prompt in range(len(self.cache.lengths))]
         self.stored = [k.shape[1] for k, _ in parts]
         H_kv, _, D = parts[0][0].shape
         shape = len(parts), H_kv, max(self.stored), D
         self.cache.form = form = ops.cache_form(parts[0][0])
         self.dtype, device, dtype = parts[0][0].dtype, parts[0][0].device, form.dtype
-        make = (
-            torch.empty if form.has_writers else torch.zeros
-        )  # masks hide slots that were not written: 0 * NaN is NaN
+        # With masks, unwritten slots get weight 0. They must not hold NaN, since 0 * NaN is NaN.
+        make = torch.empty if form.has_writers else torch.zeros
         prompt_k, prompt_v = (make(shape, dtype=dtype, device=device) for _ in range(2))
         for i, (k, v) in enumerate(parts):
             prompt_k[i, :, : self.stored[i]], prompt_v[i, :, : self.stored[i]] = k, v
         room = len(parts) * self.cache.sequences, H_kv, self.cache.capacity, D
         self.k, self.v = (make(room, dtype=dtype, device=device) for _ in range(2))
-        self.prompt_v, self.prompt_k = prompt_v, prompt_k  # its keys last: they say that all is there
+        self.prompt_v, self.prompt_k = prompt_v, prompt_k  # prompt_k last: `prompt_k is None` means "not laid out yet"
         self.parts = {}
 
     def grow(self, more):
-        """Make room for that many further new tokens."""
+        """Make room for `more` further new tokens of each sequence."""
         room = self.k.new_zeros(*self.k.shape[:2], more, self.k.shape[3])
         self.k, self.v = torch.cat([self.k, room], dim=2), torch.cat([self.v, room], dim=2)
 
     def first(self, count):
-        """Keys and values (H_kv, count, D) of the only sequence's first tokens, in the dtype in which they were read."""
+        """(keys, values) of the first `count` tokens of the only sequence, each (H_kv, count, D), in the model's dtype."""
         if self.prompt_k is None:
             return tuple(t[:, :count] for t in self.parts[0])
         new = count - self.stored[0]
@@ -283,6 +296,7 @@ class LayerCache:
         return tuple(torch.cat([before[0], after[0, :, :new]], dim=1).to(self.dtype) for before, after in pairs)
 
     def keep(self, prompts, n):
+        """Keep only these prompts (ascending indices) and their n sequences each."""
         if self.prompt_k is None:
             self.lay_out()
         rows = [prompt * n + i for prompt in prompts for i in range(n)]

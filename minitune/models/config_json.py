@@ -1,18 +1,19 @@
-"""Reads a model's config.json key by key: each is used, known to change no logits, passed over by name, or an error.
+"""Reads a model's config.json key by key. Each key is used, or known not to change the logits, or reported as unread, or an
+error.
 
-A key is an error where transformers' class of the model reads it and this one does not. Keys that neither reads, such as
-another family's, change nothing there and nothing here."""
+A key is an error if transformers reads it for this architecture and minitune does not. A key that neither reads, such as one of
+another family, has no effect in either and is reported as unread."""
 
 from dataclasses import replace
 
 from minitune.models.layers import MAX_NUMBER
 from minitune.screen import short
 
-MAX = 2**31 - 1  # of every size
-MAX_LAYERS = 1000  # building the modules of a million would take minutes
+MAX = 2**31 - 1  # largest size that is accepted
+MAX_LAYERS = 1000  # building the modules of a million layers would take minutes
 
-# Keys without effect on the logits that are in so many files that they are not worth a word: bookkeeping, generation
-# defaults, what Hugging Face's code chooses.
+# Common keys without effect on the logits, which are not reported: bookkeeping, defaults of generation, and choices of
+# Hugging Face's own code.
 IGNORED = frozenset(
     """
     architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path auto_map use_cache
@@ -33,13 +34,16 @@ IGNORED = frozenset(
 
 
 class Reader:
-    """One config.json, given as a dict. `unread` lists what has no effect here, for the line that names it."""
+    """Reads the keys of one config.json.
+
+    raw: config.json as a dict. family: the architecture's name, for messages. unread: the keys without effect, to be reported.
+    Every method raises ValueError if the value of its key is not supported."""
 
     def __init__(self, raw, family):
         self.raw, self.family, self.seen, self.unread = raw, family, set(IGNORED), []
 
     def value(self, key, default, kinds, expected):
-        """The value of a key, or `default` where it is missing. null passes where the default is None."""
+        """The value of a key, or `default` if it is missing. null is accepted only if the default is None."""
         self.seen.add(key)
         value = self.raw.get(key, default)
         if value is None and default is None:
@@ -49,7 +53,7 @@ class Reader:
         return value
 
     def integer(self, key, default, null=False, most=MAX):
-        """A whole number from 1 to `most`. null: whether null is allowed although there is a default."""
+        """A whole number from 1 to `most`. null: whether null is accepted although the default is a number."""
         if null and self.raw.get(key, default) is None:
             default = None
         expected = f"a whole number from 1 to {most}"
@@ -63,7 +67,7 @@ class Reader:
         return self.integer(key, default, most=MAX_LAYERS)
 
     def groups(self, key, default, heads):
-        """The number of key-value heads, null for as many as `heads`, which must be a multiple of it."""
+        """The number of key-value heads; null means `heads`. `heads` must be a multiple of it."""
         count = self.integer(key, default, null=True) or heads
         if heads % count:
             raise ValueError(f"config.json: num_attention_heads is {heads}, expected a multiple of {key}, {count}")
@@ -79,8 +83,7 @@ class Reader:
         return self.value(key, default, bool, "true or false")
 
     def only(self, key, *allowed):
-        """The value of a key that this architecture takes in these forms only; the first is what a missing key
-        means."""
+        """The value of a key of which this architecture supports only the values `allowed`. A missing key means the first."""
         self.seen.add(key)
         value = self.raw.get(key, allowed[0])
         if value not in allowed:
@@ -92,18 +95,20 @@ class Reader:
         return value
 
     def ignore(self, *keys):
-        """Keys that this architecture has, and that change nothing here."""
+        """Keys of this architecture without effect here; they are not reported."""
         self.seen |= set(keys)
 
     def training(self, key):
-        """A dropout that transformers applies in training and that minitune does not have."""
+        """A dropout rate that transformers applies in training and minitune does not implement."""
         if self.raw.get(key) is not None and self.number(key, 0.0):
-            self.unread.append(f"{key} (it acts in training alone, and minitune has none)")
+            self.unread.append(f"{key} (used in training only; minitune does not implement it)")
         self.seen.add(key)
 
     def every_model(self, layers, kinds=("full_attention",)):
-        """Keys that transformers reads for every architecture: what they may hold. Returns the kinds of the layers, a set, empty
-        where the file names none; kinds: those that this architecture has."""
+        """Check the keys that transformers reads for every architecture.
+
+        layers: number of blocks. kinds: the kinds of layers that this architecture supports. Returns the set of kinds in
+        layer_types, empty if the file does not have that key."""
         self.only("attribute_map", None, {})
         self.only("per_layer_config", None, {})
         self.only("transformers_weights", None, "model.safetensors")
@@ -113,16 +118,18 @@ class Reader:
             return set()
         if not isinstance(named, list) or len(named) != layers or any(kind not in kinds for kind in named):
             raise ValueError(
-                f"config.json: layer_types is {short(named)}; minitune's {self.family} takes a list of {layers}, one a "
-                f"layer, each {' or '.join(kinds)}"
+                f"config.json: layer_types is {short(named)}; minitune's {self.family} takes a list of {layers} entries, one "
+                f"for each layer: {' or '.join(kinds)}"
             )
         return set(named)
 
     def decoder(self, layers, context, kinds=("full_attention",)):
-        """The same for every language model. A window as long as the context hides nothing."""
+        """As every_model, with the keys of language models too. context: tokens of the context.
+
+        A window is accepted if it is at least as long as the context, since it then hides nothing."""
         self.only("is_causal", True)
         self.only("kv_sharing_modes", None, [])
-        for key in ("decoder", "generator", "text_config"):  # a model of several parts
+        for key in ("decoder", "generator", "text_config"):  # of models with several parts
             self.only(key, None)
         for key in sorted({"sliding_window", "attention_chunk_size"} - self.seen):
             if (window := self.integer(key, None)) is not None and window < context:
@@ -130,7 +137,7 @@ class Reader:
         return self.every_model(layers, kinds)
 
     def rope(self, read):
-        """What `read` makes of the rope keys, old spelling or new."""
+        """The Rope of this config. read: a function from the dict to (Rope, unread keys), such as layers.read_rope."""
         self.seen |= {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
         self.seen.add("original_max_position_embeddings")
         try:
@@ -141,5 +148,5 @@ class Reader:
         return rope
 
     def done(self, config):
-        """`config` with the keys that neither transformers nor minitune reads as .unread."""
+        """A copy of `config` whose `unread` lists the keys without effect, with those that nothing has read."""
         return replace(config, unread=(*self.unread, *sorted(set(self.raw) - self.seen)))

@@ -1,8 +1,7 @@
-"""GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, one product for queries, keys and values. A judge:
-minitune scores text with it and does not train it.
+"""GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, one product for queries, keys and values.
 
-Names are Hugging Face's, so that its weights load as they are: its Conv1D keeps a weight as (in, out). B, T, C, H, D as in
-layers.py."""
+minitune computes perplexity with it and does not train it. Module names and shapes are Hugging Face's, so that its weights
+load unchanged: a Conv1D stores its weight as (in, out). B, T, C, H, D as in layers.py."""
 
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ LORA_TARGETS = ()
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """What config.json says of a GPT-2, under the names of the other families. Dropout is left out: it is not trained."""
+    """The settings in the config.json of a GPT-2, under the names of the other families. Without dropout: it is not trained."""
 
     vocab_size: int
     hidden_size: int
@@ -29,7 +28,7 @@ class GPT2Config:
     layer_norm_eps: float
     hidden_act: str
     tie_word_embeddings: bool
-    unread: tuple[str, ...] = ()  # what config.json says without effect here
+    unread: tuple[str, ...] = ()  # keys of config.json without effect here
 
     @classmethod
     def from_json(cls, raw):
@@ -46,14 +45,15 @@ class GPT2Config:
             ("num_hidden_layers", layers),
             ("max_position_embeddings", context),
         ):
-            read.only(key, value)  # other names for n_embd and so on, which go before them in transformers
+            read.only(key, value)  # transformers prefers these names to n_embd and so on: both must agree
         read.decoder(layers, context)
         read.only("scale_attn_weights", True)
         read.only("scale_attn_by_inverse_layer_idx", False)
-        read.ignore("n_ctx")  # the size of the mask in old files
-        read.ignore("reorder_and_upcast_attn")  # the order of two factors
-        read.ignore("embd_pdrop", "attn_pdrop", "resid_pdrop")  # training only
-        read.ignore("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels")  # other heads
+        read.ignore("n_ctx")  # size of the mask in old files
+        read.ignore("reorder_and_upcast_attn")  # order of two factors, for mixed precision
+        read.ignore("embd_pdrop", "attn_pdrop", "resid_pdrop")  # used in training only
+        # of heads for other tasks
+        read.ignore("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels")
         read.ignore("summary_first_dropout", "n_special", "predict_special_tokens", "_num_labels")
         read.ignore("gradient_checkpointing")
         return read.done(
@@ -72,7 +72,7 @@ class GPT2Config:
 
 
 class Conv1D(nn.Module):
-    """x @ weight + bias, weight (in, out): a linear layer with its weight the other way round."""
+    """x @ weight + bias, with weight (in, out): the transpose of nn.Linear's."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -80,6 +80,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x):
+        """x (.., in) -> (.., out) in x.dtype."""
         return ops.linear(x, self.weight.T, self.bias, whole_texts=True)
 
 
@@ -91,6 +92,7 @@ class GPT2Attention(nn.Module):
         self.c_proj = Conv1D(config.hidden_size, config.hidden_size)
 
     def forward(self, x, layout, cache=None):
+        """x (B, T, C) -> (B, T, C). layout: a layers.Layout; cache: the cache.LayerCache of this layer, or None."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         return self.c_proj(attention(q, k, v, layout, cache))
@@ -104,6 +106,7 @@ class GPT2MLP(nn.Module):
         self.c_proj = Conv1D(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
@@ -116,12 +119,13 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config)
 
     def forward(self, x, layout, cache=None):
+        """x (B, T, C) -> (B, T, C). layout: a layers.Layout; cache: the cache.LayerCache of this layer, or None."""
         x = x + self.attn(self.ln_1(x), layout, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT2Model(nn.Module):
-    """Tokens to hidden states."""
+    """Embeddings of tokens and positions, blocks and final norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -132,9 +136,9 @@ class GPT2Model(nn.Module):
         self.ln_f = LayerNorm(config.hidden_size, config.layer_norm_eps, whole_texts=True)
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
-        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a cache.Cache.
+        """input_ids (B, T) int64 -> hidden states (B, T, C). Other arguments: see Layout.of; cache is a cache.Cache.
 
-        Raises ValueError where a text is longer than the learned positions."""
+        Raises ValueError if a text is longer than the learned positions."""
         layout = Layout.of(input_ids, attention_mask, documents, cache)
         last, context = int(layout.positions.max()) if input_ids.numel() else 0, self.config.max_position_embeddings
         if last >= context:
@@ -151,7 +155,7 @@ class GPT2Model(nn.Module):
 
 
 class GPT2LMHeadModel(nn.Module):
-    """input_ids (B, T) int64 -> logits (B, T, vocab_size)."""
+    """The language model: GPT2Model and the output head."""
 
     def __init__(self, config):
         super().__init__()
@@ -163,8 +167,9 @@ class GPT2LMHeadModel(nn.Module):
 
     @property
     def model(self):
-        """The body, under the name that it has in the other families."""
+        """The body, under the name that the other families use."""
         return self.transformer
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
+        """input_ids (B, T) int64 -> logits (B, T, vocab_size). Other arguments: see Layout.of; cache is a cache.Cache."""
         return self.lm_head(self.transformer(input_ids, attention_mask, documents, cache))

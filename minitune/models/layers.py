@@ -1,7 +1,7 @@
 """The layers that every architecture shares: linear layers, norms, RoPE and its scalings, attention over packed documents.
 
-The formulas stand in kernels/formulas.py. How a block connects them is written out in each model file. Letters: B batch, T
-tokens of this call, S keys (T plus what a cache holds, see cache.py), C hidden, H heads, H_kv key-value heads, D head dim."""
+The formulas are in kernels/formulas.py. Each model file writes out how a block connects these layers. Letters: B batch, T
+tokens of this call, S keys (T plus the cached ones, see cache.py), C hidden, H heads, H_kv key-value heads, D head dim."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,45 +12,49 @@ from torch import nn
 
 from minitune.screen import short
 
-MAX_NUMBER = 1e30  # of a setting of config.json: its square is still finite in float64
-
+MAX_NUMBER = 1e30  # largest number accepted from a config.json: its square is finite in float64
 
 ACTIVATIONS = {"gelu": ops.gelu, "gelu_new": ops.gelu_tanh, "gelu_pytorch_tanh": ops.gelu_tanh}
 
 
 class Linear(nn.Linear):
-    """nn.Linear through ops.linear, which has a faster product for the few rows of a decoding step on a CPU.
+    """nn.Linear through ops.linear, which on a CPU has a faster product for the few rows of a decoding step.
 
-    whole_texts: as in ops.layer_norm, for judges."""
+    whole_texts: passed to ops.linear; True in the models that score texts (GPT-2, BERT, RoBERTa)."""
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, whole_texts=False):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.whole_texts = whole_texts
 
     def forward(self, x):
+        """x (.., in_features) -> (.., out_features) in x.dtype."""
         return ops.linear(x, self.weight, self.bias, self.whole_texts)
 
 
 def project(x, *layers):
-    """[layer(x) for layer in layers], at most three: in one call where no layer is wrapped or has a hook."""
+    """[layer(x) for layer in layers], for at most three layers. x: (.., C).
+
+    One call computes all products if every layer is a plain Linear without hooks. A layer wrapped by LoRA, a 4-bit layer or
+    a hook makes each layer run by itself."""
     if all(type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers):
         return ops.linears(x, *((layer.weight, layer.bias) for layer in layers))
     return [layer(x) for layer in layers]
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm through ops.layer_norm. whole_texts: as there, for judges."""
+    """nn.LayerNorm through ops.layer_norm. whole_texts: as in Linear."""
 
     def __init__(self, hidden_size, eps, whole_texts=False):
         super().__init__(hidden_size, eps)
         self.whole_texts = whole_texts
 
     def forward(self, x):
+        """x (.., C) -> (.., C) in x.dtype."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps, self.whole_texts)
 
 
 class RMSNorm(nn.Module):
-    """ops.rms_norm with a weight (arXiv 1910.07467). x (.., C) -> (.., C) in x.dtype."""
+    """RMSNorm with a weight (arXiv 1910.07467), through ops.rms_norm."""
 
     def __init__(self, hidden_size, eps):
         super().__init__()
@@ -58,6 +62,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        """x (.., C) -> (.., C) in x.dtype."""
         return ops.rms_norm(x, self.weight, self.eps)
 
 
@@ -65,8 +70,8 @@ class RMSNorm(nn.Module):
 class Rope:
     """Rotary position embedding (arXiv 2104.09864) in Hugging Face's half-split layout, with its scalings.
 
-    head_dim: number of dims that turn (all of a head, or Phi's first part). kind: default, linear, dynamic or
-    llama3."""
+    head_dim: number of rotated dims of each head: all of them, or in Phi the first part. theta: base of the frequencies.
+    kind: default, linear, dynamic or llama3. The other fields are parameters of the scaled kinds."""
 
     head_dim: int
     theta: float
@@ -77,7 +82,9 @@ class Rope:
     high_freq_factor: float = 4.0
 
     def inverse_frequencies(self, length, device=None):
-        """(head_dim / 2,) fp32. length: tokens in the longest sequence, which only the dynamic kind looks at."""
+        """Angle per position, in radians: (head_dim / 2,) fp32.
+
+        length: tokens in the longest sequence; used by the dynamic kind only."""
         theta = self.theta
         if self.kind == "dynamic" and length > self.original_length:
             stretch = self.factor * length / self.original_length - (self.factor - 1)
@@ -86,14 +93,13 @@ class Rope:
         inverse = 1.0 / theta**steps
         if self.kind == "linear":
             inverse = inverse / self.factor
-        elif self.kind == "llama3":  # long waves are stretched, short ones kept, between them a blend
+        elif self.kind == "llama3":  # long wavelengths are stretched, short ones kept, those between are interpolated
             waves = 2 * math.pi / inverse
             blend = (self.original_length / waves - self.low_freq_factor) / (
                 self.high_freq_factor - self.low_freq_factor
             )
-            if (
-                self.low_freq_factor > self.high_freq_factor
-            ):  # transformers warns of it, and goes by the lower bound first
+            # Swapped factors: transformers warns, and then uses the lower bound only.
+            if self.low_freq_factor > self.high_freq_factor:
                 is_long = waves > self.original_length / self.low_freq_factor
                 blend = torch.where(is_long, 0.0, 1.0)
             blend = blend.clamp(0, 1)
@@ -101,13 +107,13 @@ class Rope:
         return inverse
 
     def tables(self, positions, dtype, documents=None):
-        """positions (B, T) -> cos, sin, each (B, 1, T, head_dim / 2), computed in fp32, returned in dtype.
+        """positions (B, T) int64 -> (cos, sin), each (B, 1, T, head_dim / 2), computed in fp32 and returned in dtype.
 
-        documents: lengths of packed documents; each is stretched by its own length, as it would be alone."""
+        documents: lengths of the packed documents, or None. The dynamic kind scales each by its own length."""
         if self.kind == "dynamic" and documents:
             parts = [self.tables(part, dtype) for part in positions.split(documents, dim=1)]
             return tuple(torch.cat(table, dim=2) for table in zip(*parts, strict=True))
-        if self.kind == "dynamic" and len(positions) > 1:  # a row's stretch is its own, too
+        if self.kind == "dynamic" and len(positions) > 1:  # each row is scaled by its own length
             parts = [self.tables(row[None], dtype) for row in positions]
             return tuple(torch.cat(table) for table in zip(*parts, strict=True))
         length = int(positions.max()) + 1 if self.kind == "dynamic" else 0
@@ -115,7 +121,7 @@ class Rope:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-ROPE_KINDS = {  # kind: the settings that it needs
+ROPE_KINDS = {  # kind -> the settings that it requires
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -124,11 +130,11 @@ ROPE_KINDS = {  # kind: the settings that it needs
 
 
 def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
-    """(Rope, the settings without effect) from a config.json as a dict, in the old spelling (rope_theta, rope_scaling), the
-    new one (rope_parameters), or both: where they disagree, what transformers takes is taken.
+    """(Rope, list of the settings without effect) of a config.json, given as a dict.
 
-    default_partial: the share of a head that turns where the file is silent; is_partial: whether the file may change
-    it. Raises ValueError on a scaling that is not written here."""
+    Reads the old spelling (rope_theta, rope_scaling), the new one (rope_parameters), or both. Where the two disagree, the
+    result is the one of transformers. head_dim: dims of a head. default_partial: rotated share of a head if the file does not
+    name one. is_partial: whether the file may change that share. Raises ValueError on a scaling that is not implemented."""
     old, new = (config.get(key) for key in ("rope_scaling", "rope_parameters"))
     for key, value in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(value, dict | None):
@@ -136,13 +142,13 @@ def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
     name = "rope_scaling" if old else "rope_parameters"
     settings, unread = dict(old or new or {}), []
     if old and new and any(value != settings.get(key, config.get(key)) for key, value in new.items()):
-        unread.append("rope_parameters (rope_scaling goes before it)")
+        unread.append("rope_parameters (rope_scaling takes precedence)")
 
     def given(key, default):
-        """A setting, which goes before the same key of config.json itself."""
+        """A setting of the RoPE object; if it is missing there, the same key at the top level of config.json."""
         inner, outer = settings.pop(key, None), config.get(key)
         if inner is not None and outer is not None and inner != outer:
-            unread.append(f"{key} ({name}.{key} goes before it)")
+            unread.append(f"{key} ({name}.{key} takes precedence)")
         return first_given(inner, outer, default)
 
     theta, partial = given("rope_theta", 10000.0), given("partial_rotary_factor", default_partial)
@@ -154,7 +160,7 @@ def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
             "Use a checkpoint without it, or add it to Rope in minitune/models/layers.py"
         )
     if len(kinds) > 1 and kinds[1] != kind:
-        unread.append(f"{name}.type (rope_type goes before it)")
+        unread.append(f"{name}.type (rope_type takes precedence)")
     outer, context = config.get("original_max_position_embeddings"), config.get("max_position_embeddings")
     if kind == "llama3":
         settings["original_max_position_embeddings"] = first_given(
@@ -168,21 +174,23 @@ def read_rope(config, head_dim, default_partial=1.0, is_partial=False):
     unread += [f"{name}.{key}" for key in extra if (key, settings[key]) != ("factor", 1.0)]
     used = {key: settings[key] for key in ROPE_KINDS[kind]}
     if not is_partial and partial != default_partial and kind == "default":
-        unread.append("partial_rotary_factor (this architecture turns whole heads)")
+        unread.append("partial_rotary_factor (this architecture rotates whole heads)")
         partial = default_partial
     for key, value in {"rope_theta": theta, "partial_rotary_factor": partial, **used}.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_NUMBER:
             raise ValueError(f"{key} is {short(value)}, expected a number above 0 and at most {MAX_NUMBER:g}")
     if partial != default_partial and not is_partial:
-        raise ValueError(f"partial_rotary_factor is {partial}; this architecture turns whole heads")
+        raise ValueError(f"partial_rotary_factor is {partial}, expected 1: this architecture rotates whole heads")
     if kind == "llama3" and used["low_freq_factor"] == used["high_freq_factor"]:
         raise ValueError(
-            f"low_freq_factor and high_freq_factor are both {used['low_freq_factor']}, expected two numbers"
+            f"low_freq_factor and high_freq_factor are both {used['low_freq_factor']}, expected two different numbers"
         )
     rotary = int(head_dim * partial)
     if rotary % 2 or not 0 < rotary <= head_dim or kind == "dynamic" and rotary == 2:
-        raise ValueError(f"RoPE of type {kind!r} turns {rotary} of {head_dim} dims of a head, expected an even number")
-    # dynamic measures itself against max_position_embeddings alone
+        raise ValueError(
+            f"RoPE of type {kind!r} rotates {rotary} of {head_dim} dims of a head, expected an even number"
+        )
+    # For the dynamic kind this is always max_position_embeddings.
     original = used.pop("original_max_position_embeddings", context or 0)
     return Rope(rotary, theta, kind, original_length=original, **used), unread
 
@@ -193,10 +201,12 @@ def first_given(*values):
 
 @dataclass
 class Layout:
-    """Where the tokens of a call stand and which keys each may see. Made once a call, shared by the layers.
+    """Positions of the tokens of one call, and which keys each query may attend to. Made once per call, shared by the layers.
 
-    positions: (B, T) int64. documents: lengths of the documents packed into the one row, or None.
-    mask: (B or 1, 1, T, S) bool, True where a query may look, or None: causal."""
+    positions: (B, T) int64. window: tokens of a sliding window, or None. documents: lengths of the documents packed into the
+    one row, or None. mask: (B or 1, 1, T, S) bool, True where a query may attend, or None for causal attention.
+    window_masks: masks of documents longer than the window, by length. cache_masks: the result of Cache.masks(), once asked
+    for."""
 
     positions: torch.Tensor
     window: int | None = None
@@ -207,8 +217,11 @@ class Layout:
 
     @classmethod
     def of(cls, input_ids, attention_mask=None, documents=None, cache=None, window=None):
-        """input_ids (B, T); attention_mask (B, T), 0 on padding (left or right); documents: lengths that sum to T,
-        with B = 1; cache: a cache.Cache, which knows where its tokens stand. One of the three at most."""
+        """The layout of input_ids (B, T). At most one of the next three is given:
+
+        attention_mask: (B, T), 0 on padding, left or right. documents: lengths of documents packed into one row; B is 1 and
+        they sum to T. cache: a cache.Cache, which knows the positions of the new tokens. window: tokens of a sliding window,
+        or None. Raises ValueError if the arguments do not fit together."""
         B, T = input_ids.shape
         device = input_ids.device
         if sum(given is not None for given in (attention_mask, documents, cache)) > 1:
@@ -230,19 +243,19 @@ class Layout:
         if attention_mask is not None or window and T > window:
             mask = ops.causal_mask(T, T, window, device)
             if attention_mask is not None:
-                # Padding sees itself, so that no row of the softmax is empty: empty rows would be NaN.
+                # Padding attends to itself: a softmax over an empty row would give NaN.
                 own = torch.eye(T, dtype=torch.bool, device=device)
                 mask = mask & attention_mask.bool()[:, None, None, :] | own
         return cls(positions, window, mask=mask)
 
     def masks(self, cache):
-        """cache.masks() for these positions, made by the first layer that asks."""
+        """The result of cache.masks() for these positions, computed once for all layers."""
         if not self.cache_masks:
             self.cache_masks = cache.masks(self.positions)
         return self.cache_masks
 
     def document_mask(self, length):
-        """The mask inside a packed document: None (plain causal) unless it is longer than the window."""
+        """Mask (1, 1, length, length) of a packed document, or None (causal) if it fits into the window."""
         if not self.window or length <= self.window:
             return None
         if length not in self.window_masks:
@@ -251,14 +264,16 @@ class Layout:
 
 
 def attention(q, k, v, layout, cache=None):
-    """Softmax attention, scores over sqrt(D). q (B, H, T, D); k, v (B, H_kv, T, D), H a multiple of H_kv; cache: a
-    cache.LayerCache, whose keys are looked at too. Returns (B, T, H * D) in q.dtype."""
+    """Softmax attention with scores divided by sqrt(D). Returns (B, T, H * D) in q.dtype.
+
+    q: (B, H, T, D). k, v: (B, H_kv, T, D), H a multiple of H_kv. layout: a Layout. cache: a cache.LayerCache, which stores k and
+    v; the queries then attend to the cached keys too."""
     if cache is not None:
         return cache.attend(q, k, v, layout)
     B, H, T, D = q.shape
     if layout.documents is None:
         out = ops.attention(q, k, v, layout.mask, layout.mask is None and T > 1).transpose(1, 2)  # (B, T, H, D)
-    else:  # one call a document: no score across documents is ever computed
+    else:  # one call per document, so that no scores between documents are computed
         outputs = []
         for *piece, n in zip(*(t.split(layout.documents, dim=2) for t in (q, k, v)), layout.documents, strict=True):
             mask = layout.document_mask(n)

@@ -1,7 +1,7 @@
 """Llama 1, 2 and 3.x (arXiv 2302.13971, 2307.09288, 2407.21783): pre-norm blocks, RoPE, grouped-query attention,
 SwiGLU.
 
-Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as in layers.py."""
+Module names are Hugging Face's, so that its weights load unchanged. B, T, C, H, D as in layers.py."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ LORA_TARGETS = ("q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What config.json says of a Llama."""
+    """The settings in the config.json of a Llama."""
 
     vocab_size: int
     hidden_size: int
@@ -33,7 +33,7 @@ class LlamaConfig:
     attention_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
-    unread: tuple[str, ...] = ()  # what config.json says without effect here
+    unread: tuple[str, ...] = ()  # keys of config.json without effect here
 
     @classmethod
     def from_json(cls, raw):
@@ -77,8 +77,10 @@ class LlamaAttention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, C, bias=bias)
 
     def forward(self, x, rope, layout, cache=None):
-        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
-        what it may see; cache: the cache.LayerCache of this layer, or None."""
+        """x (B, T, C) -> (B, T, C).
+
+        rope: (cos, sin) of Rope.tables(), each (B, 1, T, rope.head_dim / 2). layout: a layers.Layout, the positions and masks
+        of this call. cache: the cache.LayerCache of this layer, or None."""
         B, T, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -110,14 +112,16 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rope, layout, cache=None):
-        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
-        what it may see; cache: the cache.LayerCache of this layer, or None."""
+        """x (B, T, C) -> (B, T, C).
+
+        rope: (cos, sin) of Rope.tables(), each (B, 1, T, rope.head_dim / 2). layout: a layers.Layout, the positions and masks
+        of this call. cache: the cache.LayerCache of this layer, or None."""
         x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """Tokens to hidden states. `recompute`: blocks keep only their input and run again in the backward pass."""
+    """Embedding, blocks and final norm. recompute: gradient checkpointing, see models/__init__.py."""
 
     recompute = False
 
@@ -129,7 +133,7 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
-        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a cache.Cache."""
+        """input_ids (B, T) int64 -> hidden states (B, T, C). Other arguments: see Layout.of; cache is a cache.Cache."""
         layout = Layout.of(input_ids, attention_mask, documents, cache)
         x = self.embed_tokens(input_ids)
         rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
@@ -144,7 +148,7 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """input_ids (B, T) int64 -> logits (B, T, vocab_size)."""
+    """The language model: LlamaModel and the output head."""
 
     def __init__(self, config):
         super().__init__()
@@ -155,4 +159,5 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
+        """input_ids (B, T) int64 -> logits (B, T, vocab_size). Other arguments: see Layout.of; cache is a cache.Cache."""
         return self.lm_head(self.model(input_ids, attention_mask, documents, cache))

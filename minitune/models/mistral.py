@@ -1,7 +1,7 @@
-"""Mistral 7B v0.1 to v0.3 (arXiv 2310.06825): Mistral's block with grouped-query attention and, in v0.1, a sliding
-window.
+"""Mistral 7B v0.1 to v0.3 (arXiv 2310.06825): pre-norm blocks, RoPE, grouped-query attention, SwiGLU and, in v0.1, a
+sliding window.
 
-Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as in layers.py."""
+Module names are Hugging Face's, so that its weights load unchanged. B, T, C, H, D as in layers.py."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ LORA_TARGETS = ("q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class MistralConfig:
-    """What config.json says of a Mistral."""
+    """The settings in the config.json of a Mistral. sliding_window: tokens that a query attends to, or None."""
 
     vocab_size: int
     hidden_size: int
@@ -32,7 +32,7 @@ class MistralConfig:
     rope: Rope
     sliding_window: int | None
     tie_word_embeddings: bool
-    unread: tuple[str, ...] = ()  # what config.json says without effect here
+    unread: tuple[str, ...] = ()  # keys of config.json without effect here
 
     @classmethod
     def from_json(cls, raw):
@@ -49,8 +49,8 @@ class MistralConfig:
         kinds = read.decoder(layers, context, ("full_attention", "sliding_attention"))
         if len(kinds) > 1 or kinds == {"sliding_attention"} and window is None:
             raise ValueError(
-                "config.json: layer_types mixes full_attention and sliding_attention, or has no sliding_window for it; "
-                "minitune's mistral takes one kind for all layers"
+                "config.json: layer_types mixes full_attention and sliding_attention, or asks for sliding_attention without "
+                "a sliding_window; minitune's mistral takes one kind for all layers"
             )
         if kinds == {"full_attention"}:
             window = None
@@ -83,8 +83,10 @@ class MistralAttention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, C, bias=False)
 
     def forward(self, x, rope, layout, cache=None):
-        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
-        what it may see; cache: the cache.LayerCache of this layer, or None."""
+        """x (B, T, C) -> (B, T, C).
+
+        rope: (cos, sin) of Rope.tables(), each (B, 1, T, rope.head_dim / 2). layout: a layers.Layout, the positions and masks
+        of this call. cache: the cache.LayerCache of this layer, or None."""
         B, T, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -116,14 +118,16 @@ class MistralBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rope, layout, cache=None):
-        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
-        what it may see; cache: the cache.LayerCache of this layer, or None."""
+        """x (B, T, C) -> (B, T, C).
+
+        rope: (cos, sin) of Rope.tables(), each (B, 1, T, rope.head_dim / 2). layout: a layers.Layout, the positions and masks
+        of this call. cache: the cache.LayerCache of this layer, or None."""
         x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class MistralModel(nn.Module):
-    """Tokens to hidden states. `recompute`: blocks keep only their input and run again in the backward pass."""
+    """Embedding, blocks and final norm. recompute: gradient checkpointing, see models/__init__.py."""
 
     recompute = False
 
@@ -135,7 +139,7 @@ class MistralModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
-        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a cache.Cache."""
+        """input_ids (B, T) int64 -> hidden states (B, T, C). Other arguments: see Layout.of; cache is a cache.Cache."""
         layout = Layout.of(input_ids, attention_mask, documents, cache, self.config.sliding_window)
         x = self.embed_tokens(input_ids)
         rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
@@ -150,7 +154,7 @@ class MistralModel(nn.Module):
 
 
 class MistralForCausalLM(nn.Module):
-    """input_ids (B, T) int64 -> logits (B, T, vocab_size)."""
+    """The language model: MistralModel and the output head."""
 
     def __init__(self, config):
         super().__init__()
@@ -161,4 +165,5 @@ class MistralForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
+        """input_ids (B, T) int64 -> logits (B, T, vocab_size). Other arguments: see Layout.of; cache is a cache.Cache."""
         return self.lm_head(self.model(input_ids, attention_mask, documents, cache))

@@ -1,7 +1,7 @@
-"""Phi 1, 1.5 and 2 (arXiv 2306.11644, 2309.05463): attention and MLP side by side on one LayerNorm, partial RoPE,
+"""Phi 1, 1.5 and 2 (arXiv 2306.11644, 2309.05463): attention and MLP in parallel after one LayerNorm, partial RoPE,
 biases.
 
-Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as in layers.py."""
+Module names are Hugging Face's, so that its weights load unchanged. B, T, C, H, D as in layers.py."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ LORA_TARGETS = ("q_proj", "v_proj", "fc1", "fc2")
 
 @dataclass(frozen=True)
 class PhiConfig:
-    """What config.json says of a Phi."""
+    """The settings in the config.json of a Phi."""
 
     vocab_size: int
     hidden_size: int
@@ -44,7 +44,7 @@ class PhiConfig:
     embd_pdrop: float
     resid_pdrop: float
     tie_word_embeddings: bool
-    unread: tuple[str, ...] = ()  # what config.json says without effect here
+    unread: tuple[str, ...] = ()  # keys of config.json without effect here
 
     @classmethod
     def from_json(cls, raw):
@@ -89,15 +89,17 @@ class PhiAttention(nn.Module):
         self.dense = Linear(config.num_attention_heads * config.head_dim, C)
 
     def forward(self, x, rope, layout, cache=None):
-        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
-        what it may see; cache: the cache.LayerCache of this layer, or None."""
+        """x (B, T, C) -> (B, T, C).
+
+        rope: (cos, sin) of Rope.tables(), each (B, 1, T, rope.head_dim / 2). layout: a layers.Layout, the positions and masks
+        of this call. cache: the cache.LayerCache of this layer, or None."""
         B, T, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = ops.rope(q, *rope), ops.rope(k, *rope)  # of each head the first config.rope.head_dim dims
-        if x.dtype == torch.float16:  # Phi-2's scores pass the largest fp16, 65504
+        q, k = ops.rope(q, *rope), ops.rope(k, *rope)  # rotates the first config.rope.head_dim dims of each head
+        if x.dtype == torch.float16:  # Phi-2's attention scores exceed 65504, the largest fp16
             return self.dense(attention(q.float(), k.float(), v.float(), layout, cache).to(x.dtype))
         return self.dense(attention(q, k, v, layout, cache))
 
@@ -123,14 +125,16 @@ class PhiBlock(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, rope, layout, cache=None):
-        """x (B, T, C) -> (B, T, C). rope: (cos, sin), of Rope.tables(); layout: a layers.Layout, which token stands where and
-        what it may see; cache: the cache.LayerCache of this layer, or None."""
+        """x (B, T, C) -> (B, T, C).
+
+        rope: (cos, sin) of Rope.tables(), each (B, 1, T, rope.head_dim / 2). layout: a layers.Layout, the positions and masks
+        of this call. cache: the cache.LayerCache of this layer, or None."""
         h = self.input_layernorm(x)
         return self.resid_dropout(self.self_attn(h, rope, layout, cache)) + self.resid_dropout(self.mlp(h)) + x
 
 
 class PhiModel(nn.Module):
-    """Tokens to hidden states. `recompute`: blocks keep only their input and run again in the backward pass."""
+    """Embedding, blocks and final norm. recompute: gradient checkpointing, see models/__init__.py."""
 
     recompute = False
 
@@ -143,7 +147,7 @@ class PhiModel(nn.Module):
         self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
-        """input_ids (B, T) int64 -> (B, T, C). The other arguments as in Layout.of; a cache is a cache.Cache."""
+        """input_ids (B, T) int64 -> hidden states (B, T, C). Other arguments: see Layout.of; cache is a cache.Cache."""
         layout = Layout.of(input_ids, attention_mask, documents, cache)
         x = self.embed_dropout(self.embed_tokens(input_ids))
         rope = self.config.rope.tables(layout.positions, x.dtype, layout.documents)
@@ -158,7 +162,7 @@ class PhiModel(nn.Module):
 
 
 class PhiForCausalLM(nn.Module):
-    """input_ids (B, T) int64 -> logits (B, T, vocab_size)."""
+    """The language model: PhiModel and the output head."""
 
     def __init__(self, config):
         super().__init__()
@@ -169,4 +173,5 @@ class PhiForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids, attention_mask=None, documents=None, cache=None):
+        """input_ids (B, T) int64 -> logits (B, T, vocab_size). Other arguments: see Layout.of; cache is a cache.Cache."""
         return self.lm_head(self.model(input_ids, attention_mask, documents, cache))

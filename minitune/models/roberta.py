@@ -1,7 +1,7 @@
 """The encoders RoBERTa (arXiv 1907.11692) and BERT (arXiv 1810.04805), for BERTScore: post-norm blocks, learned positions, no
-head. The two differ in where positions begin.
+head. The two differ in how they count positions.
 
-Names are Hugging Face's, so that its weights load as they are. B, T, C, H, D as in layers.py; N tokens of packed texts."""
+Module names are Hugging Face's, so that its weights load unchanged. B, T, C, H, D as in layers.py."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from minitune.models import config_json
 from minitune.models.layers import LayerNorm
 from minitune.screen import short
 
-HEADS = ("pooler.", "lm_head.", "cls.", "classifier.", "qa_outputs.")  # stored beside an encoder, not used here
+HEADS = ("pooler.", "lm_head.", "cls.", "classifier.", "qa_outputs.")  # heads stored with an encoder, not used here
 LAYER_NORM = {"gamma": "weight", "beta": "bias"}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # names of ops
 OLD_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
@@ -23,9 +23,9 @@ OLD_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What config.json says of a RoBERTa or a BERT. Dropout is left out: neither is trained here.
+    """The settings in the config.json of a RoBERTa or a BERT. Without dropout: neither is trained here.
 
-    first_position: 0 in BERT; in RoBERTa pad_token_id + 1, as its positions count tokens that are not padding."""
+    first_position: position of the first token. 0 in BERT, pad_token_id + 1 in RoBERTa."""
 
     vocab_size: int
     hidden_size: int
@@ -38,7 +38,7 @@ class EncoderConfig:
     hidden_act: str
     pad_token_id: int
     first_position: int
-    unread: tuple[str, ...] = ()  # what config.json says without effect here
+    unread: tuple[str, ...] = ()  # keys of config.json without effect here
 
     @classmethod
     def from_json(cls, raw):
@@ -58,9 +58,12 @@ class EncoderConfig:
         read.only("is_causal", False, None)
         read.only("is_decoder", False)
         read.only("add_cross_attention", False)
+        # transformers 5 no longer reads this key: a value other than absolute is reported as without effect.
         if read.raw.get("position_embedding_type") in ("absolute", None):
-            read.ignore("position_embedding_type")  # other kinds are gone from transformers 5: named as without effect
-        read.ignore("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")  # training only
+            read.ignore("position_embedding_type")
+        read.ignore(
+            "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"
+        )  # used in training only
         read.ignore("gradient_checkpointing", "tie_word_embeddings", "_num_labels", "output_past")
         read.ignore("directionality", "pooler_type", "pooler_fc_size", "pooler_num_attention_heads")  # of heads
         read.ignore("pooler_num_fc_layers", "pooler_size_per_head")
@@ -82,7 +85,7 @@ class EncoderConfig:
 
     @property
     def max_length(self):
-        """Tokens of the longest text: RoBERTa's 514 positions are 512 tokens."""
+        """Largest number of tokens of a text: 512 for RoBERTa's 514 positions."""
         return self.max_position_embeddings - self.first_position
 
 
@@ -96,6 +99,7 @@ class Embeddings(nn.Module):
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, whole_texts=True)
 
     def forward(self, input_ids, positions, token_type_ids):
+        """input_ids, positions (B, T) int64; token_type_ids (B, T) int64 or None for all 0 -> (B, T, C)."""
         types = self.token_type_embeddings(
             token_type_ids if token_type_ids is not None else torch.zeros_like(input_ids)
         )
@@ -109,7 +113,10 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
 
     def forward(self, x, mask, runs):
-        """x (B, T, C); mask (B, 1, 1, T) bool or None; runs [(texts, length), ...] of packed texts (B = 1) or None."""
+        """x (B, T, C) -> (B, T, C).
+
+        mask: (B, 1, 1, T) bool, True where there is no padding, or None. runs: for packed texts (B = 1), how many adjacent texts
+        have which length, [(texts, length), ...]; else None."""
         B, T, C = x.shape
         qkv = [ops.linear_activation(x, layer.weight, layer.bias) for layer in (self.query, self.key, self.value)]
         if runs is None:
@@ -122,13 +129,13 @@ class SelfAttention(nn.Module):
 
 
 def attend(q, k, v, mask):
-    """Softmax attention in both directions; all (B, T, H, D), as is the result."""
+    """Bidirectional softmax attention. q, k, v and the result: (B, T, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return ops.attention(q, k, v, mask).transpose(1, 2)
 
 
 class Output(nn.Module):
-    """LayerNorm(residual + dense(x)): the end of both halves of a block."""
+    """LayerNorm(dense(x) + residual): the last step of the attention and of the MLP of a block."""
 
     def __init__(self, inputs, config):
         super().__init__()
@@ -136,6 +143,7 @@ class Output(nn.Module):
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, whole_texts=True)
 
     def forward(self, x, residual):
+        """x (B, T, inputs), residual (B, T, C) -> (B, T, C)."""
         return self.LayerNorm(ops.linear_activation(x, self.dense.weight, self.dense.bias) + residual)
 
 
@@ -146,6 +154,7 @@ class Attention(nn.Module):
         self.output = Output(config.hidden_size, config)
 
     def forward(self, x, mask, runs):
+        """x (B, T, C) -> (B, T, C). mask, runs: as in SelfAttention."""
         return self.output(self.self(x, mask, runs), x)
 
 
@@ -156,6 +165,7 @@ class Intermediate(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x):
+        """x (B, T, C) -> (B, T, intermediate_size)."""
         return ops.linear_activation(x, self.dense.weight, self.dense.bias, self.activation)
 
 
@@ -167,6 +177,7 @@ class Block(nn.Module):
         self.output = Output(config.intermediate_size, config)
 
     def forward(self, x, mask, runs):
+        """x (B, T, C) -> (B, T, C). mask, runs: as in SelfAttention."""
         x = self.attention(x, mask, runs)
         return self.output(self.intermediate(x), x)
 
@@ -178,7 +189,7 @@ class Blocks(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Tokens to hidden states."""
+    """Embeddings and blocks, without a head."""
 
     def __init__(self, config):
         super().__init__()
@@ -187,19 +198,20 @@ class Encoder(nn.Module):
         self.encoder = Blocks(config)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, lengths=None, layer=None):
-        """input_ids (B, T) int64 -> (B, T, C), the hidden states after `layer` blocks (0: the embeddings; None: all).
+        """input_ids (B, T) int64 -> (B, T, C), the hidden states after `layer` blocks (0: the embeddings; None: all blocks).
 
-        attention_mask: (B, T), 0 on padding, which RoBERTa must hold its padding token in. lengths: of texts packed into
-        the one row of input_ids, no padding between; texts of equal length side by side share one product. Raises
-        ValueError on a text longer than the learned positions, and on a layer that is not there."""
+        attention_mask: (B, T), 0 on padding, where RoBERTa's input_ids must be its padding token. lengths: lengths of texts
+        packed into one row (B = 1) without padding; adjacent texts of equal length share one attention call.
+        Raises ValueError on a text longer than the learned positions, and on a layer that does not exist."""
         *_, last = self.walk(input_ids, attention_mask, token_type_ids, lengths, layer)
         return last
 
     def hidden_states(self, input_ids, attention_mask=None, token_type_ids=None, lengths=None, layer=None):
-        """As forward, but the list of all hidden states: the embeddings, then one after each block up to `layer`."""
+        """As forward, but the list of all hidden states: the embeddings, then the output of each block up to `layer`."""
         return list(self.walk(input_ids, attention_mask, token_type_ids, lengths, layer))
 
     def walk(self, input_ids, attention_mask, token_type_ids, lengths, layer):
+        """Yields the embeddings and the output of each block up to `layer`, each (B, T, C). Arguments as in forward."""
         blocks = self.encoder.layer
         layer = len(blocks) if layer is None else layer
         if not 0 <= layer <= len(blocks):
@@ -224,7 +236,7 @@ class Encoder(nn.Module):
             yield x
 
     def positions(self, input_ids, lengths):
-        """(B, T) int64. RoBERTa counts the tokens that are not padding, wherever in a text they stand; BERT all."""
+        """(B, T) int64. RoBERTa counts the tokens that are not padding and gives padding pad_token_id; BERT counts all."""
         config = self.config
         parts = input_ids.split(lengths, dim=1) if lengths is not None else [input_ids]
         longest = max(part.shape[1] for part in parts)
@@ -239,9 +251,10 @@ class Encoder(nn.Module):
 
     @staticmethod
     def parameter_of(name):
-        """The parameter of a stored tensor, None for one of a head or a buffer.
+        """Name of the parameter that a stored tensor belongs to, or None for a tensor of a head or a buffer.
 
-        Files of whole models begin names with "roberta." or "bert."; BERT's first ones call LayerNorm's weight gamma."""
+        Files of whole models prefix the names with "roberta." or "bert.". The first BERT files call LayerNorm's weight gamma
+        and its bias beta."""
         inner = name.removeprefix("roberta.").removeprefix("bert.")
         if inner.startswith(HEADS) or inner in OLD_BUFFERS:
             return None
