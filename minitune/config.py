@@ -1,4 +1,5 @@
-"""Options: a frozen dataclass a job, and the command line made from it. The only place where a default is written."""
+"""Options: one frozen dataclass for each job, and the command line that is made from it. Defaults are written in these
+dataclasses only."""
 
 import argparse
 import dataclasses
@@ -25,15 +26,17 @@ from minitune.screen import printable, short, some
 
 
 def arg(default, help, **extra):
-    """A dataclass field with its help text. extra: choices=(...), the values allowed; low and high, the bounds of a number
-    (of a whole number 0 and 2^63 - 1, where nothing else is said); group="HEADING" or "HEADING: text", the heading in --help
-    from this field on; positional=True, a list that is typed without --name and shown as metavar; aliases=(...), further names
-    of the option; otherwise=..., the default that --help shows in place of None; is_option=False, a field that only Python code
-    and files set."""
+    """A dataclass field with its help text. extra may have:
+
+    choices=(...): the allowed values. low, high: bounds of a number (default for an int: 0 and 2^63 - 1).
+    group="HEADING" or "HEADING: text": this field and the following ones stand under this heading in --help.
+    positional=True: a list that is typed without --NAME, and shown in --help as metavar. aliases=(...): further names of the
+    option. otherwise=...: default that --help shows in place of None. is_option=False: only Python code and files can set the
+    field."""
     return field(default=default, metadata={"help": help, **extra})
 
 
-SYNONYMS = {  # what people type, from other tools, for an option that has another name here
+SYNONYMS = {  # name of an option here -> its names in other tools, for "did you mean"
     "adapter": ("run", "lora", "peft", "adapter-path", "lora-path", "checkpoint"),
     "accumulation": ("gradient-accumulation-steps", "grad-accum", "gradient-accumulation", "accum"),
     "batch_size": ("bs", "per-device-train-batch-size", "micro-batch-size"),
@@ -61,22 +64,23 @@ SYNONYMS = {  # what people type, from other tools, for an option that has anoth
     "temperature": ("temp",),
     "warmup": ("warmup-ratio", "warmup-steps"),
 }
-KINDS = {int: "N", float: "X", str: "TEXT"}  # what stands for a value in --help
+KINDS = {int: "N", float: "X", str: "TEXT"}  # placeholder for a value in --help
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one short line that guesses what was meant. names: of the options, without --."""
+    """An ArgumentParser whose errors are one line and suggest a similar option. names: names of the options, without --."""
 
     def __init__(self, names=(), **options):
         super().__init__(**options, allow_abbrev=False, usage="%(prog)s [options]")
         self.names = list(names)
 
-    def error(self, message):  # argparse's own prints every option first
+    def error(self, message):
+        """Print one line and exit with code 2. argparse would print the usage with every option first."""
         found = re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL)
         if found:
             wrong = next((word for word in found[1].split() if word.startswith("-")), None)
             if wrong is None:
-                message = f"{short(found[1])} stands behind no option; put a text with spaces into quotes"
+                message = f"{short(found[1])} follows no option; put a text with spaces into quotes"
             else:
                 name = wrong.split("=")[0]
                 message = f"there is no option {printable(name)[:100]}{guess(name.lstrip('-'), self.names)}"
@@ -85,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def guess(wrong, names):
-    """ "; did you mean --NAME?" where one of the options in `names` is close to what was typed, else nothing."""
+    """ "; did you mean --NAME?" for the option in `names` that is closest to the text `wrong`; "" if none is close."""
     wrong = wrong.lower().replace("_", "-")
     names = {name.replace("_", "-"): name for name in names}
     known = {other: name for name, field in names.items() for other in SYNONYMS.get(field, ())}
@@ -96,21 +100,21 @@ def guess(wrong, names):
 
 
 def one_line(text, most=480):
-    """Text as one line of a bounded length: what a message forgot to shorten must not bury it."""
+    """`text` as one line of at most `most` characters: its beginning and its end, if it is longer."""
     text = " ".join(printable(text).split("\n"))
     return text if len(text) <= most else f"{text[: most - 160]} ... {text[-140:]}"
 
 
 def parse(cls, argv=None, description=None):
-    """Build `cls` from the command line: field `lora_rank` becomes option --lora-rank.
+    """An instance of the dataclass `cls` from the command line. The field lora_rank becomes the option --lora-rank.
 
-    Strength, weakest first: what `cls` gives a field that is not set (a recipe of TrainConfig, the default), the JSON
-    file of --config, the options typed. Exits 2 with one line on an unknown option or a value of another kind; --debug shows
-    tracebacks. Raises ValueError on a value that `cls` refuses."""
+    argv: list of arguments; None for sys.argv. description: for --help. A typed option overrides the JSON file of --config,
+    which overrides the recipe of the model (TrainConfig), which overrides the default. Exits with code 2 and one line on an
+    unknown option or a value of the wrong type. Raises ValueError on a value that `cls` refuses."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = {f.name: f for f in fields(cls) if f.metadata.get("is_option", True)}
     values, shown = getattr(cls, "DEFAULTS", {}), description
-    if {"-h", "--help"} & set(argv) and hasattr(cls, "recipe"):  # the defaults of the model that stands beside --help
+    if {"-h", "--help"} & set(argv) and hasattr(cls, "recipe"):  # show the defaults of the --model that is given too
         values, _ = make_parser(cls, {}, add_help=False).parse_known_args(
             [a for a in argv if a not in ("-h", "--help")]
         )
@@ -118,7 +122,7 @@ def parse(cls, argv=None, description=None):
         values = cls.recipe(values)
         shown = f"{description}\n\nThe defaults below are those for this --model." if description else None
     parser = make_parser(cls, values, description=shown)
-    typed = vars(parser.parse_intermixed_args(argv))  # options before, between and after what has no name
+    typed = vars(parser.parse_intermixed_args(argv))  # positional arguments may stand before, between and after options
     path, _ = typed.pop("config"), typed.pop("debug")
     if path == "":
         parser.error("--config is empty; give a JSON file, or leave the option out")
@@ -129,7 +133,9 @@ def parse(cls, argv=None, description=None):
 
 
 def make_parser(cls, recipe, description=None, add_help=True):
-    """The argparse parser of a dataclass, whose values stay texts. recipe: {field: default} that go before the field's own."""
+    """The argparse parser of a dataclass. It leaves values as text; typed_value() converts them.
+
+    recipe: {name of a field: default} to show in --help in place of the field's own default."""
     options = [f for f in fields(cls) if f.metadata.get("is_option", True)]
     names = [f.name for f in options if not f.metadata.get("positional")] + ["config", "debug", "version", "help"]
     layout = argparse.RawDescriptionHelpFormatter
@@ -170,12 +176,12 @@ def make_parser(cls, recipe, description=None, add_help=True):
 
 
 def are_short(choices, is_list):
-    """Whether the choices of an option stand beside its name in --help, or in its text."""
+    """Whether the choices of an option are short enough to stand next to its name in --help, rather than in the text."""
     return bool(choices) and len(",".join(choices)) <= (15 if is_list else 40)
 
 
 def in_order(cls):
-    """The fields of a dataclass as --help shows them: those of the class itself before those of its bases."""
+    """The fields of a dataclass in the order of --help: those of the class itself before those of its bases."""
     order, bases = [], [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
     for number, base in enumerate(bases):
         inherited = {f.name for other in bases[number + 1 :] if issubclass(base, other) for f in fields(other)}
@@ -185,6 +191,7 @@ def in_order(cls):
 
 
 def help_text(f, is_list, recipe):
+    """The help text of a field with its choices and its default."""
     value = recipe.get(f.name, f.metadata.get("otherwise", f.default))
     if is_list and value is not None:
         value = " ".join(map(str, value)) or None
@@ -196,6 +203,8 @@ def help_text(f, is_list, recipe):
 
 
 class Version(argparse.Action):
+    """--version: prints the versions and exits. The lookup is done only when the option is used."""
+
     def __call__(self, parser, *values):
         screen.say(f"minitune {version('minitune')}, torch {version('torch')}, Python {platform.python_version()}")
         parser.exit(0)
@@ -209,7 +218,9 @@ def version(package):
 
 
 def typed_value(parser, cls, f, value):
-    """The value of a field from what was typed, a text, list of texts or bool. Ends with one line where it is of another kind."""
+    """The value of a field from what was typed: a text, a list of texts or a bool.
+
+    Exits with one line if it has the wrong type or is not among the choices."""
     kind, is_list, _ = field_type(cls, f)
     if kind is bool:
         return value
@@ -229,31 +240,26 @@ def not_a_choice(f, items):
 
 
 def as_kind(text, kind):
-    """The number in a text, or the text itself where there is none."""
+    """The text as a number of type `kind`, or unchanged if it is not one."""
     try:
         return kind(text) if kind in (int, float) and len(text) <= 300 else text
     except ValueError:
         return text
 
 
-OUT_OF_MEMORY = re.compile(  # what torch, the system and an import that was cut off say
+OUT_OF_MEMORY = re.compile(  # messages of torch, the system and an interrupted import
     "out of memory|allocate memory|bad_alloc|memory object|start new thread|failed to map segment|return without exception set",
     re.IGNORECASE,
 )
-SMALLER = (
-    "batch_size",
-    "max_length",
-    "num_beams",
-    "num_return_sequences",
-    "max_new_tokens",
-)  # options that cost memory
+# Options that reduce the memory of a job when they are lowered.
+SMALLER = ("batch_size", "max_length", "num_beams", "num_return_sequences", "max_new_tokens")
 
 
 def run_script(cls, job, description):
-    """What a script does: parse `cls` from the command line, run job(config), and end with the exit code.
+    """Run a script: parse the dataclass `cls` from the command line, call job(config), and end with an exit code.
 
-    0: done, also where whoever read the answers closed the pipe. 2: the user's input was wrong, in one line on stderr. 1: the
-    run itself failed. 130: stopped by a signal, with what the job says of what is kept."""
+    0: done, or the reader of the output closed the pipe. 1: the run failed. 2: the user's input was wrong. 130: stopped by a
+    signal. Errors are one line on stderr; a fault of the program keeps its traceback, and --debug shows every traceback."""
     screen.prepare()
     try:
         with sigterm_as_ctrl_c():
@@ -264,8 +270,8 @@ def run_script(cls, job, description):
     except (Exception, KeyboardInterrupt) as error:
         meant = ValueError, FloatingPointError, OSError, KeyboardInterrupt
         if "--debug" in sys.argv or not (isinstance(error, meant) or is_out_of_memory(error)):
-            raise  # a fault of ours keeps its traceback
-        error.__traceback__ = None  # which holds the memory of the job
+            raise  # a bug: keep the traceback
+        error.__traceback__ = None  # its frames keep the memory of the job alive
         code, text = code_and_text(cls, error)
     with handled(leave):
         if text is not None:
@@ -274,14 +280,14 @@ def run_script(cls, job, description):
 
 
 def is_out_of_memory(error):
-    """Whether an exception, of Python, torch or the system, says that memory is short, of the machine or of a GPU."""
+    """Whether an exception of Python, torch or the system reports a lack of memory, of the machine or of a GPU."""
     if isinstance(error, (RuntimeError, OSError, ImportError, SystemError)):
         return bool(OUT_OF_MEMORY.search(str(error)))
     return isinstance(error, MemoryError)
 
 
 def code_and_text(cls, error):
-    """(exit code, line) of an exception that ended a job."""
+    """(exit code, line for stderr) of an exception that ended a job with options `cls`."""
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, f"stopped: {text or 'by Ctrl-C'}"
@@ -299,14 +305,14 @@ def code_and_text(cls, error):
 
 
 def error_is_of_a_path(error):
-    """Whether an OSError says that a path of the user's is wrong, and not that the machine failed."""
+    """Whether an OSError is about a wrong path, which is the user's input, and not about a failure of the machine."""
     wrong = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
     return isinstance(error, OSError) and error.errno in wrong
 
 
 def from_file(cls, path):
-    """The options in the JSON file at `path`, as a dict. Raises ValueError on an unknown key or a value of the wrong
-    type."""
+    """The options of `cls` in the JSON file at `path`, as a dict. For a job that evaluates a run, the file may be the config.json
+    of a training run. Raises ValueError on an unknown key or a value of the wrong type."""
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds a {type(stored).__name__}, expected an object with options of {cls.__name__}")
@@ -315,7 +321,7 @@ def from_file(cls, path):
     if unknown and hasattr(cls, "of_run") and {"lora_rank", "learning_rate", "loss_on"} <= set(stored):
         stored = cls.of_run(Path(path).parent, stored)
         screen.tell(
-            f"{path} is of a training run: taken from it {', '.join(f'{k} {short(v)}' for k, v in stored.items())}"
+            f"{path} is the config of a training run; used from it: {', '.join(f'{k} {short(v)}' for k, v in stored.items())}"
         )
     elif unknown:
         hint = guess(unknown[0], known).replace("--", "").replace("-", "_")
@@ -327,8 +333,7 @@ def from_file(cls, path):
 
 
 def misfit(cls, f, value):
-    """What was expected, in words, where `value` is not of the type, the choices or the bounds of a field; None where it
-    fits."""
+    """If `value` does not have the type, choices or bounds of a field: what was expected, in words. Else None."""
     kind, is_list, optional = field_type(cls, f)
     if value is None and optional:
         return None
@@ -342,22 +347,22 @@ def misfit(cls, f, value):
         if not any(schema.misfit(list(item) if is_nested else item, one, "") for item in items):
             return None
     if kind is int and not all(type(item) is int for item in items):
-        one = int  # the bounds are not what was wrong
+        one = int  # the type is wrong, so the message does not name the bounds
     return f"one of {', '.join(choices)}" if choices else schema.words([one] if is_list else one)
 
 
 def bounds(f, kind):
-    """The schema.Number of a field that holds numbers, None of another."""
+    """The schema.Number for a field of type `kind`, or None if it is not a number."""
     if kind is int:
         return Number(f.metadata.get("low", 0), f.metadata.get("high", 2**63 - 1), is_whole=True)
     return Number(f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)) if kind is float else None
 
 
-type_hints = functools.cache(typing.get_type_hints)  # which evaluates the text of every annotation
+type_hints = functools.cache(typing.get_type_hints)  # cached, because it evaluates every annotation
 
 
 def field_type(cls, f):
-    """(type of one value, whether the field holds several, whether None is allowed) of a dataclass field."""
+    """(type of one value, whether the field is a list, whether None is allowed) of a dataclass field."""
     hint = type_hints(cls)[f.name]
     alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     optional = type(None) in alternatives
@@ -368,14 +373,14 @@ def field_type(cls, f):
 
 
 def check_types(config):
-    """Raises ValueError where a field is not of its type or its choices: Python code builds configs too."""
+    """Raises ValueError if a field does not have its type, choices or bounds. Configs built in Python code are checked too."""
     for f in fields(config):
         if expected := misfit(type(config), f, getattr(config, f.name)):
             raise ValueError(f"{f.name} is {short(getattr(config, f.name))}, expected {expected}")
 
 
 def not_empty(config):
-    """Raises ValueError where a field is an empty text, of a shell variable that is: it must not mean 'not set'."""
+    """Raises ValueError if a field is an empty text, as an unset shell variable gives: that must not mean 'not set'."""
     for f in fields(config):
         value = getattr(config, f.name)
         if value == "" or isinstance(value, tuple) and "" in value:
@@ -383,13 +388,14 @@ def not_empty(config):
 
 
 def positive(config, *names):
-    """Raises ValueError where one of these fields is not above 0 (None passes: it means 'not set')."""
+    """Raises ValueError if one of these fields is not above 0. None ('not set') is accepted."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}, expected a number above 0")
 
 
+# Settings of the study that minitune grew from, for the recipes below.
 STUDY_RECIPE = {"quantize": "nf4", "lora_alpha": 16.0, "learning_rate": 2e-4, "batch_size": 2}
 LLAMA_RECIPE = {
     **STUDY_RECIPE,
@@ -402,7 +408,7 @@ LLAMA_RECIPE = {
     "max_grad_norm": 0.3,
     "group_by_length": True,
 }
-TINY = {  # fp32: at this size it is faster than bf16, also on a CPU with bf16 units
+TINY = {  # fp32, because at this size it is faster than bf16 even on a CPU with bf16 instructions
     "lora_rank": 16,
     "lora_alpha": 32.0,
     "lora_targets": ("all-linear",),
@@ -414,7 +420,7 @@ TINY = {  # fp32: at this size it is faster than bf16, also on a CPU with bf16 u
     "max_length": 256,
     "sample_tokens": 24,
 }
-RECIPES = {  # what --model NAME means beyond the weights: the study's settings, and ours for the embedded models
+RECIPES = {  # short name of a model -> options that it sets: those of the study, and ours for the embedded models
     "llama2": {**LLAMA_RECIPE, "accumulation": 8},
     "mistral": {**LLAMA_RECIPE, "accumulation": 16},
     "phi2": {
@@ -434,15 +440,15 @@ RECIPES = {  # what --model NAME means beyond the weights: the study's settings,
 
 @dataclass(frozen=True, init=False)
 class TrainConfig:
-    """Everything that a training run depends on. A run's config.json holds these fields and is a valid --config.
+    """All options of a training run. The config.json of a run has these fields and is a valid --config.
 
-    What is not given has the value of the model's recipe (RECIPES), else the default below."""
+    An option that is not given has the value in the model's recipe (RECIPES), else the default below."""
 
     model: str = arg(
         "tiny-mistral",
         "llama2, mistral, phi2, an embedded model (tiny-mistral, tiny-llama, tiny-phi), a hub id, "
-        "or a folder with config.json and *.safetensors. The short names and the embedded models bring recipes, which override "
-        "the defaults: --model NAME --help shows them",
+        "or a folder with config.json and *.safetensors. The short names and the embedded models have recipes, which override "
+        "the defaults; --model NAME --help shows them",
         group="model and rows",
     )
     revision: str | None = arg(None, "branch, tag or commit of a hub id")
@@ -451,83 +457,94 @@ class TrainConfig:
         "JSON, JSONL or CSV file; 'alpaca' (52,002 rows, downloaded) or 'embedded'. "
         "Not set: embedded for an embedded model, else alpaca",
     )
-    test_data: str | None = arg(None, "file with held-out rows; not set: they are split from --data")
+    test_data: str | None = arg(None, "file with held-out rows; not set: split from --data")
     test_size: float | None = arg(
         None,
-        "held-out part of --data: a share below 1 (rounded up) or a number of rows, 0 for none. "
+        "held-out part of --data: a share below 1 (rounded up) or a number of rows; 0: none. "
         "Not set: 0.0005 for alpaca, 0.05 for a file",
     )
     split_seed: int = arg(42, "seed of the split into training and held-out rows")
     run: str | None = arg(None, "run folder; not set: runs/MODEL-lora or runs/MODEL-qlora")
     resume: str = arg(
-        "auto", "auto: go on from the state in --run, if there is one; never: start again", choices=("auto", "never")
+        "auto", "auto: continue from the state in --run, if there is one; never: start again", choices=("auto", "never")
     )
 
     max_length: int = arg(512, "longest row in tokens", group="rows as tokens")
     over_length: str = arg(
-        "truncate", "a longer row: cut the end of its answer, drop it, or stop", choices=("truncate", "drop", "stop")
+        "truncate",
+        "what to do with a longer row: truncate the end of its answer, drop the row, or stop with an error",
+        choices=("truncate", "drop", "stop"),
     )
-    loss_on: str = arg("answer", "tokens that are supervised", choices=("answer", "all"))
+    loss_on: str = arg(
+        "answer", "supervised tokens: those of the answer, or all with the prompt", choices=("answer", "all")
+    )
     special_text: str = arg(
         "text",
-        "what the text of a special token in a row (<s>, <|im_start|>) is: text like any, or the token, for rows that a chat "
-        "template made",
+        "how to read the name of a special token (<s>, <|im_start|>) in a row: as ordinary text, or as the token itself, for "
+        "rows that a chat template wrote",
         choices=("text", "tokens"),
     )
 
     lora_rank: int = arg(16, "rank r of the adapter", group="adapter")
-    lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r")
-    lora_dropout: float = arg(0.0, "dropout on the input of the adapter, 0 to 1")
+    lora_alpha: float = arg(16.0, "scale of the adapter, which is multiplied by alpha / r")
+    lora_dropout: float = arg(0.0, "dropout rate on the input of the adapter, 0 to below 1")
     lora_targets: tuple[str, ...] | None = arg(
-        None, "names of the linear layers that get an adapter, or all-linear; not set: PEFT's for the architecture"
+        None,
+        "names of the linear layers that get an adapter, or all-linear; not set: PEFT's default for the architecture",
     )
     use_rslora: bool = arg(False, "scale by alpha / sqrt(r) (rsLoRA)")
     quantize: str = arg(
         "none",
-        "frozen weights: as they are, 4-bit NF4, or NF4 with double quantisation",
+        "frozen weights: not quantised, 4-bit NF4, or NF4 with double quantisation",
         choices=("none", "nf4", "nf4-dq"),
         group="weights and device",
     )
     dtype: str = arg(
-        "auto", "compute dtype; auto chooses by the device and says why", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "compute dtype; auto: chosen for the device, and the reason is printed",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
 
     epochs: float = arg(1.0, "passes over the training rows", group="optimizer")
-    max_steps: int | None = arg(None, "optimizer steps; overrides --epochs")
+    max_steps: int | None = arg(None, "number of optimizer steps; overrides --epochs")
     batch_size: int = arg(4, "rows in a micro-batch")
     accumulation: int = arg(1, "micro-batches in an optimizer step")
-    group_by_length: bool = arg(False, "put rows of similar length into a micro-batch")
+    group_by_length: bool = arg(False, "put rows of similar length into the same micro-batch")
     learning_rate: float = arg(2e-4, "peak learning rate")
-    schedule: str = arg("cosine", "learning rate after warm-up", choices=("constant", "linear", "cosine"))
-    warmup: float = arg(0.0, "warm-up: a share of the steps below 1, or a number of steps")
-    weight_decay: float = arg(0.0, "AdamW weight decay of the matrices")
+    schedule: str = arg("cosine", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup: float = arg(0.0, "linear warm-up: a share of the steps, if below 1, or a number of steps")
+    weight_decay: float = arg(0.0, "AdamW weight decay, for matrices only")
     adam_beta1: float = arg(0.9, "AdamW beta1")
     adam_beta2: float = arg(0.999, "AdamW beta2")
     adam_eps: float = arg(1e-8, "AdamW epsilon")
-    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm; 0: not clipped")
+    max_grad_norm: float = arg(1.0, "clip gradients to this norm; 0: no clipping")
     checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, a third more time")
     spike_factor: float = arg(
         3.0,
-        "stop when a step's loss is this many times the median of the last 16 steps, and 2 nats above "
-        "it; 0: only a loss that is not finite stops",
+        "stop if the loss of a step is more than this many times the median of the last 16 steps, and at least 2 nats above "
+        "it; 0: stop only if the loss is not finite",
     )
 
     log_every: int = arg(1, "steps between lines of metrics.jsonl", group="logs, saved states and samples")
-    eval_every: int | None = arg(None, "steps between held-out losses; not set: ten times in a run")
+    eval_every: int | None = arg(None, "steps between evaluations of the held-out loss; not set: a tenth of the run")
     save_every: int | None = arg(None, "steps between saved states; not set: as --eval-every")
-    save_minutes: float = arg(5.0, "minutes after which the state is saved too, whatever --save-every says")
-    patience: int | None = arg(None, "stop after this many held-out losses without a new best; not set: never")
-    keep: str = arg(
-        "best", "what adapter/ holds in the end: the best held-out loss, or the last step", choices=("best", "last")
+    save_minutes: float = arg(5.0, "longest time between saved states, in minutes; applies beside --save-every")
+    patience: int | None = arg(
+        None, "stop after this many evaluations without a new best held-out loss; not set: never"
     )
-    samples: int = arg(3, "held-out prompts that are answered, greedily, at every evaluation")
+    keep: str = arg(
+        "best",
+        "weights that adapter/ holds in the end: those of the best held-out loss, or of the last step",
+        choices=("best", "last"),
+    )
+    samples: int = arg(3, "number of held-out prompts to answer, greedily, at every evaluation")
     sample_tokens: int = arg(64, "longest sample answer, in tokens")
-    seed: int = arg(42, "seed of the adapter's start, the order of the rows and the dropout")
+    seed: int = arg(42, "random seed of the adapter's initial weights, the order of the rows and the dropout")
 
     @staticmethod
     def recipe(values):
-        """The defaults that come with a model's short name."""
+        """The recipe of values["model"], {option: default}; {} for a model without one."""
         model = values.get("model", TrainConfig.model)
         return RECIPES.get(model, {}) if isinstance(model, str) else {}
 
@@ -574,7 +591,8 @@ class TrainConfig:
         if self.test_data and self.test_size:
             raise ValueError(f"test_data and test_size={self.test_size} are both given; use one of them")
         if self.spike_factor and self.spike_factor <= 1:
-            raise ValueError(f"spike_factor is {self.spike_factor}, expected more than 1, or 0 for none")
+            raise ValueError(f"spike_factor is {self.spike_factor}, expected more than 1, or 0 for no check")
 
     def replace(self, **changes):
+        """A copy with other values, checked again."""
         return dataclasses.replace(self, **changes)

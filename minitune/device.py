@@ -1,4 +1,4 @@
-"""What this machine is: device, precision and why, peak memory, versions. No model, no file of a run."""
+"""Device, compute dtype, peak memory and versions of this machine."""
 
 import functools
 import os
@@ -17,7 +17,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name):
-    """`auto` is the first CUDA device where there is one, else the CPU. Raises ValueError where `name` is not here."""
+    """The torch.device for `name`: auto, cpu, cuda or cuda:N. auto is the current CUDA device if there is one, else the CPU.
+
+    Raises ValueError if the machine does not have the device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
@@ -31,8 +33,9 @@ def choose_device(name):
 
 
 def choose_dtype(name, device, job="decoding"):
-    """(compute dtype, the reason in words) for `auto` or a name in DTYPES. job: "training" or "decoding", which may be fastest in
-    two dtypes on one CPU."""
+    """(compute dtype, the reason in words) for `auto` or a name in DTYPES.
+
+    job: "training" or "decoding". On a CPU each of them uses the dtype that was measured to be fastest for it."""
     if name != "auto":
         return DTYPES[name], "as asked"
     if device.type == "cuda":
@@ -40,12 +43,12 @@ def choose_dtype(name, device, job="decoding"):
         chip = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
         if major >= 8:
             return torch.bfloat16, f"{chip} has bf16 tensor cores"
-        return torch.float16, f"{chip} has no bf16 tensor cores; gradients go through a scaler"
+        return torch.float16, f"{chip} has no bf16 tensor cores; training scales the gradients"
     return measured.faster_dtype(job)
 
 
 def reset_peak(device):
-    """Let the next peak_bytes() count from now, where the system can."""
+    """Let the next peak_bytes() count from now, if the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -56,17 +59,18 @@ def reset_peak(device):
 
 
 def peak_bytes(device):
-    """Highest memory in use since reset_peak: allocated on a GPU, resident on a CPU (0 where the system does not
-    tell)."""
+    """Peak memory in bytes since reset_peak(): allocated by torch on a GPU, resident in the process on a CPU. 0 if the system
+    does not report it."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else proc_status("VmHWM")
 
 
 def resident_bytes():
-    """Resident memory of this process now (0 where the system does not tell)."""
+    """Resident memory of this process in bytes, 0 if the system does not report it."""
     return proc_status("VmRSS")
 
 
 def proc_status(key):
+    """A size in /proc/self/status, in bytes; 0 if it is not there."""
     try:
         found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
@@ -75,7 +79,7 @@ def proc_status(key):
 
 
 def environment(device):
-    """Versions, machine and commit, for environment.json."""
+    """Versions, machine and commit, as a dict for environment.json."""
     return {
         "python": platform.python_version(),
         "packages": dict(versions()),
@@ -102,7 +106,7 @@ def versions():
 
 @functools.cache
 def git_commit():
-    """The commit of this checkout, or None outside of one or without git."""
+    """The commit of this checkout, or None if it is not a git checkout or git is missing."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:

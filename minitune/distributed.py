@@ -1,21 +1,22 @@
-"""Sums over the processes that train one model together, one a device. A process alone is rank 0, and its sums are its values."""
+"""Sums over the processes (ranks) that train one model together, one process for each device. A single process is rank 0, and
+its sums are its own values."""
 
 import torch
 from torch import distributed
 
 
 def is_open():
-    """Whether there are several processes: torch.distributed has a group."""
+    """Whether there are several processes: torch.distributed is initialised."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def rank():
-    """Number of this process among them, from 0."""
+    """Rank of this process, from 0."""
     return distributed.get_rank() if is_open() else 0
 
 
 def total(number):
-    """The sum of a number over all ranks, of the number's own type."""
+    """Sum of an int or a float over all ranks, in the same type."""
     if not is_open():
         return number
     tensor = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64)

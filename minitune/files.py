@@ -1,4 +1,4 @@
-"""Files that are read whole and checked, and files that appear whole or not at all. Nothing here knows what they hold."""
+"""Reads files whole with checks, and writes files atomically. Knows nothing of their content."""
 
 import hashlib
 import itertools
@@ -16,10 +16,10 @@ from minitune.screen import printable, short
 
 
 def writable(path):
-    """Where a file that is written to `path` will lie, as a Path: a symbolic link is followed.
+    """The Path of the file that writing to `path` would replace or create; symbolic links are followed.
 
-    Raises ValueError unless a regular file or nothing is there. Renaming a new file onto /dev/null or a pipe would
-    destroy it, as root for the whole machine."""
+    Raises ValueError if there is something other than a regular file: renaming a new file onto /dev/null or a pipe would
+    destroy it."""
     with paths_explained(path):
         asked = expand(path)
         mode = asked.stat().st_mode if asked.exists() else stat.S_IFREG
@@ -32,12 +32,11 @@ def writable(path):
 
 
 def write_whole(path, content):
-    """Write bytes or str to `path` so that a reader, or a process that starts after a kill, sees the old file or the
-    new one.
+    """Write bytes or str to `path` atomically: a reader sees either the old or the new content, even after a kill.
 
-    The content goes to a temporary file in the same folder, to the disk, and then takes the name in one step. A lone
-    surrogate in a str becomes its escape, which JSON reads as the same character. Raises ValueError where writable()
-    does, and OSError with the path in it (a full disk)."""
+    The content is written to a temporary file in the same folder, synced to disk and renamed. A lone surrogate in a str is
+    written as its escape, which JSON reads as the same character. Raises ValueError as writable() does, and OSError with the path
+    (such as for a full disk)."""
     target, temporary = writable(path), None
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
@@ -59,7 +58,7 @@ def write_whole(path, content):
 
 
 def prove_writable(path):
-    """Raises ValueError where write_whole(path) could not work: before the work whose result it is to keep."""
+    """Raises ValueError if write_whole(path) could not work. Called before the work whose result goes to `path`."""
     target = writable(path)
     with paths_explained(path, "written"):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,17 +72,18 @@ def current_umask():
 
 
 def to_json(value, indent=None):
-    """JSON text of a value: UTF-8 letters as they are, lone surrogates as escapes, so that it can always be written."""
+    """JSON text of a value. Non-ASCII letters stay as they are; lone surrogates become escapes, so that the text can be encoded
+    as UTF-8."""
     return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def fingerprint(value):
-    """sha256 of a value as JSON has it, whatever the order of its keys: the same before it is written and after it is read."""
+    """sha256 of a value's JSON with sorted keys: equal before the value is written and after it is read again."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path, value):
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, atomically. Raises as write_whole()."""
     write_whole(path, to_json(value, indent=2) + "\n")
 
 
@@ -91,19 +91,19 @@ def write_json(path, value):
 
 
 def read_bytes(path):
-    """The content of a regular file. Raises ValueError in one line where there is none, or it cannot be read."""
+    """The content of a regular file. Raises ValueError if it does not exist or cannot be read."""
     path = expand(path)
     with paths_explained(path):
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ValueError(f"{path} is a folder, expected a file")
-        if not stat.S_ISREG(mode):  # a pipe may never end, and /dev/zero never does
+        if not stat.S_ISREG(mode):  # reading a pipe or /dev/zero may never end
             raise ValueError(f"{path} is {kind_of(mode)}, expected a regular file")
         return path.read_bytes()
 
 
 def read_text(path):
-    """The text of a UTF-8 file, with or without a BOM. Raises ValueError as read_bytes(), and where it is not UTF-8."""
+    """The text of a UTF-8 file, with or without a BOM. Raises ValueError as read_bytes(), and if it is not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -111,21 +111,23 @@ def read_text(path):
 
 
 def read_json(path, shape=None):
-    """The value in a JSON file; shape: what it must hold, for schema.check(). Raises ValueError with the file and the
-    place where it is missing, not JSON, or of another shape."""
+    """The value of a JSON file. shape: for schema.check(), or None.
+
+    Raises ValueError with the file and the place if it is missing, not JSON, or of another shape."""
     value = parse_json(read_text(path), path)
     return value if shape is None else check(value, shape, path)
 
 
 class JsonFolder:
-    """The JSON files of a folder, each of which is parsed once, at its first use."""
+    """The JSON files of a folder. Each file is parsed once, at its first use."""
 
     def __init__(self, path):
         self.path, self.parsed = Path(path), {}
 
     def json(self, name, shape=None, is_optional=False):
-        """The value in the file `name`, which nobody may change; {} where is_optional and there is no such file. shape: for
-        schema.check(). Raises ValueError as read_json()."""
+        """The value of the file `name`. It is shared, so callers must not change it.
+
+        shape: for schema.check(), or None. is_optional: return {} if there is no such file. Raises ValueError as read_json()."""
         path = self.path / name
         if is_optional and not path.is_file():
             return {}
@@ -135,8 +137,8 @@ class JsonFolder:
 
 
 def parse_json(text, where):
-    """The value of JSON text. Raises ValueError that begins with `where`, whatever is wrong: broken, nested too deeply,
-    a number without end."""
+    """The value of JSON text. Raises ValueError that begins with `where` if the text is not valid JSON, is nested too deeply, or
+    has a number with too many digits."""
     try:
         value = json.loads(text, parse_int=whole_number)
         if text.count("[") + text.count("{") > LEVELS and is_deeper(value, LEVELS):
@@ -146,16 +148,16 @@ def parse_json(text, where):
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where} is not valid JSON: {place}: {error.msg}") from None
     except RecursionError:
-        raise ValueError(f"{where} is not valid JSON for us: it is nested too deeply") from None
+        raise ValueError(f"{where} cannot be read as JSON: it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON for us: {error}") from None
+        raise ValueError(f"{where} cannot be read as JSON: {error}") from None
 
 
-LEVELS = 200  # of lists and objects within each other; whoever reads or writes the value calls itself as often
+LEVELS = 200  # deepest nesting of lists and objects; functions that walk a value recurse as deep
 
 
 def is_deeper(value, levels):
-    """Whether lists and objects lie more than `levels` deep within each other."""
+    """Whether lists and objects are nested more than `levels` deep."""
     row = [value]
     for _ in range(levels):
         inner = [one.values() if isinstance(one, dict) else one for one in row if isinstance(one, (dict, list))]
@@ -164,7 +166,8 @@ def is_deeper(value, levels):
 
 
 def whole_number(digits):
-    if len(digits) > 300:  # close to the largest float; Python itself stops at 4,300
+    """int(digits). Raises ValueError for more than 300 digits."""
+    if len(digits) > 300:  # the largest float has 309 digits; int() itself fails above 4,300
         raise ValueError(f"it has a whole number of {len(digits):,} digits")
     return int(digits)
 
@@ -173,7 +176,7 @@ def whole_number(digits):
 
 
 def expand(path):
-    """`path` as a Path, with ~ for a home. Raises ValueError where it cannot be a path."""
+    """`path` as a Path, with ~ expanded. Raises ValueError if it cannot be a path."""
     try:
         path = Path(path).expanduser()
         os.fsencode(path)
@@ -188,7 +191,7 @@ def expand(path):
 
 @contextmanager
 def paths_explained(path, verb="read"):
-    """Turns an OSError about `path` into a ValueError in one line."""
+    """Context that turns an OSError about `path` into a ValueError of one line. verb: "read" or "written", for the message."""
     try:
         yield
     except FileNotFoundError:
@@ -198,13 +201,13 @@ def paths_explained(path, verb="read"):
 
 
 def kind_of(mode):
-    """What a file that is not a regular one is, in words."""
+    """Kind of a file that is not a regular one, in words. mode: st_mode of its stat()."""
     kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
     return next((words for asks, words in kinds.items() if asks(mode)), "a special file")
 
 
 def differences(before, after):
-    """What differs between two dicts, in words: ["name value -> value", ...]."""
+    """The differences between two dicts, as texts: ["name value -> value", ...]."""
     return [
         f"{brief(name, 40)} {brief(before.get(name))} -> {brief(after.get(name))}"
         for name in dict.fromkeys([*before, *after])
@@ -213,4 +216,5 @@ def differences(before, after):
 
 
 def brief(value, length=12):
+    """The first characters of a text, or short() of another value."""
     return printable(value[:length]) if isinstance(value, str) else short(value)

@@ -1,5 +1,6 @@
-"""Ctrl-C, SIGTERM and a closed terminal: how a script ends at any moment without a traceback. Standard library only, since it
-works before anything else is imported."""
+"""Ends a script without a traceback on Ctrl-C, SIGTERM and a closed terminal, at any moment.
+
+Uses the standard library only, because it must work before anything else is imported."""
 
 import importlib
 import os
@@ -14,8 +15,11 @@ if hasattr(signal, "SIGHUP"):
 
 
 def main(module, options, job, description):
-    """What a script does: import a module, which takes seconds where it brings torch, and run its job with the options of the
-    command line. module: its name; options, job: names in it."""
+    """Run a script: import a module, which takes seconds if it imports torch, and run its job with the options of the command
+    line.
+
+    module: name of the module. options, job: names in it of the dataclass of options and of the function. description: for
+    --help. Exits with the code that config.run_script() documents, or 1 if the import fails."""
     open_missing_streams()
     with handled(leave):
         try:
@@ -32,7 +36,8 @@ def main(module, options, job, description):
 
 
 def open_missing_streams():
-    """Open what was closed (2>&-): a file that is opened later must not get the number of a stream, and what is told."""
+    """Open /dev/null for each standard stream that is closed (as by 2>&-). Otherwise the next file to be opened would get the
+    stream's number, and messages would be written into it."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -41,13 +46,15 @@ def open_missing_streams():
 
 
 def leave(number, frame):
-    """End at once: nothing is done yet, or everything. An exception in the middle of an import would be a traceback or worse."""
+    """Signal handler that ends the process at once with code 130. Used while no job runs; an exception during an import would
+    end in a traceback or worse."""
     os.write(2, f"stopped: {SIGNALS[number]}\n".encode())
     os._exit(130)
 
 
 def interrupt(number, frame):
-    """Raise KeyboardInterrupt; after an import, where there is one: in the middle of it, it would end the process."""
+    """Signal handler that raises KeyboardInterrupt. During an import, where an exception could crash the process, it sends the
+    signal again 0.05 s later."""
     if is_importing(frame):
         threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
         return
@@ -55,6 +62,7 @@ def interrupt(number, frame):
 
 
 def is_importing(frame):
+    """Whether the stack of `frame` is inside an import statement."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None
@@ -62,8 +70,8 @@ def is_importing(frame):
 
 @contextmanager
 def handled(handler, signals=tuple(SIGNALS)):
-    """While open, these signals call `handler`, unless they are ignored as nohup asks it. Nothing changes outside of the main
-    thread: whoever started it takes the signals."""
+    """Context in which these signals call `handler`. A signal that is ignored, as under nohup, stays ignored. Outside of the
+    main thread nothing changes, because Python handles signals in the main thread only."""
     previous = {}
     try:
         for number in signals:
@@ -80,7 +88,7 @@ def handled(handler, signals=tuple(SIGNALS)):
 
 @contextmanager
 def postponed():
-    """While open, these signals wait: what is written to a file and what is known of it must not come apart."""
+    """Context that delays the signals until its end, so that a file and the state in memory that describes it stay consistent."""
     came = []
     try:
         with handled(lambda number, frame: came.append(number)):
@@ -91,26 +99,27 @@ def postponed():
 
 
 def sigterm_as_ctrl_c():
-    """While open, Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, the last two with their name: a job that is ended by its
-    time limit says what is kept too. A training takes the signals for itself while its loop runs (train.StopSignal), and
-    gives them back."""
+    """Context in which Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, whose text names the signal (empty for Ctrl-C).
+
+    So a job that a time limit ends can still say what was saved. The training loop replaces the handlers by StopSignal while it
+    runs."""
     return handled(interrupt)
 
 
 class StopSignal:
-    """While open, the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) only asks: the step in hand ends and is
-    saved. The second one interrupts; within an import, which cannot be interrupted safely, the third."""
+    """Context in which the first Ctrl-C, SIGTERM or SIGHUP only sets `requested`, so that the current step can end and be saved.
+    The second one raises KeyboardInterrupt, unless it comes during an import, which cannot be interrupted safely."""
 
     requested = False
 
     def __enter__(self):
         self.previous = {}
         for number in SIGNALS:
-            if number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == signal.SIG_IGN:  # of nohup
+            if number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == signal.SIG_IGN:  # by nohup
                 continue
             try:
                 self.previous[number] = signal.signal(number, self.ask)
-            except ValueError:  # not the main thread: whoever started it takes the signals
+            except ValueError:  # not the main thread, so there is nothing to handle
                 break
         return self
 
@@ -118,8 +127,9 @@ class StopSignal:
         if self.requested and not is_importing(frame):
             raise KeyboardInterrupt("at once; the state is that of the last save")
         self.requested = True
-        with suppress(OSError):  # a terminal that is gone
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print may be what was interrupted
+        with suppress(OSError):  # the terminal may be gone
+            # not print(): the signal may have interrupted a print()
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():

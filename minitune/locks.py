@@ -1,4 +1,4 @@
-"""One process at a time: a lock file that is locked while it is held. What a killed process leaves of it stops nobody."""
+"""A lock file that one process at a time can hold. The file that a killed process leaves behind does not block others."""
 
 import warnings
 from contextlib import contextmanager, suppress
@@ -10,14 +10,14 @@ from minitune.screen import warn
 
 @contextmanager
 def held(path, refusal):
-    """Hold the lock file `path` (a Path) for this process; it is removed afterwards. Its folder must exist.
+    """Context that holds the lock file `path` (a Path) and removes it at the end. Its folder must exist.
 
-    Raises ValueError with the text `refusal` where another process holds it, OSError where the file cannot be made. On a file
-    system that has no locks that is said, and nothing is held."""
+    Raises ValueError with the text `refusal` if another process holds the lock, and PermissionError if the file cannot be
+    created. On a file system without locks it prints a warning and holds nothing."""
     lock = FileLock(path, timeout=0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "flock not supported": filelock then writes its process id into the file
+            warnings.simplefilter("ignore")  # "flock not supported"; the warning below says it in our words
             lock.acquire()
     except Timeout:
         raise ValueError(refusal) from None
@@ -28,6 +28,6 @@ def held(path, refusal):
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes it at the release
+        with suppress(OSError):  # Windows cannot remove a file that is open; there release() removes it
             path.unlink()
         lock.release()

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch and of held-out rows: sums over the supervised tokens."""
+"""The loss of a micro-batch and of the held-out rows: cross-entropy, summed over the supervised tokens."""
 
 import math
 
@@ -9,7 +9,9 @@ from minitune import data
 
 
 def batch_loss(model, batch):
-    """Sum of the cross-entropy over the supervised tokens of a batch. Logits are computed only where a label is."""
+    """Cross-entropy in nats, summed over the supervised tokens of a data.Batch: a scalar tensor.
+
+    Logits are computed only at positions whose next token is supervised."""
     device = model.model.embed_tokens.weight.device  # the head may be a LoRALinear
     hidden = model.model(batch.input_ids.to(device), documents=batch.documents)[0]  # (N, C)
     positions, next_tokens = (t.to(device) for t in batch.targets())
@@ -18,7 +20,10 @@ def batch_loss(model, batch):
 
 @torch.no_grad()
 def held_out_loss(model, examples, batch_size, pad_id):
-    """Cross-entropy per supervised token over all examples; every token weighs the same, whatever its batch."""
+    """Cross-entropy in nats per supervised token, over all examples. Every token has the same weight.
+
+    examples: a list of data.Example. batch_size: examples in a call of the model. pad_id: token id for padding. Raises
+    FloatingPointError if a loss is not finite."""
     model.eval()
     by_length = sorted(examples, key=lambda example: len(example.ids))
     batches = [data.collate(by_length[i : i + batch_size], pad_id) for i in range(0, len(by_length), batch_size)]
@@ -34,7 +39,7 @@ def held_out_loss(model, examples, batch_size, pad_id):
 
 @torch.no_grad()
 def first_nonfinite(model, batches):
-    """Name of the first module whose output is not finite, or None."""
+    """Name of the first module whose output is not finite when the model runs on `batches`, or None."""
     found = []
 
     def look(name):

@@ -1,4 +1,4 @@
-"""What is done in which step: rows, learning rate, and when a run evaluates and saves."""
+"""The plan of a run: rows and learning rate of each step, and the steps that evaluate and save."""
 
 import math
 
@@ -7,8 +7,9 @@ from minitune.config import TrainConfig
 
 
 def check_plan(config, plan, test_set):
-    """Says which options cannot do what they are there for in a run of this many steps. Raises ValueError where there is
-    patience, but no held-out row."""
+    """Warn about options that have no effect in a run of this many steps.
+
+    plan: a StepPlan. test_set: the held-out rows, a data.Dataset. Raises ValueError on patience without held-out rows."""
     if config.patience and not test_set.examples:
         raise ValueError("patience needs held-out rows, and there are none; set test_size or test_data")
     total, warmup = plan.total, warmup_steps(plan.total, config)
@@ -22,12 +23,14 @@ def check_plan(config, plan, test_set):
         in_epochs = max(1, math.ceil(config.epochs * plan.steps_per_epoch))
         if in_epochs != total:
             screen.warn(
-                f"--max-steps {total:,} wins over --epochs {config.epochs:g}, which would be {in_epochs:,} steps; "
+                f"--max-steps {total:,} overrides --epochs {config.epochs:g}, which would be {in_epochs:,} steps; "
                 "give one of them"
             )
     evaluations = math.ceil(total / plan.eval_every)
     if config.eval_every is not None and config.eval_every > total and test_set.examples:
-        screen.warn(f"--eval-every {config.eval_every:,}: the run has {total:,} steps, so only the last is evaluated")
+        screen.warn(
+            f"--eval-every {config.eval_every:,}: the run has {total:,} steps, so only the last step is evaluated"
+        )
     if config.save_every is not None and config.save_every > total:
         screen.warn(
             f"--save-every {config.save_every:,}: the run has {total:,} steps, so a state is saved every "
@@ -35,12 +38,13 @@ def check_plan(config, plan, test_set):
         )
     if config.patience is not None and config.patience >= evaluations:
         screen.warn(
-            f"--patience {config.patience} can stop nothing: the run has {evaluations} evaluations; lower --eval-every"
+            f"--patience {config.patience} has no effect: the run has {evaluations} evaluations; lower --eval-every"
         )
 
 
 class StepPlan:
-    """Which rows make up which step: a function of the seed and the step alone, so that a resume finds its place."""
+    """Numbers of steps, and the rows of each step. The rows depend on the seed and the step only, so a resumed run continues
+    with the same ones."""
 
     def __init__(self, config, train_set):
         self.config = config
@@ -59,7 +63,7 @@ class StepPlan:
         return step % self.save_every == 0 or step == self.total
 
     def batches(self, step, train_set, pad_id):
-        """The micro-batches of the step after `step` steps."""
+        """The micro-batches of the step that follows `step` completed steps: a list of data.Batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
@@ -71,8 +75,9 @@ class StepPlan:
 
 
 def learning_rate(step, total, config):
-    """The rate of the step after `step` steps of `total`: linear warm-up, then constant, or to 0 linearly or along a
-    cosine."""
+    """Learning rate of the step that follows `step` completed steps of `total`.
+
+    Linear warm-up, then constant, or a linear or cosine decay to 0."""
     warmup = warmup_steps(total, config)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -82,4 +87,5 @@ def learning_rate(step, total, config):
 
 
 def warmup_steps(total, config):
+    """Steps of the warm-up: config.warmup is a share of `total` if below 1, else the number."""
     return math.ceil(config.warmup * total) if config.warmup < 1 else int(config.warmup)

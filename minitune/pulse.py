@@ -1,4 +1,4 @@
-"""A line every 30 s in the log of a long run."""
+"""A line of progress every 30 s in the log of a long run."""
 
 import sys
 import threading
@@ -6,7 +6,7 @@ from contextlib import suppress
 
 
 def duration(seconds):
-    """A time that is left, in words of one or two units."""
+    """A number of seconds as text with one or two units: "45 s", "12 min", "3 h 05 min"."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -14,8 +14,8 @@ def duration(seconds):
 
 
 class Pulse:
-    """While open, says `line` every 30 s where the output is no terminal with a progress bar: a log file shows that a
-    run goes on, also within a step or an evaluation of many minutes."""
+    """Context that prints the attribute `line` every 30 s, unless the output is a terminal, which shows a progress bar. So a log
+    file shows that the run continues, even during a step or an evaluation of many minutes."""
 
     SECONDS = 30
 
@@ -26,7 +26,7 @@ class Pulse:
 
     def beat(self):
         while not self.ended.wait(self.SECONDS):
-            with suppress(OSError):  # a full disk: the run itself will say it
+            with suppress(OSError):  # such as a full disk, which the run itself reports
                 self.say(self.line)
 
     def __enter__(self):

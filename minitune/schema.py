@@ -1,4 +1,4 @@
-"""What a JSON file must hold, and the one function that checks it. A reader names the shape of its file as plain data.
+"""Checks the content of JSON files. A reader describes the shape of its file as plain data:
 
 PERSON = {"name": str, "age?": Number(0, 150), "tags": [str]}
 check(json, PERSON, "people.json, line 3")      # ValueError: people.json, line 3: tags[0] is 5, expected text"""
@@ -20,7 +20,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number from low to high, both included. is_whole: an int."""
+    """A finite number from low to high, both included. is_whole: only an int."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -32,12 +32,13 @@ TOKEN_ID = Number(0, 2**31 - 1, is_whole=True)
 
 
 def check(value, shape, where):
-    """Returns `value` where it has the shape; raises ValueError with `where`, the place in it, what is there and what
+    """Return `value` if it has the shape. Else raises ValueError with `where`, the place in the value, what is there and what
     was expected.
 
-    shape: a type (int and float take no bool, float takes an int and must be finite); None; a Number; a set of allowed
-    values; a tuple of alternatives; [shape], a list of it; {str: shape}, an object with any keys; or {"key": shape,
-    "key?": shape}, an object where a ? means that the key may be missing. Keys that are not named pass."""
+    where: name of the file or line, for the message. shape: a type (a bool is no int or float; float accepts an int and must
+    be finite), None, a Number, a set of allowed values, a tuple of alternatives, [shape] for a list of it, {str: shape} for an
+    object with any keys, or {"key": shape, "key?": shape} for an object in which a key with ? may be missing. Keys that the
+    shape does not name are accepted."""
     if found := misfit(value, shape, ""):
         place, bad, expected = found
         bad = "missing" if bad is MISSING else short(bad)
@@ -49,7 +50,7 @@ MISSING = object()
 
 
 def misfit(value, shape, place):
-    """(place, the value or MISSING, its shape) of the first value that does not fit, None where all fit."""
+    """(place, the value or MISSING, expected shape) of the first value that does not fit; None if all fit."""
     wrong = place, value, shape
     if isinstance(shape, tuple):
         found = [misfit(value, one, place) for one in shape]
@@ -75,6 +76,7 @@ def misfit(value, shape, place):
 
 
 def misfit_object(value, shape, place):
+    """misfit() for a shape that is a dict."""
     if not isinstance(value, dict):
         return place, value, shape
     if set(shape) == {str}:
@@ -93,12 +95,12 @@ def misfit_object(value, shape, place):
 
 
 def bounded(value):
-    """A number as a float where it is small enough for one, so that isfinite() can be asked."""
+    """The number, with an int clipped to the range of a float: math.isfinite() fails on a larger one."""
     return value if isinstance(value, float) else min(max(value, -(2**70)), 2**70)
 
 
 def words(shape):
-    """What a shape means, in words."""
+    """A shape as the words of an error message: "a whole number from 1 to 8"."""
     if isinstance(shape, tuple):
         return " or ".join(dict.fromkeys(map(words, shape)))
     if isinstance(shape, list):

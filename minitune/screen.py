@@ -1,8 +1,8 @@
-"""Text for a person: the one place through which every line to a terminal goes, and values of files in messages.
+"""Output for people. Every line to a terminal goes through this module, and so does every value of a file in a message.
 
-Rows, adapters, servers and models bring text that nobody here wrote: an escape sequence in it would move the cursor or
-hide a line, and a value of 100,000 characters would bury what a message says. A message never ends a job: a screen that
-lacks a letter shows its escape, and one that was closed shows nothing."""
+Rows, adapters, servers and models contain text from elsewhere. An escape sequence in it could move the cursor or hide a line,
+and a value of 100,000 characters would make a message unreadable. Printing never ends a job: a character that the terminal's
+encoding lacks is shown as an escape, and a closed stream shows nothing."""
 
 import os
 import re
@@ -13,13 +13,13 @@ import unicodedata
 
 from tqdm import tqdm
 
-# C0 and C1 but for newline and tab, line and paragraph separators, marks that turn the direction of writing, lone surrogates.
+# C0 and C1 controls without newline and tab, line and paragraph separators, marks of writing direction, lone surrogates.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text):
-    """`text` with escapes (\\x1b, \\u202e) for the characters that steer a terminal or cannot be written."""
+    """`text` with escapes (\\x1b, \\u202e) in place of characters that control a terminal or cannot be encoded."""
     return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
@@ -29,17 +29,17 @@ def say(line=""):
 
 
 def tell(line=""):
-    """The same on stderr: for jobs whose result is what they print on stdout."""
+    """Print one line on stderr, above an open progress bar: messages of jobs that print their result on stdout."""
     write(sys.stderr, f"{line}\n")
 
 
 def warn(text):
-    """Tell what is probably not meant, without stopping."""
+    """Print a warning on stderr: about something that works but is probably not intended."""
     tell(f"warning: {text}")
 
 
 def write(stream, text):
-    """Write printable(text), above an open progress bar. Nothing where there is no stream, or it was closed."""
+    """Write printable(text), above an open progress bar. Does nothing if `stream` is None or closed."""
     try:
         show(stream, text)
     except (BrokenPipeError, ValueError):  # a closed pipe; a closed file
@@ -50,8 +50,7 @@ def write(stream, text):
 
 
 def show(stream, text):
-    """The same for a result: raises BrokenPipeError where nobody reads on, so that a job whose result is what it prints can
-    end."""
+    """As write(), but raises BrokenPipeError if the reader has closed the pipe, so that a job which prints its result can end."""
     if stream is None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -61,7 +60,7 @@ def show(stream, text):
             stream.write(text)
             stream.flush()
     except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # for what is left in the buffer: Python writes it at the end once more
+        with open(os.devnull, "w") as nowhere:  # at exit Python flushes the buffer again, which must not fail
             os.dup2(nowhere.fileno(), stream.fileno())
         raise
 
@@ -105,12 +104,13 @@ def certain(text, stop):
 
 
 def progress(total, unit, **options):
-    """A tqdm bar on stderr; none where that is no terminal. options: of tqdm."""
+    """A tqdm progress bar on stderr, which shows nothing if stderr is not a terminal. options: arguments of tqdm."""
     return tqdm(total=total, unit=unit, file=sys.stderr, **{"disable": None, "dynamic_ncols": True, **options})
 
 
 def prepare():
-    """At the start of a script: streams that are missing (2>&-) or lack letters (LC_ALL=C) must not end it."""
+    """Prepare the standard streams at the start of a script, so that a missing stream (2>&-) or a limited encoding (LC_ALL=C)
+    does not end it."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -120,7 +120,7 @@ def prepare():
 
 
 class Short(reprlib.Repr):
-    """repr() of a value of unknown size and depth, bounded in length and in time."""
+    """repr() of a value of any size and depth, with bounded length and time."""
 
     def __init__(self, length):
         super().__init__()
@@ -128,19 +128,19 @@ class Short(reprlib.Repr):
         self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 5, 5, 5
 
     def repr_int(self, value, level):
-        if value.bit_length() > 10_000:  # Python refuses to write more than 4,300 digits
+        if value.bit_length() > 10_000:  # Python raises ValueError for more than 4,300 digits
             return f"a whole number of {value.bit_length()} bits"
         return super().repr_int(value, level)
 
 
 def short(value, length=100):
-    """repr(value) on one line, printable, at most about `length` characters: for values of files in messages."""
+    """repr(value) for a message: on one line, printable, at most `length` + 20 characters."""
     text = printable(Short(length).repr(value)).replace("\n", "\\n")
     return text if len(text) <= length + 20 else f"{text[: length // 2]} ... {text[-length // 4 :]}"
 
 
 def some(names, count=5):
-    """The first names of a list as text, and how many more there are."""
+    """The first `count` names of a list as text, and how many more there are: "a, b and 3 more"."""
     names = list(names)
     shown = ", ".join(printable(name if len(name) <= 100 else f"{name[:97]}...") for name in map(str, names[:count]))
     shown = shown.replace("\n", "\\n")
@@ -149,16 +149,16 @@ def some(names, count=5):
 
 # --- tables ---
 
-NARROWEST = 20  # cells; what is narrower is left to the terminal
+NARROWEST = 20  # smallest width to lay text out for, in cells
 
 
 def screen_width(width=None):
-    """Cells of a line: `width` where it is given, COLUMNS, that of the terminal, or 80 where there is none."""
+    """Width of a line in cells: `width` if given, else $COLUMNS, else the terminal's width, else 80."""
     return max(NARROWEST, shutil.get_terminal_size((80, 24)).columns if width is None else width)
 
 
 def cells(text):
-    """How many cells of a terminal a text takes: two for a wide character, none for one that goes onto the one before."""
+    """Number of terminal cells of a text: two for a wide character, none for a combining one."""
     if text.isascii():
         return len(text)
     marks = ("Mn", "Me", "Cf")
@@ -166,7 +166,7 @@ def cells(text):
 
 
 def wrap(text, width=None):
-    """A text as lines of at most `width` cells (as for screen_width), cut at spaces; a word that is longer is cut."""
+    """Split a text at spaces into lines of at most `width` cells (default: screen_width()). A longer word is cut."""
     width, lines = screen_width() if width is None else width, [""]
     for word in text.split(" "):
         joined = f"{lines[-1]} {word}" if lines[-1] else word
@@ -182,7 +182,7 @@ def wrap(text, width=None):
 
 
 def fitting(text, width):
-    """The longest beginning of a text that takes at most `width` cells, one character at least."""
+    """The longest beginning of a text with at most `width` cells, but at least one character."""
     end = min(len(text), width)
     while end > 1 and cells(text[:end]) > width:
         end -= 1
@@ -190,7 +190,7 @@ def fitting(text, width):
 
 
 def shortened(text, width):
-    """A text without spaces in at most `width` cells: both ends, which tell names apart, with two points between them."""
+    """A word in at most `width` cells: its beginning and its end with two dots between, if it is longer."""
     if cells(text) <= width:
         return text
     head = fitting(text, (width - 1) // 2)
@@ -199,9 +199,11 @@ def shortened(text, width):
 
 
 def table_lines(rows, width=None):
-    """Rows of cells as lines that fit a terminal: the first row is the head, the first column stands to the left, the others to
-    the right. Where they do not fit, the head is wrapped and its long names are shortened, columns follow below others, each
-    time behind the first one, and at last every cell is wrapped. width: as for screen_width()."""
+    """The lines of a table that fits a terminal. The first column is aligned left, the others right.
+
+    rows: lists of texts; the first row is the head. width: as in screen_width(). A table that is too wide gets a wrapped head
+    with shortened names. Columns that still do not fit follow in further parts below, each with the first column again. Last,
+    every cell is wrapped."""
     width = screen_width(width)
     rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     first, *sizes = (max(map(cells, column)) for column in zip(*rows, strict=True))
@@ -227,7 +229,9 @@ def table_lines(rows, width=None):
 
 
 def beside(sizes, first, width):
-    """Slices of the columns that fit beside each other, behind the first one: at least one each."""
+    """Slices of the columns that fit beside each other after the first column. Each slice has at least one column.
+
+    sizes: widths of the columns after the first. first: width of the first."""
     starts, used = [0], first
     for place, size in enumerate(sizes):
         used += 2 + size
@@ -237,7 +241,7 @@ def beside(sizes, first, width):
 
 
 def row_lines(row, sizes):
-    """The lines of one row, each cell wrapped to its size."""
+    """The lines of one row, with each cell wrapped to the width of its column."""
     parts = [wrap(cell, size) for cell, size in zip(row, sizes, strict=True)]
     lines = []
     for i in range(max(map(len, parts))):

@@ -1,5 +1,5 @@
-"""The training loop: LoRA or QLoRA, from a TrainConfig to a run folder. Read fine_tune() from top to bottom; what it calls of
-Training can be called by itself. No callbacks.
+"""The training loop: LoRA or QLoRA, from a TrainConfig to a run folder. fine_tune() is the loop, without callbacks; Training
+has the parts around it.
 
 Not here: rows and learning rate of a step (plan.py), the loss (loss.py), checks of a step (health.py), files (runs/)."""
 
@@ -44,29 +44,34 @@ from minitune.runs.folder import (
 from minitune.runs.state import Progress, load_state, random_state, read_progress, save_state
 from minitune.screen import short, some
 
-CURVES_SECONDS = 30  # between two drawings of curves.png in a run, where that costs below 2 % of its time
+CURVES_SECONDS = (
+    30  # shortest time between two drawings of curves.png; longer if drawing would take over 2 % of the run
+)
 
 
 def train(config: TrainConfig, say=screen.say):
-    """Fine-tune as `config` says, going on from the state in the run folder where there is one. say: prints one line.
+    """Fine-tune with the options of `config`. Resumes if the run folder has a saved state. say: prints one line.
 
-    Returns the run folder's Path. Raises ValueError on bad options or files (before weights load where that can be
-    known, and with no run folder left behind), FloatingPointError on a loss that is not finite, jumps or does not move:
-    the last good state is kept, and KeyboardInterrupt after Ctrl-C or SIGTERM: the state is saved."""
+    Returns the run folder's Path.
+    Raises ValueError on bad options or files, if possible before weights load and before the run folder is created;
+    FloatingPointError if the loss is not finite, jumps or stays constant (the last good state is kept); KeyboardInterrupt
+    after Ctrl-C or SIGTERM (the state is saved)."""
     run = run_of(config)
     with hold(run), out_of_memory_explained(config), Pulse(say) as pulse:
         return fine_tune(config, run, say, pulse)
 
 
 def run_of(config):
-    """The run folder: --run, or runs/MODEL-lora or runs/MODEL-qlora."""
+    """The run folder as a Path: --run, else runs/MODEL-lora or runs/MODEL-qlora."""
     name = expand(config.model).absolute().name
     return expand(config.run or f"runs/{name}-{'lora' if config.quantize == 'none' else 'qlora'}")
 
 
 def fine_tune(config, run, say, pulse):
-    """train() inside the run folder that this process holds: prepare, then (batches, forward, backward, clip, step, log,
-    evaluate, save) until the last step, then finish. Each rank works on its own micro-batches; rank 0 writes files."""
+    """The body of train(). `run` is the run folder, locked by this process; `pulse` is an open Pulse.
+
+    Prepare; then batches, forward, backward, clip, step, log, evaluate, save, until the last step; then finish. Each rank has
+    its own micro-batches, and rank 0 writes the files."""
     job = Training(config, run, say, pulse)
     job.begin()
     model, plan, progress, optimizer, scaler = job.model, job.plan, job.progress, job.optimizer, job.scaler
@@ -79,8 +84,8 @@ def fine_tune(config, run, say, pulse):
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            # forward and backward: one sum over the supervised tokens of the whole step, so that the number of
-            # micro-batches and of ranks changes nothing
+            # forward and backward: the summed loss is divided by the supervised tokens of the whole step, so the result does
+            # not depend on the number of micro-batches or ranks
             model.train()
             supervised = distributed.total(sum(batch.supervised for batch in batches))
             summed = torch.zeros((), device=job.device)
@@ -92,7 +97,7 @@ def fine_tune(config, run, say, pulse):
                 check_gradients(job.trained)
             distributed.add_up([p.grad for p in job.trained.values()])
 
-            # clip and step, unless the numbers are broken: the one wait for the device in a step
+            # clip and step, unless check_step() refuses; the .item() calls are the only waits for the device in a step
             scaler.unscale_(optimizer)
             clip = config.max_grad_norm or math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(job.trained.values(), clip).item()
@@ -105,7 +110,7 @@ def fine_tune(config, run, say, pulse):
 
             # log, evaluate, save
             check_place(run, job.place)
-            stopping = stop.requested  # read once: a signal after this line waits for the next step
+            stopping = stop.requested  # read once: a signal after this line takes effect in the next step
             if is_first_rank:
                 job.log(record)
                 if plan.saves_after(progress.step) or job.save_is_due() or stopping or job.stopped_early():
@@ -114,7 +119,7 @@ def fine_tune(config, run, say, pulse):
                     job.draw()
             if stopping and progress.step < plan.total:
                 raise KeyboardInterrupt(
-                    f"after step {progress.step} of {plan.total}; the state is in {run / 'last'}. Go on with: "
+                    f"after step {progress.step} of {plan.total}; the state is in {run / 'last'}. Resume with: "
                     f"python scripts/train.py --config {shlex.quote(str(run / 'config.json'))}"
                 )
         job.finish()
@@ -122,17 +127,18 @@ def fine_tune(config, run, say, pulse):
 
 
 class Training:
-    """One run: its model, rows, optimizer and progress, and what is done around the steps of fine_tune()."""
+    """One run: its model, rows, optimizer and progress, and the parts of fine_tune() around a step."""
 
     def __init__(self, config, run, say, pulse):
-        """Everything that a step needs. Config, tokenizer and rows come first, and gigabytes of weights when all else is known
-        to fit. Raises ValueError as train() does."""
+        """Load everything that a step needs. Options, tokenizer and rows are checked first, weights are loaded last.
+
+        Arguments as in fine_tune(). Raises ValueError as train() does."""
         self.config, self.run, self.say, self.pulse = config, run, say, pulse
         self.state_file = run / "last" / "state.safetensors"
         self.device = choose_device(config.device)
         self.dtype, reason = choose_dtype(self.dtype_name(), self.device, "training")
         if config.dtype == "auto" and self.dtype_name() != "auto":
-            reason = "as the run began"
+            reason = "as in the run so far"
         if config.dtype == config.recipe({"model": config.model}).get("dtype"):
             reason = f"set by the {config.model} recipe"
         if config.model not in hub.EMBEDDED and not os.path.exists(expand(config.model)):
@@ -143,17 +149,13 @@ class Training:
         self.train_set, self.test_set = data.load_for(config, self.tokenizer)
         say(f"{config.model} on {self.device}, {str(self.dtype).removeprefix('torch.')} ({reason})")
         say(self.train_set.describe())
-        say(
-            self.test_set.describe()
-            if self.test_set.examples
-            else "no held-out rows: no held-out loss, and no best step"
-        )
+        none = "no held-out rows, so there is no held-out loss and no best step"
+        say(self.test_set.describe() if self.test_set.examples else none)
         self.plan = StepPlan(config, self.train_set)
         check_plan(config, self.plan, self.test_set)
         targets = config.lora_targets or folder.default_targets()
-        check_fit(
-            folder, targets, [example.ids for part in (self.train_set, self.test_set) for example in part.examples]
-        )
+        rows = [example.ids for part in (self.train_set, self.test_set) for example in part.examples]
+        check_fit(folder, targets, rows)
         folder = folder.with_weights()
         self.progress = starting_point(config, self.state_file, self.plan, self.facts(folder))
         self.lost = last_step(run / "metrics.jsonl") - self.progress.step if config.resume == "auto" else 0
@@ -163,7 +165,7 @@ class Training:
         self.drawing_seconds, self.curve, self.place = 0.0, Curve(), place_of(run)
 
     def dtype_name(self):
-        """--dtype, or for auto that of the run to go on with, whatever is the fastest now."""
+        """--dtype; for auto, the dtype of the run that is resumed, else auto."""
         if (
             self.config.dtype != "auto"
             or self.config.resume != "auto"
@@ -174,7 +176,7 @@ class Training:
         return next((name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{kept}"), "auto")
 
     def facts(self, folder):
-        """What the resumed run must share with the stopped one, beyond the options: {what: value}."""
+        """{name: value} of what must be equal when a run is resumed, beside the options. folder: a ModelFolder."""
         return {
             "compute dtype": str(self.dtype).removeprefix("torch."),
             "model files (sha256)": folder.fingerprint,
@@ -183,7 +185,7 @@ class Training:
         }
 
     def load(self, folder, targets):
-        """The model with its LoRA layers, and the optimizer of what is trained."""
+        """Load the model, add LoRA layers, and make the optimizer. folder: a ModelFolder; targets: see lora.match_targets."""
         config, self.pulse.line = self.config, "loading the model"
         self.model = checkpoint.load_model(folder, self.dtype, self.device, config.quantize, say=self.say)
         names = lora.inject(
@@ -206,9 +208,9 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def begin(self):
-        """The state that the first step starts from: that of the stopped run, or step 0, whose held-out loss is recorded."""
+        """Restore the state of the stopped run; or start at step 0 and record the held-out loss of the base."""
         config, run, progress = self.config, self.run, self.progress
-        torch.manual_seed(config.seed)  # the dropout's
+        torch.manual_seed(config.seed)  # for dropout
         write_held_out(run, self.test_set)
         if progress.step:
             for file in ("metrics.jsonl", "samples.jsonl"):
@@ -218,12 +220,12 @@ class Training:
             self.curve = Curve(read_steps(run / "metrics.jsonl"))
             write_config(run, config)
             self.say(
-                f"going on from step {progress.step} of {self.plan.total} in {run}"
+                f"resuming from step {progress.step} of {self.plan.total} in {run}"
                 + lost_steps(self.lost, progress.step)
             )
         else:
             if self.lost > 0:
-                self.say(f"starting again at step 0: {run} was stopped at step {self.lost} before anything was saved")
+                self.say(f"starting again at step 0: {run} stopped at step {self.lost}, before a state was saved")
             start_run(run, config, self.device, self.train_set.fingerprint)
             self.pulse.line = "step 0: reading the held-out rows"
             if (loss := self.evaluate()) is not None:
@@ -237,8 +239,10 @@ class Training:
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def check_step(self, loss, grad_norm, batches, random):
-        """Raises FloatingPointError where the step must not be taken, or the one before broke the weights. The last good state is
-        kept. random: the random numbers that the step began with."""
+        """Raises FloatingPointError if this step must not be taken, or if the step before broke the weights. The last good
+        state is kept.
+
+        loss: mean over the supervised tokens. batches: the micro-batches of the step. random: random_state() at its start."""
         config, step, last = self.config, self.progress.step, self.run / "last"
         blown, is_dead = self.size.blown_up(), False
         if blown:
@@ -248,12 +252,12 @@ class Training:
             if not is_dead:
                 return
             problem = (
-                f"the loss stays at {loss:.4f} whatever is trained, and the adapter has grown to {self.size.growth():.0f} "
-                "times its start: the model is dead (--spike-factor 0 goes on)"
+                f"the loss stays at {loss:.4f} although the adapter has grown to {self.size.growth():.0f} times its initial "
+                "norm: the model no longer learns (--spike-factor 0 turns this check off)"
             )
         kept = "No step was done before it"
         if step and (blown or is_dead or not self.weights_are_finite()):
-            kept = f"The steps before broke the weights; {last} is left as last saved"
+            kept = f"The steps before broke the weights; {last} still holds the last saved state"
         elif step:
             self.save(random)
             kept = f"The state before this step is in {last}"
@@ -268,9 +272,11 @@ class Training:
         )
 
     def count_step(self, loss, rate, grad_norm, batches, supervised, seconds):
-        """Count a step that was taken, and show it. Returns its line for metrics.jsonl."""
+        """Add a completed step to the progress and show it. Returns its record for metrics.jsonl, a dict.
+
+        loss: mean over the supervised tokens. rate: learning rate. supervised: supervised tokens. seconds: time of the step."""
         progress, total = self.progress, self.plan.total
-        tokens = sum(sum(batch.documents[: len(batch.rows)]) for batch in batches)  # padding is none of them
+        tokens = sum(sum(batch.documents[: len(batch.rows)]) for batch in batches)  # without padding
         progress.step += 1
         progress.tokens += tokens
         progress.recent_losses = [*progress.recent_losses, loss][-16:]
@@ -295,7 +301,7 @@ class Training:
         }
 
     def log(self, record):
-        """Write the line of a step to metrics.jsonl where it is due, with the held-out loss where that is due."""
+        """Evaluate if this step is due for it, and write its record to metrics.jsonl if that is due."""
         step, total = record["step"], self.plan.total
         if self.plan.evaluates_after(step):
             record |= {} if (held_out := self.evaluate()) is None else {"eval_loss": held_out}
@@ -308,8 +314,8 @@ class Training:
             self.curve.add(record)
 
     def evaluate(self):
-        """The held-out loss and sample answers, both recorded; a new best is kept. Returns the loss, or None without
-        rows."""
+        """Compute the held-out loss, record sample answers, and save a new best adapter. Returns the loss, or None without
+        held-out rows."""
         config, progress, context = self.config, self.progress, self.model.config.max_position_embeddings
         rows = (self.test_set if self.test_set.examples else self.train_set).examples
         asked = [e for e in rows if 0 < e.prompt_length < context][: config.samples]
@@ -339,13 +345,14 @@ class Training:
         return time.monotonic() - self.saved > self.config.save_minutes * 60
 
     def save(self, random=None):
-        """Write last/, from which a resume goes on. random: the random numbers of the step that comes next; None: of now.
-        Raises FloatingPointError, and leaves last/ as it is, where the weights are broken."""
+        """Write last/, the state for a resume. random: random_state() for the next step, or None for the current one.
+
+        Raises FloatingPointError and does not change last/ if the weights are broken."""
         run, progress = self.run, self.progress
         problem = self.size.blown_up() if self.weights_are_finite() else "made weights that are not finite"
         if problem:
             raise FloatingPointError(
-                f"step {progress.step} {problem}; {run / 'last'} is left as last saved. "
+                f"step {progress.step} {problem}; {run / 'last'} still holds the last saved state. "
                 f"Lower --learning-rate (now {self.config.learning_rate:g})"
             )
         for file in ("metrics.jsonl", "samples.jsonl"):
@@ -358,7 +365,8 @@ class Training:
         self.saved = time.monotonic()
 
     def save_adapter(self, name):
-        """Write the adapter to the folder `name` of the run, with what generate and chat need to compute as this run did."""
+        """Write the adapter to the folder `name` of the run, with the facts that generate and chat need to compute as this run
+        did."""
         config = self.config
         peft_files.save_adapter(
             self.model,
@@ -373,7 +381,7 @@ class Training:
                 "dtype": next(name for name, each in DTYPES.items() if each == self.dtype),
                 "quantize": config.quantize,
             },
-            trained=name == "adapter",  # while a scaler looks for its scale, last/ may still be the base
+            trained=name == "adapter",  # last/ may still equal the base while the scaler skips steps
         )
 
     def weights_are_finite(self):
@@ -390,18 +398,21 @@ class Training:
         self.drawing_seconds = self.drawn - started
 
     def finish(self):
-        """Write adapter/, which is the best held-out step or the last, and say what to do with it."""
+        """Write adapter/, from the best held-out step or the last step, and say what to do with it."""
         run, config, progress, best = self.run, self.config, self.progress, self.run / "best"
         self.pulse.line = "writing the adapter"
-        if not self.state_file.exists():  # somebody removed it: a run that ends has a state
+        if not self.state_file.exists():  # removed while the run was going on
             self.save()
         is_best = config.keep == "best" and progress.best_step is not None
         if is_best and progress.best_step and file_sha256(best / "adapter_model.safetensors") != progress.best_sha256:
-            self.say(f"{best} does not hold step {progress.best_step}, the best: adapter/ holds the last step")
+            self.say(
+                f"{best} was changed and no longer holds the best step, {progress.best_step}; adapter/ holds the last step"
+            )
             is_best = False
         if is_best and progress.best_step == 0:
             self.say(
-                "no step had a lower held-out loss than the base: adapter/ holds the last step; try another --learning-rate"
+                "no step had a lower held-out loss than the base model, so adapter/ holds the last step; try another "
+                "--learning-rate"
             )
         if is_best and 0 < progress.best_step < progress.step:
             for name, tensor in peft_files.read_adapter_tensors(best).items():
@@ -418,21 +429,23 @@ class Training:
 
 
 def check_rows(config):
-    """Raises ValueError where the files of rows cannot be read: before anything is asked of the network."""
+    """Raises ValueError if a file of rows cannot be read. Called before anything is downloaded."""
     for path in (config.data, config.test_data):
         if path not in (None, "alpaca", "embedded"):
             dataset.one_format(data.read_rows(path), path)
 
 
 def check_fit(folder, targets, rows):
-    """Raises ValueError, before weights load, where a checkpoint lacks a LoRA target or a token of the rows."""
+    """Raises ValueError, before weights load, if the model lacks a LoRA target or a token of the rows.
+
+    folder: a ModelFolder. targets: see lora.match_targets. rows: lists of token ids."""
     empty = folder.empty
     lora.match_targets(empty, targets)
     highest, longest = max(map(max, rows)), max(map(len, rows))
     if highest >= empty.config.vocab_size:
         raise ValueError(
             f"the rows have token {highest}, but the model has {empty.config.vocab_size} tokens; "
-            f"the tokenizer in {folder.path} is of another model"
+            f"the tokenizer in {folder.path} belongs to another model"
         )
     if longest > empty.config.max_position_embeddings:
         screen.warn(
@@ -442,14 +455,14 @@ def check_fit(folder, targets, rows):
 
 
 def starting_point(config, state_file, plan, facts):
-    """The Progress to go on from: a new one, or that of the state file.
+    """The Progress to start from: that of the state file, or a new one.
 
-    facts: {what: value}, compared beyond the options. Raises ValueError where the run in the folder is not the one that
-    `config` describes."""
+    plan: the StepPlan. facts: see Training.facts(). Raises ValueError if the run in the folder has other options or facts than
+    this one."""
     progress = read_progress(state_file) if config.resume == "auto" else None
     if progress is None:
         return Progress(config=asdict(config), facts=facts)
-    # model and rows may have moved, and "auto" may mean another dtype here: what they are is in `facts`
+    # Options that may change. Model and rows may have moved, and "auto" may mean another dtype: `facts` has their content.
     free = {"run", "resume", "log_every", "eval_every", "save_every", "save_minutes", "patience", "keep", "samples"}
     free |= {"sample_tokens", "device", "dtype", "max_steps", "epochs", "model", "revision", "data", "test_data"}
     stored = progress.config
@@ -488,7 +501,7 @@ def starting_point(config, state_file, plan, facts):
 
 
 def lost_steps(count, step):
-    """What a resume does again, in words, nothing where nothing was lost."""
+    """The end of the message of a resume: how many steps are done again, or nothing."""
     return (
         f"; {count} step{'s' * (count != 1)} after step {step} were lost: not saved before the stop"
         if count > 0
@@ -497,20 +510,21 @@ def lost_steps(count, step):
 
 
 def say_outdated(run, progress, plan, say):
-    """Says what was made from the adapter that this training replaces. Nothing of it is removed: people's grades are in
-    it, and every file has the fingerprint of its adapter."""
+    """Name the results of the adapter that this training replaces. They are not removed: they may hold human ratings, and every
+    file has the fingerprint of its adapter."""
     made = [name for name in ("evaluation.json", "generations", "report.html", "export") if (run / name).exists()]
-    if (run / "sweep").is_dir() and not any((run / "sweep").glob("*/last")):  # else its points are runs of their own
+    # A sweep over training options is not affected: each of its points is a run of its own.
+    if (run / "sweep").is_dir() and not any((run / "sweep").glob("*/last")):
         made.append("sweep")
     if made and progress.step < plan.total:
         say(
-            f"{some(made)} in {run} will be out of date: made from the adapter that this training replaces. They stay; "
-            f"afterwards, python scripts/evaluate.py --run {shlex.quote(str(run))} --resume never makes them anew"
+            f"{some(made)} in {run} will be out of date, because this training replaces the adapter. They are kept; after the "
+            f"training, make them again with python scripts/evaluate.py --run {shlex.quote(str(run))} --resume never"
         )
 
 
 def say_next(run, test_set, config, say):
-    """Where the results are, and in the last line what to do with them."""
+    """Say where the results are, and in the last line what to do with them."""
     say(f"curves: {run / 'curves.png'}" + (f"; sample answers: {run / 'samples.jsonl'}" if config.samples else ""))
     score = f"python scripts/evaluate.py --run {shlex.quote(str(run))}"
     ask = f'python scripts/generate.py --adapter {shlex.quote(str(run / "adapter"))} --prompt "..."'
@@ -519,7 +533,7 @@ def say_next(run, test_set, config, say):
 
 
 def make_optimizer(trained, config):
-    """AdamW over {name: parameter}; weight decay on matrices only (a bias or a norm's weight has nothing to shrink)."""
+    """AdamW for `trained`, {name: parameter}. Weight decay applies to matrices only, not to biases and weights of norms."""
     matrices = [p for p in trained.values() if p.ndim >= 2]
     vectors = [p for p in trained.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -533,7 +547,7 @@ def make_optimizer(trained, config):
 
 
 def sample_answers(model, tokenizer, examples, max_new_tokens):
-    """What the model answers (greedy) to the prompts of some examples: [{"prompt", "answer", "reference"}]."""
+    """Greedy answers to the prompts of some data.Examples: [{"prompt": text, "answer": text, "reference": text}, ...]."""
     model.eval()
     prompts = [example.ids[: example.prompt_length] for example in examples]
     ends = tuple(i for i in tokenizer.eos_ids if i < model.config.vocab_size)
@@ -546,7 +560,7 @@ def sample_answers(model, tokenizer, examples, max_new_tokens):
 
 
 class out_of_memory_explained:
-    """Turns running out of memory, of a GPU or of the machine, into an error that names the knobs."""
+    """Context that turns a lack of memory, of a GPU or of the machine, into a MemoryError that names the options to lower."""
 
     def __init__(self, config):
         self.config = config

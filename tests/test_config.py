@@ -197,7 +197,7 @@ def test_help_beside_a_model_shows_its_recipe_in_80_columns(model, capsys, monke
         ("--quantize nf", "--quantize is 'nf', expected one of none, nf4, nf4-dq; did you mean nf4?"),
         ("--batch-size two", "--batch-size is 'two', expected a whole number"),
         ("--seed " + "9" * 5000, "expected a whole number"),
-        ("what is it", "'what is it' stands behind no option"),
+        ("what is it", "'what is it' follows no option"),
         ("--\x1b[31mred 1", r"no option --\x1b[31mred"),
         ("--zzzz 1", "no option --zzzz (--help lists the options)"),
     ],

@@ -182,8 +182,8 @@ def test_a_resumed_run_and_its_evaluation_stay_in_the_dtype_that_it_began_in(run
     folder, options = run
     said = []
     train(TrainConfig(**options, max_steps=2), said.append)
-    assert any("float32 (as the run began)" in line for line in said) and any(
-        "going on from step 1" in line for line in said
+    assert any("float32 (as in the run so far)" in line for line in said) and any(
+        "resuming from step 1" in line for line in said
     )
     assert read_json(folder / "adapter" / "minitune.json")["dtype"] == "fp32"
     assert Run(EvaluateConfig(run=str(folder)), QUIET).facts["compute dtype"] == "float32"

@@ -291,7 +291,7 @@ def test_a_broken_stored_layer_is_refused_with_its_name():
     refused("absmax2 has 2 elements, expected 1", nested_absmax=torch.ones(2))
     refused("its scales hold NaN or infinity", nested_absmax=good["nested_absmax"] * torch.nan)
     refused(f"{BNB_STATE} is not valid JSON", **{BNB_STATE: good[BNB_STATE][:-1]})
-    refused(f"{BNB_STATE} is not valid JSON for us: it is nested too deeply", **with_text("[" * 9000))
+    refused(f"{BNB_STATE} cannot be read as JSON: it is nested too deeply", **with_text("[" * 9000))
     refused(f"{BNB_STATE} is not JSON in uint8", **with_text("[" * 90_000))
     refused(f"{BNB_STATE} is not JSON in uint8", **{BNB_STATE: torch.tensor([255, 254], dtype=torch.uint8)})
     refused(f"{BNB_STATE} is not JSON in uint8", **{BNB_STATE: torch.tensor(1.0)})
@@ -301,7 +301,7 @@ def test_a_broken_stored_layer_is_refused_with_its_name():
     refused(f"{BNB_STATE}: nested_blocksize is 64", **with_state(nested_blocksize=64))
     for offset in (None, float("nan"), float("inf"), "1", 10**299):
         refused(f"{BNB_STATE}: nested_offset is ", **with_state(nested_offset=offset))
-    refused(f"{BNB_STATE} is not valid JSON for us: it has a whole number of", **with_state(nested_offset=10**400))
+    refused(f"{BNB_STATE} cannot be read as JSON: it has a whole number of", **with_state(nested_offset=10**400))
     refused(f"{BNB_STATE}: shape[1] is -64", **with_state(shape=[48, -64]))
     refused(f"{BNB_STATE}: shape is [48], expected [out, in]", **with_state(shape=[48]))
     refused("the stored 4-bit weight has shape [64, 48], expected [48, 64]", **with_state(shape=[64, 48]))

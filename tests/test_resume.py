@@ -185,7 +185,7 @@ def test_ctrl_c_to_the_script_saves_says_how_to_go_on_and_exits_130(options, tmp
     process.wait()
     err = process.err.read_text()
     assert process.returncode == 130, err
-    step, command = re.search(r"^stopped: after step (\d+) of 40; .*Go on with: (.*)$", err, re.M).groups()
+    step, command = re.search(r"^stopped: after step (\d+) of 40; .*Resume with: (.*)$", err, re.M).groups()
     assert read_progress(tmp_path / "my run" / "last" / "state.safetensors").step == int(step)
     assert command == f"python scripts/train.py --config '{tmp_path}/my run/config.json'"
     assert (tmp_path / "my run" / "curves.png").exists() and "Traceback" not in err
@@ -202,7 +202,7 @@ def test_sigterm_is_as_ctrl_c(exact, start, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 130
-    assert re.search(r"^stopped: after step \d+ of 8; .*Go on with", process.err.read_text(), re.M)
+    assert re.search(r"^stopped: after step \d+ of 8; .*Resume with", process.err.read_text(), re.M)
     finish(start(make(tmp_path / "run")))
     assert_same_end(tmp_path / "run", expected)
 
@@ -306,7 +306,7 @@ def test_another_model_or_other_rows_are_refused_by_their_content(options, base,
 def test_a_model_and_rows_that_moved_are_the_same(options, base, copied, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
     lines = quiet(options(copied, model=str(moved / "llama"), data=str(moved / "rows.json")))
-    assert any(line.startswith("going on from step 10 of 10") for line in lines)
+    assert any(line.startswith("resuming from step 10 of 10") for line in lines)
 
 
 def test_more_steps_of_a_constant_schedule_equal_the_longer_run(options, tmp_path):
@@ -360,7 +360,7 @@ def test_best_of_a_lost_future_is_not_taken_for_the_best(options, copied, base):
     newer = adapter(copied / "best")
     save_file({name: t + 1 for name, t in newer.items()}, copied / "best" / "adapter_model.safetensors")
     lines = quiet(options(copied))
-    assert any("best does not hold step 10" in line for line in lines)
+    assert any("best was changed and no longer holds the best step, 10" in line for line in lines)
     assert same(adapter(copied / "adapter"), adapter(copied / "last"))
 
 
