@@ -1,6 +1,6 @@
-"""Weights and adapters on disk: safetensors streamed into a model, PEFT's adapter format read and written.
+"""Loads checkpoints: the tensors of safetensors files are matched with the parameters of a model and read one by one.
 
-Nothing here trains; the state of a run is written by minitune/runs/folder.py. Only safetensors and JSON are read."""
+Not here: adapter files (adapters/peft_files.py) and the state of a run (runs/state.py). Only safetensors and JSON are read."""
 
 import re
 import time
@@ -19,10 +19,10 @@ from minitune.models import build_encoder
 from minitune.screen import short, some, tell, warn
 from minitune.tensor_files import FLOATS
 
-STALE = re.compile(  # tables that old files hold as tensors, and that are computed from config.json
+STALE = re.compile(  # buffers that old files store, and that the model computes from config.json
     r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids|token_type_ids)$"
 )
-FOREIGN = (  # names of another format in a checkpoint's tensors: what they mean
+FOREIGN = (  # (pattern of tensor names, the format that they belong to: what to do)
     (r"\.mixer\.|\.wte\.", "an outdated Phi file: use the newer revision of the checkpoint"),
     (
         r"tok_embeddings|attention\.w[qkvo]\.",
@@ -35,25 +35,26 @@ FOREIGN = (  # names of another format in a checkpoint's tensors: what they mean
 
 
 def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapter=None, revision=None, say=None):
-    """A model of minitune.models with the weights of a checkpoint, in eval mode, every parameter frozen.
+    """A model of minitune.models with the weights of a checkpoint, in eval mode, with all parameters frozen.
 
-    model: a ModelFolder, or a folder, short name or hub id. quantize: "none", "nf4" or "nf4-dq" turns the linear layers of the
-    blocks into 4 bit as their tensors stream in; a checkpoint that bitsandbytes quantised stays as it is. adapter: folder in
-    PEFT's format; None: that of the model's own folder, if one lies there. say: called with the line that describes the
-    load. Memory above the loaded model stays below twice the largest tensor. Raises ValueError on a file that is
-    missing, cut short or of another shape before any weight is read, and on a weight with NaN or infinity when it is."""
+    model: a ModelFolder, or a folder, short name or hub id. dtype: of the parameters, and the compute dtype of 4-bit layers.
+    quantize: "none", or "nf4" or "nf4-dq" to quantise the linear layers of the blocks while their tensors are read; a checkpoint
+    that bitsandbytes quantised stays in 4 bit. adapter: a folder in PEFT's format; None: the adapter in the model's own folder,
+    if there is one. revision: see hub.resolve. say: called with lines that describe what was loaded.
+    Peak memory is the loaded model plus less than twice its largest tensor. Raises ValueError before any weight is read if
+    a file is missing, incomplete or has tensors of other shapes, and while reading if a weight has NaN or infinity."""
     if quantize not in ("none", "nf4", "nf4-dq"):
         raise ValueError(f"quantize is {short(quantize)}, expected none, nf4 or nf4-dq")
     if adapter is not None:
-        read_adapter_config(adapter)  # a bad one shows before gigabytes are read
+        read_adapter_config(adapter)  # raises on a bad one before gigabytes are read
     opened = ModelFolder.open(model, revision)
     folder, own = opened.path, opened.own_adapter
     if own is not None and adapter is None:
         read_adapter_config(own)
-        tell(f"{folder} holds an adapter beside the model; it is applied, as transformers does.")
+        tell(f"{folder} holds an adapter beside the model; it is applied, as in transformers.")
         adapter = own
     elif own is not None and expand(adapter).resolve() != own.resolve():
-        tell(f"{folder} holds an adapter of its own, which is left out: {adapter} is asked for.")
+        tell(f"{folder} holds an adapter beside the model; it is not applied, because {adapter} was given.")
     device = torch.device(device)
     if device.type == "cpu":
         ops.prepare()
@@ -68,7 +69,8 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
     for name, parts in groups.items():
         owner, _, leaf = name.rpartition(".")
         module = net.get_submodule(owner)
-        if len(parts) > 1:  # 4 bit, as bitsandbytes stores it. Copies: the file's pages go back at once
+        # Several parts: a 4-bit weight in bitsandbytes' format. Copies, so that the pages of the mapped file are freed.
+        if len(parts) > 1:
             stored = {part: tensors.read(key).to(device=device, copy=True) for part, key in parts.items()}
             shape = (module.out_features, module.in_features)
             replace(net, owner, quant.NF4Linear.from_bnb(stored, module.bias, dtype, shape, f"{folder}: {name}"))
@@ -101,10 +103,10 @@ def load_model(model, dtype=torch.float32, device="cpu", quantize="none", adapte
 
 
 def load_encoder(model, dtype=torch.float32, device="cpu", revision=None):
-    """The encoder of a checkpoint (RoBERTa or BERT), in eval mode, every parameter frozen; the heads stored with it are left.
+    """The encoder of a checkpoint (RoBERTa or BERT), in eval mode, with all parameters frozen. Heads in the files are not read.
 
-    Arguments and errors as load_model's, with the same strict check. Keeps the name `model` as .name, by which
-    metrics.bertscore finds the layer to use."""
+    Arguments and errors as in load_model. The result has the argument `model` as .name, from which metrics.bertscore
+    chooses the layer to use."""
     opened = ModelFolder.open(model, revision)
     net, tensors = build_empty(opened, build_encoder), opened.tensors
     if opened.is_4bit:
@@ -118,10 +120,12 @@ def load_encoder(model, dtype=torch.float32, device="cpu", revision=None):
 
 
 def read_parameter(tensors, name, stored, dtype, device):
-    """One tensor as a frozen parameter. name, stored: what the model and the file call it. Raises ValueError where it is
-    not finite."""
+    """One tensor as a frozen parameter. name, stored: its names in the model and in the file.
+
+    Raises ValueError if it has NaN or infinity."""
     weight = tensors.read(stored).to(device=device, dtype=dtype, copy=True)
-    if not all(bound.isfinite() for bound in weight.aminmax()):  # one pass, 10 GB/s on one core
+    # aminmax is one pass over the tensor, 10 GB/s on one core; NaN and infinity show in the bounds.
+    if not all(bound.isfinite() for bound in weight.aminmax()):
         raise ValueError(
             f"{tensors.folder}: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}; the checkpoint is "
             "damaged, or its values are too large for this dtype"
@@ -130,28 +134,29 @@ def read_parameter(tensors, name, stored, dtype, device):
 
 
 def check_filled(net):
+    """Asserts that every parameter and buffer was loaded."""
     left = [name for name, p in (*net.named_parameters(), *net.named_buffers()) if p.is_meta]
     assert not left, f"not loaded: {left[:5]}"
 
 
 def tied_embedding(net):
-    """The name of the embedding whose weight the head shares, None where the head has its own."""
+    """Name of the embedding weight that the head shares, or None if the head has its own weight."""
     head = net.lm_head.weight
     return next((name for name, p in net.named_parameters() if p is head and name != "lm_head.weight"), None)
 
 
 def stored_tensors(net):
-    """Parameters and buffers, a tied one once."""
+    """Parameters and buffers of a model; a tied parameter only once."""
     return {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}.values()
 
 
 def model_bytes(net):
-    """Bytes of all parameters and buffers, a tied one once."""
+    """Bytes of all parameters and buffers; a tied parameter counts once."""
     return sum(t.numel() * t.element_size() for t in stored_tensors(net))
 
 
 def parameter_count(net):
-    """Weights of a model, a tied one once, and those of a 4-bit layer as many as it stands for."""
+    """Number of parameters; a tied one counts once, and a 4-bit weight counts its elements, not its bytes."""
     packed = sum(m.in_features * m.out_features for m in net.modules() if isinstance(m, quant.NF4Linear))
     return packed + sum(p.numel() for p in net.parameters())
 
@@ -162,23 +167,22 @@ def parameters_in_words(count):
 
 
 def bytes_in_words(count):
-    return (
-        f"{count / 1e9:.1f} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.0f} MB"
-        if count >= 1e6
-        else f"{count / 1e3:.0f} KB"
-    )
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} KB"
 
 
 def replace(net, name, layer):
+    """Replace the module `name` of a model."""
     parent, _, leaf = name.rpartition(".")
     setattr(net.get_submodule(parent), leaf, layer)
 
 
 def own_name(name, net, parameters, prefix):
-    """The parameter of a stored tensor, by transformers' rules: with the name of the body (`model.`) before it or without.
-    None where there is no such parameter. For a part of a 4-bit weight, that of the weight."""
+    """Name of the parameter for a stored tensor, or None. For a part of a 4-bit weight it is the name of the weight.
+
+    name: of the stored tensor. parameters: names in the model. prefix: the name of the body, such as "model."; as in transformers
+    the files may have it or not."""
     base, mark, _ = name.partition(".weight.")
     name = f"{base}.weight" if mark else name
     if hasattr(net, "parameter_of"):
@@ -188,10 +192,11 @@ def own_name(name, net, parameters, prefix):
 
 
 def match_tensors(folder, net, tied, stored_4bit):
-    """{parameter name: {"weight": tensor name}}, for a weight in 4 bit with "absmax" and the other parts beside it.
+    """{parameter name: {"weight": tensor name}}. A 4-bit weight has further parts: {"weight": .., "absmax": .., ...}.
 
-    Every parameter has its tensor, of its shape and of a dtype that is read, or a ValueError names what does not fit. A
-    tensor that the model has no place for is left out, as in transformers, and named in a line."""
+    folder: a ModelFolder. net: the model without weights. tied: see tied_embedding. stored_4bit: whether the checkpoint is in
+    4 bit. Raises ValueError if a parameter has no tensor, or one of another shape or an unsupported dtype. A tensor without a
+    parameter is ignored, as in transformers, and reported in one line."""
     tensors = folder.tensors
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters(remove_duplicate=False)}
     linear = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Linear)}
@@ -201,7 +206,7 @@ def match_tensors(folder, net, tied, stored_4bit):
         part = name.partition(".weight.")[2]
         own = own_name(name, net, shapes, prefix)
         if own is None or part and not (stored_4bit and own in linear):
-            if own and stored_4bit:  # a 4-bit part of what is no linear layer
+            if own and stored_4bit:  # a part of a 4-bit weight, but of a layer that is not linear
                 unexpected.append(name)
             elif not STALE.search(name) and not (hasattr(net, "parameter_of") and net.parameter_of(name) is None):
                 left.append(name)
@@ -243,11 +248,12 @@ def match_tensors(folder, net, tied, stored_4bit):
 
 
 def hint(missing, left):
-    """What tensors that do not fit probably are. missing: parameters without one; left: tensors without a place."""
+    """The end of the error message: a guess of what the tensors are. missing: parameters without a tensor; left: tensors without
+    a parameter."""
     if missing and set(missing) <= {"lm_head.weight", "lm_head.bias"}:
         return (
-            ". It is the body of a model, saved without its head (transformers would draw one at random); use the "
-            "checkpoint of the whole model"
+            ". The model was saved without its head (transformers would initialise one at random); use the checkpoint of the "
+            "whole model"
         )
     for pattern, words in FOREIGN:
         if any(re.search(pattern, name) for name in left):
@@ -256,19 +262,20 @@ def hint(missing, left):
 
 
 def tie(tensors, groups, tied):
-    """Settles, in `groups`, what is read for the embedding `tied` and for the head where config.json ties them. Returns
-    (tell or warn, what there is to say about it), or None."""
+    """Decide which tensors are read for the embedding `tied` and for the head, if config.json ties them; changes `groups`.
+
+    Returns (function, line) to report it with, such as (warn, "..."), or None."""
     head = "lm_head.weight"
     if head not in groups:
         return None
     if tied not in groups:
         groups[tied] = groups.pop(head)
-        return tell, f"{head} is read as the embedding too, since config.json ties them."
+        return tell, f"{head} is used for the embedding too, because config.json ties them."
     if is_equal(tensors, groups[tied]["weight"], groups[head]["weight"]):
         del groups[head]  # a copy of the embedding
         return None
     return warn, (
-        f"config.json has tie_word_embeddings true, but {head} differs from {tied}; both are used as they are stored, as in "
+        f"config.json has tie_word_embeddings true, but {head} differs from {tied}; both are used as stored, as in "
         "transformers."
     )
 
@@ -277,13 +284,15 @@ def is_equal(tensors, first, second):
     """Whether two stored tensors hold the same values."""
     if tensors.shapes[first] != tensors.shapes[second] or not tensors.shapes[first]:
         return False
-    starts = range(0, tensors.shapes[first][0], 4096)  # in parts, so that no copy is large
+    starts = range(0, tensors.shapes[first][0], 4096)  # in parts, to keep the fp32 copies small
     return all(torch.equal(*(tensors.read(name)[i : i + 4096].float() for name in (first, second))) for i in starts)
 
 
 def say_left_out(folder, net, prefix, left):
-    """One line on what of a checkpoint has no effect here, and one on tensors of the blocks that config.json has no place
-    for: these may mean that config.json is wrong."""
+    """Report, in one line, the keys and tensors of a checkpoint that have no effect here. A second line warns of tensors of the
+    blocks: they may mean that config.json is wrong.
+
+    folder: a ModelFolder. prefix: as in own_name. left: names of the tensors without a parameter."""
     tensors, name_of_folder = folder.tensors, folder.path.name
     is_body = re.compile(rf"({re.escape(prefix)}|layers\.|h\.|encoder\.|lm_head\.)")
     loud, quiet = [], []
@@ -295,9 +304,9 @@ def say_left_out(folder, net, prefix, left):
     notes = [f"{some(keys, 3)} of config.json"] if keys else []
     notes += [f"the tensors {some(quiet, 3)}"] if quiet else []
     if notes:
-        tell(f"{name_of_folder}: passed over, since this model does not use it: {'; '.join(notes)}.")
+        tell(f"{name_of_folder}: ignored, because this model does not use it: {'; '.join(notes)}.")
     if loud:
         warn(
-            f"{name_of_folder}: config.json has no place for some tensors of the files: {some(loud, 3)}. They are left "
-            "out, as in transformers; if the model was trained with them, its answers will be wrong."
+            f"{name_of_folder}: the model that config.json describes has no place for some tensors: {some(loud, 3)}. They are "
+            "ignored, as in transformers; if the model was trained with them, its answers will be wrong."
         )

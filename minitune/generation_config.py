@@ -1,5 +1,5 @@
-"""The decoding that a checkpoint asks for where the user gives no option, as transformers reads it: generation_config.json, or
-where there is none the same keys in config.json. End tokens are not read here: they are the tokenizer's."""
+"""The decoding options of a checkpoint: generation_config.json, or the same keys of config.json if there is no such file. As in
+transformers, they apply where the user gives no option. Not here: end tokens (tokenizer.py)."""
 
 from dataclasses import dataclass, fields, make_dataclass
 
@@ -10,7 +10,7 @@ from minitune.screen import short, some
 
 IDS = (None, [TOKEN_ID])
 WHOLE = Number(-(2**63), 2**63 - 1, is_whole=True)
-SHAPES = {  # the keys that are applied
+SHAPES = {  # keys that minitune applies
     "max_new_tokens": (None, COUNT),
     "min_new_tokens": (None, WHOLE),
     "max_length": (None, COUNT),
@@ -35,7 +35,7 @@ SHAPES = {  # the keys that are applied
     "forced_eos_token_id": (None, TOKEN_ID, [TOKEN_ID]),
     "renormalize_logits": (None, bool),
 }
-NOT_APPLIED = {  # what transformers applies and minitune does not: the values with which it changes nothing
+NOT_APPLIED = {  # keys that transformers applies and minitune does not -> values without effect
     "constraints": (None,),
     "diversity_penalty": (None, 0.0),
     "dola_layers": (None,),
@@ -54,15 +54,15 @@ NOT_APPLIED = {  # what transformers applies and minitune does not: the values w
     "top_h": (None,),
     "watermarking_config": (None,),
 }
-OFF_BELOW_1 = ("min_new_tokens", "min_length", "no_repeat_ngram_size")  # in transformers
-IDS_OF_TOKENS = ("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")  # that the model must have
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # not looked at where nothing is drawn
+OFF_BELOW_1 = ("min_new_tokens", "min_length", "no_repeat_ngram_size")  # values below 1 mean off, as in transformers
+IDS_OF_TOKENS = ("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")  # their ids must exist in the model
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # ignored without sampling
 OPTIONS = [f for f in fields(GenerateConfig) if f.metadata.get("is_option", True)]
-FROM_FILE = {"stop_strings": "stop"}  # the option's name where it is another one
+FROM_FILE = {"stop_strings": "stop"}  # key of the file -> name of the option, if they differ
 
 
 def unset(f):
-    """A field of GenerateConfig as an option that may be left to the checkpoint: None where it was not given."""
+    """(name, type, field) of a GenerateConfig field as an option whose default is None, 'not given'."""
     if f.name not in SHAPES and f.name not in FROM_FILE.values():
         return f.name, f.type, arg(f.default, **f.metadata)
     return f.name, f.type | None, arg(None, **f.metadata, otherwise=f.default)
@@ -70,22 +70,22 @@ def unset(f):
 
 @dataclass(frozen=True)
 class DecodingOptions(make_dataclass("Options", map(unset, OPTIONS), frozen=True)):
-    """The options of GenerateConfig as a user gives them: None is for what generation_config.json says, else the default."""
+    """The options of GenerateConfig as the user gives them. None: the value in generation_config.json, else the default."""
 
     generation_config: str = arg(
         "auto",
-        "auto: where a decoding option is not given, take the one in the model's generation_config.json, as transformers "
-        "does; none: do not read them there",
+        "auto: for decoding options that are not given, use the model's generation_config.json, as in transformers; none: do "
+        "not use it",
         choices=("auto", "none"),
         group="decoding: an option that is not given has the value in the model's generation_config.json, else the default",
     )
 
     def __post_init__(self):
         check_types(self)
+        # Refuse bad options before a model is loaded. max_new_tokens and num_beams may still come from a file, so the checks
+        # against them must pass here.
         alone = {name: value for name, value in self.given().items() if name != "num_return_sequences"}
-        GenerateConfig(
-            **{"max_new_tokens": 2**63 - 1} | alone
-        )  # what no file can mend is refused before a model is looked for
+        GenerateConfig(**{"max_new_tokens": 2**63 - 1} | alone)
 
     def given(self):
         """{name: value} of the options that were given."""
@@ -94,11 +94,11 @@ class DecodingOptions(make_dataclass("Options", map(unset, OPTIONS), frozen=True
 
 
 def settle(options, folder, tokenizer, say, **weaker):
-    """The GenerateConfig that `options`, a DecodingOptions, mean for the checkpoint in `folder`, a ModelFolder, with the
-    tokenizer's end tokens where they name none. Says what the checkpoint changes.
+    """The GenerateConfig for a checkpoint. Prints what the checkpoint changes.
 
-    weaker: defaults of a job in place of GenerateConfig's. Strongest first: the options, generation_config.json, weaker.
-    Raises ValueError where these do not go together."""
+    options: a DecodingOptions. folder: a ModelFolder. tokenizer: its end tokens are used if the options name none. say: prints
+    one line. weaker: defaults of a job in place of GenerateConfig's. The options override generation_config.json, which
+    overrides `weaker`. Raises ValueError if the values exclude each other."""
     rows = max(tokenizer.vocab_size, folder.vocab_size)
     given = {"eos_ids": tuple(i for i in tokenizer.eos_ids if i < (folder.vocab_size or rows))} | options.given()
     if beyond := [i for i in options.eos_ids or () if i >= rows]:
@@ -119,7 +119,7 @@ def settle(options, folder, tokenizer, say, **weaker):
     try:
         found = GenerateConfig(**weaker | stored | given)
     except ValueError as error:
-        GenerateConfig(**weaker | given)  # where the options are to blame, that is said
+        GenerateConfig(**weaker | given)  # raises its own message if the options alone are wrong
         raise ValueError(f"{path}: {error} (--generation-config none ignores this file)") from None
     meaning, plain = found.meaning(), GenerateConfig()
     values = {name: v for name, v in stored.items() if getattr(meaning, name) != weaker.get(name, getattr(plain, name))}
@@ -128,14 +128,15 @@ def settle(options, folder, tokenizer, say, **weaker):
         say(f"decoding defaults from {path.name}: {words} (--generation-config none turns them off)")
     if passed_over:
         say(
-            f"warning: {path} asks for {some(passed_over)}, which minitune does not do; answers may differ from transformers"
+            f"warning: {path} sets {some(passed_over)}, which minitune does not support; answers may differ from transformers"
         )
     return found
 
 
 def check_ids(stored, path, rows):
-    """Raises ValueError where an answer must have a token, or must not have one, that the model lacks, as in transformers.
-    rows: the number of the model's tokens."""
+    """Raises ValueError if a forced or banned token does not exist in the model, as transformers does.
+
+    stored: {field: value} of the file at `path`. rows: number of tokens of the model."""
     for name in IDS_OF_TOKENS:
         ids = stored.get(name) or ()
         ids = (
@@ -149,8 +150,9 @@ def check_ids(stored, path, rows):
 
 
 def read(folder):
-    """(the file, {field of GenerateConfig: value} that it holds, keys in it that change answers and are not applied).
-    Raises ValueError with the file and the key where a value is of the wrong kind."""
+    """(Path of the file, {field of GenerateConfig: value}, keys in it that change answers and are not applied).
+
+    folder: a ModelFolder. Raises ValueError with the file and the key if a value has the wrong type."""
     path = folder.path / "generation_config.json"
     if not path.is_file():
         path = folder.path / "config.json"

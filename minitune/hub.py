@@ -1,12 +1,11 @@
-"""From a model's name to a local folder, and the original Alpaca rows: the only module that uses the network.
+"""Finds or downloads the folder of a model by its name, and the original Alpaca rows. The only module that uses the network.
 
-The cache, the token, locks and proxies are huggingface_hub's: HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what
-they always mean, and the cache is shared with other tools. The downloads are ours, because a server is not trusted here:
-huggingface_hub writes to whatever path an ETag spells, and deletes what it has of a 10 GB shard when a download breaks. Only
-names that this module spells itself, commits and hashes become paths; a body ends at the announced size, is given up when
-it trickles, and must have the repository's hash; a rerun goes on where it stopped. Who wants Xet's speed instead fills the
-same cache with `hf download ID`.
-"""
+The cache, the token, locks and proxies are those of huggingface_hub: HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE have
+their usual meaning, and the cache is shared with other tools. The download itself is written here, because the server is not
+trusted: huggingface_hub writes to any path that an ETag names, and deletes the received part of a shard when a download
+breaks. Here only names from this module, commits and hashes become paths. A download ends at the announced size, is given up if
+it is too slow, must match the repository's hash, and resumes where it stopped. For Xet's speed, `hf download ID` fills the same
+cache."""
 
 import contextlib
 import difflib
@@ -42,18 +41,18 @@ SMALL_FILES = (
     "generation_config.json tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
     "added_tokens.json vocab.json merges.txt vocab.txt chat_template.jinja adapter_config.json"
 ).split()
-PLAIN_NAME = re.compile(r"\w[\w.+-]{0,199}")  # of a shard: no folder, no hidden file
+PLAIN_NAME = re.compile(r"\w[\w.+-]{0,199}")  # name of a shard: without a folder, not hidden
 COMMIT = re.compile("[0-9a-f]{40}")
-HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 of small files, SHA-256 of large ones
+HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 for small files, SHA-256 for large ones
 
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 ALPACA_ROWS = 52_002
 
-PATIENCE = 30  # seconds in which a server must send this much a second, or is given up
-SLOWEST = 1024  # bytes
-ATTEMPTS = 3  # in a row that bring less than a MiB
-SMALL_LIMIT = 200_000_000  # bytes of a listing, a tokenizer, the rows; the largest that we know have 50 MB
-LARGE_LIMIT = 500_000_000_000  # bytes of a file of weights: the hub's own limit
+PATIENCE = 30  # seconds over which the speed of a download is measured
+SLOWEST = 1024  # bytes per second; a slower download is given up
+ATTEMPTS = 3  # attempts in a row that bring less than 1 MiB each
+SMALL_LIMIT = 200_000_000  # most bytes of a listing, a tokenizer or the rows; the largest known ones have 50 MB
+LARGE_LIMIT = 500_000_000_000  # most bytes of a file of weights: the hub's own limit
 
 SIZE = Number(0, 10**15, is_whole=True)
 TEXT = (str, None)
@@ -63,17 +62,17 @@ LISTED = {
     "blobId?": TEXT,
     "lfs?": ({"sha256?": TEXT, "size?": (SIZE, None)}, None),
 }
-LISTING = {"sha?": TEXT, "siblings": [LISTED]}  # of the hub's API, /api/models/ID/revision/NAME?blobs=true
+LISTING = {"sha?": TEXT, "siblings": [LISTED]}  # answer of the hub's API, /api/models/ID/revision/NAME?blobs=true
 ALPACA = [{"instruction": str, "input": str, "output": str}]
 
 
 def resolve(name, revision=None, weights=True):
-    """The local folder (Path) of a model, downloaded first if need be.
+    """The local folder (Path) of a model, downloaded if needed.
 
-    name: a short name (MODELS, EMBEDDED), a folder with config.json, or a hub id owner/name. A short name wins over a
-    folder called the same: write ./mistral for the folder. revision: branch, tag or commit on the hub; None is main.
-    weights: False fetches config and tokenizer only, so that what depends on these is checked before 10 GB come.
-    Raises ValueError that says what to do if there is no such model or it cannot be downloaded whole."""
+    name: a short name (MODELS, EMBEDDED), a folder with config.json, or a hub id owner/name. A short name takes precedence
+    over a folder of the same name; write ./mistral for the folder. revision: branch, tag or commit on the hub; None: main.
+    weights: False fetches only config and tokenizer, so that they can be checked before 10 GB are downloaded.
+    Raises ValueError if there is no such model, or it cannot be downloaded completely."""
     name = os.fspath(name)
     if name in MODELS:
         return _from_hub(MODELS[name], revision or "main", weights)
@@ -81,9 +80,7 @@ def resolve(name, revision=None, weights=True):
     if name in EMBEDDED or (name and os.path.exists(folder)):
         return _local(folder, revision)
     if "://" in name:
-        raise ValueError(
-            f"{short(name)} is an address; expected a hub id such as mistralai/Mistral-7B-v0.1, or a folder"
-        )
+        raise ValueError(f"{short(name)} is a URL; expected a hub id such as mistralai/Mistral-7B-v0.1, or a folder")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ValueError(
             f"the folder {some([name])} does not exist; expected a folder with config.json or a hub id owner/name"
@@ -110,7 +107,8 @@ def embedded_rows(part):
 def alpaca_file():
     """The original alpaca_data.json (52,002 rows, 23 MB) in HF_HOME/minitune, downloaded at the first call.
 
-    MINITUNE_ALPACA_URL names a mirror. Raises ValueError, and keeps nothing, if it does not arrive whole."""
+    The environment variable MINITUNE_ALPACA_URL names a mirror. Raises ValueError, and keeps nothing, if the download is not
+    complete."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
@@ -118,9 +116,9 @@ def alpaca_file():
     if path.is_file():
         return path
     url = os.environ.get("MINITUNE_ALPACA_URL") or ALPACA_URL
-    ways_out = "Ways out: rows of yours (--data FILE) or the embedded ones (--data embedded)."
+    ways_out = "Ways out: your own rows (--data FILE) or the embedded ones (--data embedded)."
     try:
-        content = _read(url, {}, path.name)  # without the token: this is not the hub
+        content = _read(url, {}, path.name)  # without the token, because the server is not the hub
         if fault := _fault_of_rows(content):
             raise ValueError(
                 f"{some([url])} is not the original alpaca_data.json: {fault}. Nothing was kept. {ways_out}"
@@ -133,6 +131,7 @@ def alpaca_file():
 
 
 def _fault_of_rows(content):
+    """Why these bytes are not the original alpaca_data.json, or None."""
     try:
         rows = check(_json(content, "it"), ALPACA, "its value")
     except ValueError as error:
@@ -141,6 +140,7 @@ def _fault_of_rows(content):
 
 
 def _local(folder, revision):
+    """`folder`, if it holds a model. Raises ValueError if it does not."""
     if revision is not None:
         raise ValueError(f"revision {short(revision)} is for models on the hub; leave it out for the folder {folder}")
     if os.path.isfile(folder / "config.json"):
@@ -164,13 +164,13 @@ class RemoteFile:
 
     name: str
     url: str
-    size: int | None  # bytes, None where the server does not say
-    digest: str | None  # hex: SHA-256, or git's SHA-1; None where the server gives no hash
-    limit: int = SMALL_LIMIT  # bytes
+    size: int | None  # bytes; None if the server does not say
+    digest: str | None  # SHA-256 or git's SHA-1 in hex; None if the server gives no hash
+    limit: int = SMALL_LIMIT  # most bytes to accept
 
 
 def _from_hub(repo, revision, weights):
-    """The snapshot folder of a model in the hub's cache, after fetching what it lacks."""
+    """The snapshot folder of a model in the hub's cache, after downloading the files that it lacks."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
@@ -179,25 +179,25 @@ def _from_hub(repo, revision, weights):
     try:
         try:
             commit, listed = _listing(repo, revision)
-        except (HTTPError, OSError, ValueError) as error:  # ValueError: a captive portal answers 200 with its own page
+        except (HTTPError, OSError, ValueError) as error:  # ValueError: such as the login page of a network
             return _cached(repo, revision, weights, error)
         return _download(repo, revision, commit, listed, weights)
     except (HTTPError, OSError) as error:
         reason = _reason(error, constants.ENDPOINT, repo, revision)
         raise ValueError(f"{repo} cannot be downloaded: {reason} {WAYS_OUT}") from error
     except KeyboardInterrupt:
-        again = "the same command goes on from what has arrived"
-        raise KeyboardInterrupt(f"{repo} is not downloaded yet; {again}") from None
+        again = "run the same command again to resume"
+        raise KeyboardInterrupt(f"{repo} is not downloaded completely; {again}") from None
 
 
 def _listing(repo, revision):
-    """(commit, {file name: what the hub says of it}) of a revision. Raises ValueError where the answer is no listing."""
+    """(commit, {file name: its entry in the hub's listing}) of a revision. Raises ValueError if the answer is not a listing."""
     from huggingface_hub import constants, hf_hub_url
 
     url = f"{constants.ENDPOINT}/api/models/{repo}/revision/{quote(revision, safe='')}"
     found = check(_json(_read(f"{url}?blobs=true", _headers()), url), LISTING, f"the answer of {url}")
     commit = found.get("sha")
-    if commit is None:  # some mirrors say it beside the files only
+    if commit is None:  # some mirrors give it only in the headers of a file
         response, _ = _open("HEAD", hf_hub_url(repo, "config.json", revision=revision), _headers())
         commit = response.headers.get("X-Repo-Commit")
     if not COMMIT.fullmatch(commit or ""):
@@ -208,7 +208,9 @@ def _listing(repo, revision):
 
 
 def _cached(repo, revision, weights, error):
-    """The snapshot in the cache when the hub is out of reach or refuses, if it is whole. Tells that, and why."""
+    """The snapshot folder in the cache, if it is complete, for when the hub cannot be reached or refuses. Prints the reason.
+
+    error: what went wrong. Raises ValueError if the cache does not have the model."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     reason = _reason(error, constants.ENDPOINT, repo, revision)
@@ -217,7 +219,7 @@ def _cached(repo, revision, weights, error):
         fault = f"it is not in the cache {constants.HF_HUB_CACHE}"
         raise ValueError(f"{repo} cannot be downloaded, and {fault}: {reason} {WAYS_OUT}") from error
     folder = Path(config).parent
-    files = {path.name for path in folder.iterdir() if path.exists()}  # a link to a deleted blob does not
+    files = {path.name for path in folder.iterdir() if path.exists()}  # without links to deleted blobs
     wanted = (_weights(files, folder) or ["all safetensors"]) if weights else []
     if lacking := [name for name in wanted if name not in files]:
         fault = f"the copy in {folder} is incomplete: it lacks {some(lacking)}"
@@ -227,23 +229,24 @@ def _cached(repo, revision, weights, error):
 
 
 def _download(repo, revision, commit, listed, weights):
-    """Fetch what a model needs out of the repository's files; returns the snapshot folder.
+    """Download the files of a repository that a model needs. Returns the snapshot folder.
 
-    listed: {file name: its entry of the listing}."""
+    listed: {file name: its entry in the listing}. weights: whether to download the weights too."""
     from huggingface_hub import constants
 
     if "config.json" not in listed:
-        kind = "an adapter, whose base is the model to name" if "adapter_config.json" in listed else "no model"
-        raise ValueError(f"{repo} (revision {revision}) has no config.json: it is {kind}. {WAYS_OUT}")
+        is_adapter = "adapter_config.json" in listed
+        kind = "it is an adapter, so name its base model instead" if is_adapter else "it is not a model"
+        raise ValueError(f"{repo} (revision {revision}) has no config.json: {kind}. {WAYS_OUT}")
     if INDEX not in listed and not _weights(listed, None):
         kinds = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
         held = some(sorted(n for n in listed if n.endswith(kinds)) or sorted(listed))
-        convert = "Convert it with transformers (from_pretrained, then save_pretrained), or take another revision."
+        convert = "Convert it with transformers (from_pretrained, then save_pretrained), or use another revision."
         raise ValueError(
             f"{repo} (revision {revision}) has no model.safetensors and no index of shards, only {held}. {convert} {WAYS_OUT}"
         )
 
-    storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"  # as huggingface_hub calls it
+    storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"  # the name that huggingface_hub uses
     folder, blobs = storage / "snapshots" / commit, storage / "blobs"
     small = [*SMALL_FILES, *([] if "model.safetensors" in listed else [INDEX])]
     files = _describe(repo, commit, folder, [name for name in ("config.json", *small) if name in listed], listed)
@@ -264,7 +267,7 @@ def _download(repo, revision, commit, listed, weights):
     needed = sum(file.size or 0 for file in files) - have
     free = shutil.disk_usage(folder).free
     if needed > free:
-        sizes = f"{needed:,} bytes ({needed / 1e9:.1f} GB) are to come, {free:,} ({free / 1e9:.1f} GB) are free"
+        sizes = f"{needed:,} bytes ({needed / 1e9:.1f} GB) are needed, {free:,} ({free / 1e9:.1f} GB) are free"
         raise ValueError(f"the disk is too full for {repo}: {sizes} in {blobs}. {OTHER_DISK} {WAYS_OUT}")
     if files:
         screen.tell(f"{repo}: downloading {needed / 1e9:.2f} GB to {blobs}")
@@ -274,8 +277,8 @@ def _download(repo, revision, commit, listed, weights):
 
 
 def _weights(names, folder):
-    """The files of one copy of the weights among `names`, and those of an adapter beside it: consolidated.safetensors and
-    variants often lie beside them. An index says it; it is read in `folder`."""
+    """The files of the weights among `names`, and of an adapter beside them. A repository may hold the weights several times,
+    such as in consolidated.safetensors, so only the standard names count. folder: where the index of shards is read."""
     adapter = [ADAPTER] if {ADAPTER, "adapter_config.json"} <= set(names) else []
     if "model.safetensors" in names:
         return ["model.safetensors", *adapter]
@@ -286,13 +289,14 @@ def _weights(names, folder):
                 f"{folder / INDEX} names the file {short(odd[0])}, expected plain names such as model-00001.safetensors"
             )
         return shards + adapter
-    return []  # names of other schemes (consolidated.safetensors) hold other tensor names
+    return []  # other files, such as consolidated.safetensors, use other tensor names
 
 
 def _describe(repo, commit, folder, names, listed, limit=SMALL_LIMIT):
-    """The RemoteFiles of those `names` that the snapshot `folder` lacks, with hash and size as listing and server give them.
+    """The RemoteFiles for those `names` that the snapshot `folder` lacks, with hash and size from the listing and the server.
 
-    Raises ValueError where a size or an ETag cannot be one."""
+    listed: as in _download. limit: most bytes of a file. Raises ValueError if a size or hash is invalid, or two hashes
+    differ."""
     from huggingface_hub import hf_hub_url
 
     files = []
@@ -320,35 +324,38 @@ def _describe(repo, commit, folder, names, listed, limit=SMALL_LIMIT):
 
 
 def _hash_in(etag, name):
-    """The hash that an ETag is, None where it is something else. Raises ValueError where it looks like a path."""
+    """The hash in an ETag, or None if it is not a hash. Raises ValueError if it looks like a path."""
     if etag is None:
         return None
     etag = etag.strip().removeprefix("W/").strip('"')
     if etag.startswith(("/", "~")) or ".." in etag or not etag.isprintable() or "\\" in etag:
         raise ValueError(
-            f"the server gives {name} the ETag {short(etag)}, which is a path and no hash: do not trust it. {WAYS_OUT}"
+            f"the server gives {name} the ETag {short(etag)}, which is a path, not a hash: do not trust this server. {WAYS_OUT}"
         )
     return etag.lower() if HASH.fullmatch(etag.lower()) else None
 
 
 def _size_in(text, name):
+    """The number of bytes in a header, or None if `text` is None. Raises ValueError if it is not a number."""
     if text is not None and not re.fullmatch(r"\s*[0-9]{1,15}\s*", text):
         raise ValueError(f"the server gives {name} a size of {short(text)}, expected a number of bytes. {WAYS_OUT}")
     return None if text is None else int(text)
 
 
 def _key(file):
-    """The name that the blob of a RemoteFile has while it is not whole."""
+    """The name of the incomplete blob of a RemoteFile, without its suffix."""
     return file.digest or hashlib.sha256(file.url.encode()).hexdigest()
 
 
 def _fetch(file, storage, folder):
-    """Bring a RemoteFile into the snapshot `folder`, going on from the .incomplete part in storage/blobs."""
+    """Download a RemoteFile into the snapshot `folder`. Resumes from the .incomplete file in storage/blobs."""
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import WeakFileLock
 
     part = storage / "blobs" / f"{_key(file)}.incomplete"
-    lock = storage.parent / ".locks" / storage.name / f"{_key(file)}.lock"  # that of huggingface_hub for this blob
+    lock = (
+        storage.parent / ".locks" / storage.name / f"{_key(file)}.lock"
+    )  # the one that huggingface_hub uses for this blob
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if (folder / file.name).exists():
@@ -374,7 +381,7 @@ def _fetch(file, storage, folder):
 
 
 def _append(file, part):
-    """Download what `part` lacks of a RemoteFile. Raises HTTPError or OSError; what has arrived stays."""
+    """Download the rest of a RemoteFile to the Path `part`. Raises HTTPError or OSError; the received bytes are kept."""
     bound = file.limit if file.size is None else file.size
     with open(part, "ab") as out:
         have = _size(part)
@@ -386,8 +393,8 @@ def _append(file, part):
         response, blocks = _open("GET", file.url, {**_headers(), **({"Range": f"bytes={have}-"} if have else {})})
         if have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             if response.status_code == 206:
-                raise OSError(f"the server sent another part of {file.name} than was asked for")
-            out.truncate(0)  # it sends the whole file
+                raise OSError(f"the server sent another part of {file.name} than was requested")
+            out.truncate(0)  # the server sends the whole file
             have = 0
         announced = _size_in(response.headers.get("Content-Length"), file.name)
         total = file.size if announced is None or file.size is not None else have + announced
@@ -397,7 +404,7 @@ def _append(file, part):
                 have += len(block)
                 if have > bound:
                     out.truncate(0)
-                    raise OSError(f"the server sends more of {file.name} than the {bound:,} bytes that it may have")
+                    raise OSError(f"the server sends more of {file.name} than the {bound:,} bytes that are allowed")
                 out.write(block)
                 bar.update(len(block))
         out.flush()
@@ -407,9 +414,12 @@ def _append(file, part):
 
 
 def _proven(file, part):
-    """The name of the blob that `part` is. Raises OSError, and deletes it, where it has not the repository's hash."""
+    """Check a complete download against the repository's hash. Returns the hash, which is the name of the blob.
+
+    Raises OSError, and deletes the file, if the hash is another one."""
     size = _size(part)
-    digests = [hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size), hashlib.sha1()]  # the last: some mirrors' ETag
+    # SHA-256 of large files, git's SHA-1 of small ones, and the plain SHA-1 that some mirrors use as ETag.
+    digests = [hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size), hashlib.sha1()]
     if file.digest:
         digests = digests[:1] if len(file.digest) == 64 else digests[1:]
     with open(part, "rb") as content:
@@ -427,7 +437,7 @@ def _proven(file, part):
 
 
 def _link(blob, path):
-    """Make `path` in a snapshot a relative link to its blob, or a copy where there are no links."""
+    """Make `path` in a snapshot a relative link to its blob, or a copy if the file system has no links."""
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         os.symlink(os.path.relpath(blob, path.parent), temporary)
@@ -437,6 +447,7 @@ def _link(blob, path):
 
 
 def _size(path):
+    """Bytes of a file, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
@@ -444,7 +455,7 @@ def _size(path):
 
 
 class Refused(OSError):
-    """A server's answer that is an error: its HTTP status, and the hub's code and message."""
+    """An error answer of a server: its HTTP status, and the hub's code and message."""
 
     def __init__(self, response):
         self.status = response.status_code
@@ -453,17 +464,19 @@ class Refused(OSError):
 
 
 def _headers():
-    """With the token, where there is one: for HF_ENDPOINT only. (build_hf_headers() asks the server for more first.)"""
+    """The headers of a request to HF_ENDPOINT, with the token if there is one.
+
+    huggingface_hub's build_hf_headers() is not used, because it may send a request itself."""
     from huggingface_hub import constants, get_token
 
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     if not re.fullmatch(r"[!-~]*", token or ""):
-        raise ValueError("the token of HF_TOKEN or `hf auth login` has characters that no token has; set it anew")
+        raise ValueError("the token of HF_TOKEN or `hf auth login` has invalid characters; set it again")
     return {"User-Agent": "minitune", **({"Authorization": f"Bearer {token}"} if token else {})}
 
 
 def _read(url, headers, name=None):
-    """The whole body behind an address, at most SMALL_LIMIT bytes. name: of a progress bar."""
+    """The body behind a URL, at most SMALL_LIMIT bytes. name: label of a progress bar, or None for no bar."""
     response, blocks = _open("GET", url, headers)
     total = _size_in(response.headers.get("Content-Length"), url)
     content = bytearray()
@@ -472,24 +485,26 @@ def _read(url, headers, name=None):
         for block in blocks:
             content += block
             if len(content) > SMALL_LIMIT:
-                raise OSError(f"it sends more than {SMALL_LIMIT:,} bytes")
+                raise OSError(f"the server sends more than {SMALL_LIMIT:,} bytes")
             if name:
                 bar.update(len(block))
     return bytes(content)
 
 
 def _json(content, where):
+    """The value of JSON in bytes. Raises ValueError as parse_json()."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{where} is not valid JSON: it is no UTF-8 text") from None
+        raise ValueError(f"{where} is not valid JSON: it is not UTF-8 text") from None
     return parse_json(text, where)
 
 
 def _open(method, url, headers):
-    """(response, its blocks) of a request, after redirects; the token goes to no other host than the first.
+    """(response, iterator over the blocks of its body) of a request, after redirects. The token is sent to the first host only.
 
-    A HEAD request stops where the hub describes a large file, before the redirect to its store."""
+    A HEAD request stops at the hub's description of a large file, before the redirect to its storage. Raises Refused on an error
+    status, and OSError on a bad redirect or encoding."""
     for _ in range(6):
         stream = _receive(method, url, headers)
         response = next(stream)
@@ -500,7 +515,7 @@ def _open(method, url, headers):
             target = urljoin(url, location)
             is_same_host = _origin(target) == _origin(url)
         except ValueError:
-            raise OSError(f"it redirects to {short(location)}, which is no address") from None
+            raise OSError(f"it redirects to {short(location)}, which is not a URL") from None
         if method == "HEAD" and ("X-Linked-Etag" in response.headers or not is_same_host):
             return response, stream
         stream.close()
@@ -514,22 +529,21 @@ def _open(method, url, headers):
         raise Refused(response)
     encoding = response.headers.get("Content-Encoding", "identity")
     if method == "GET" and encoding.lower() not in ("identity", "binary"):
-        raise OSError(f"it sends the content compressed ({short(encoding)}), which was not asked for")
+        raise OSError(f"it sends the content compressed ({short(encoding)}), which was not requested")
     return response, stream
 
 
 def _origin(url):
-    """(host, port) of an address, which a token may be sent to. Raises ValueError where it is none."""
+    """(scheme, host, port) of a URL. Raises ValueError if it is not a URL."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port
 
 
 def _receive(method, url, headers):
-    """Yields the response (status and headers), then the blocks of its body as they come.
+    """Yields the response (status and headers), then the blocks of its body as they arrive.
 
-    Raises TimeoutError where less than SLOWEST bytes a second come for PATIENCE seconds. The conversation is held in a
-    thread, which is left behind then: no time limit of a socket ends a server that sends a byte a second, least of all
-    within the headers."""
+    Raises TimeoutError if fewer than SLOWEST bytes per second arrive for PATIENCE seconds. The request runs in a thread, which is
+    then abandoned: a timeout of the socket does not end a server that sends one byte per second, not even during the headers."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -564,7 +578,8 @@ def _receive(method, url, headers):
 
 
 def _converse(conversation, has_body, box, is_left):
-    """Put the response, the blocks of its body and None, or the error that ended it, into `box`."""
+    """The thread of _receive(): puts the response, the blocks of its body and None into the queue `box`, or the error that ended
+    the request. is_left: an Event that is set when nobody reads the queue any more."""
     from huggingface_hub.errors import HTTPError
 
     def put(item):
@@ -582,18 +597,18 @@ def _converse(conversation, has_body, box, is_left):
         put(None)
     except (HTTPError, OSError) as error:
         put(error)
-    except Exception as error:  # the client's own (InvalidURL): what ends this thread must be told to the other
+    except Exception as error:  # such as the client's InvalidURL: the reader of the queue must get every error
         put(OSError(f"{type(error).__name__}: {error}"))
 
 
 def _reason(error, url, repo=None, revision=None):
-    """Why a download failed and what to do, in a sentence or two."""
+    """Why a download failed and what to do, in one or two sentences."""
     from huggingface_hub import constants, errors, get_token
 
     token = "The token of HF_TOKEN or `hf auth login` was sent." if get_token() else "HF_TOKEN is not set."
     what = short(" ".join(str(error).split()) or type(error).__name__, 160)[1:-1]
     status, code = getattr(error, "status", None), getattr(error, "code", "")
-    kept = " to go on: what has arrived is kept" if repo else ""
+    kept = " to resume; the received part is kept" if repo else ""
     again = f"Check the network and run the command again{kept}."
     url = some([url])
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -613,11 +628,11 @@ def _reason(error, url, repo=None, revision=None):
     if isinstance(error, ValueError):
         return f"{what}. Check HF_ENDPOINT, and whether a proxy or a login page answers in its place."
     if isinstance(error, TimeoutError):
-        return f"{url} is too slow: {what}, expected {SLOWEST:,} bytes a second. {again}"
+        return f"{url} is too slow: {what}, expected at least {SLOWEST:,} bytes per second. {again}"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk with {constants.HF_HOME} is full ({what}). {OTHER_DISK}"
     if isinstance(error, PermissionError):
-        return f"the cache cannot be written ({what}). Set HF_HOME to a folder of yours."
+        return f"the cache cannot be written ({what}). Set HF_HOME to a folder that you can write to."
     if type(error) is OSError and error.errno is None:
         return f"{what} ({url}). {again}"
-    return f"the connection to {url} failed or was cut ({type(error).__name__}: {what}). {again}"
+    return f"the connection to {url} failed or was interrupted ({type(error).__name__}: {what}). {again}"

@@ -1,5 +1,4 @@
-"""A model by its name, opened once: its folder, config.json, row of the architecture table, tokenizer, end tokens, index of the
-tensors, and fingerprint. Nothing is read before it is asked for, and nothing twice."""
+"""ModelFolder: the files of a model, found by its name. Each file is read at its first use, and only once."""
 
 import hashlib
 import os
@@ -27,7 +26,9 @@ FINGERPRINTED = (
 
 
 class ModelFolder(JsonFolder):
-    """The folder of a model. path: where it lies. name, revision: what open() was given."""
+    """The folder of a model: config.json, row of the architecture table, tokenizer, end tokens, tensors and fingerprint.
+
+    path: the local folder. name, revision: the arguments of open()."""
 
     def __init__(self, path, name=None, revision=None):
         super().__init__(path)
@@ -35,14 +36,15 @@ class ModelFolder(JsonFolder):
 
     @classmethod
     def open(cls, name, revision=None, weights=True):
-        """The folder of a model by its name, downloaded first if need be; name, revision, weights and errors as in hub.resolve().
-        A ModelFolder is returned as it is."""
+        """The ModelFolder for a name, downloaded if needed. Arguments and errors as in hub.resolve(). A ModelFolder is returned
+        unchanged."""
         if isinstance(name, cls):
             return name
         return cls(hub.resolve(name, revision, weights), os.fspath(name), revision)
 
     def with_weights(self):
-        """The folder with all its weights, for one that was opened without: this one, unless the hub has another since."""
+        """The folder with its weights, for one that was opened with weights=False. It is the same object, unless the hub has a
+        newer commit by now."""
         found = ModelFolder.open(self.name, self.revision)
         return self if found.path == self.path else found
 
@@ -53,22 +55,23 @@ class ModelFolder(JsonFolder):
 
     @property
     def row(self):
-        """(config class, model class, PEFT's default LoRA targets) of the architecture. Raises ValueError on another one."""
+        """(config class, model class, PEFT's default LoRA targets) of the architecture. Raises ValueError if it is not
+        supported."""
         return architecture(self.config)
 
     @cached_property
     def tokenizer(self):
-        """The Tokenizer. Its eos_ids are those of `eos_ids`, and the end token of its own files, with which rows end."""
+        """The Tokenizer. Its eos_ids are those of this folder's `eos_ids`, and the end token in its own files."""
         return load_tokenizer(self)
 
     @property
     def eos_ids(self):
-        """The token ids that end a generated text, as transformers takes them: of generation_config.json, else config.json."""
+        """The token ids that end a generated text, as in transformers: from generation_config.json, else config.json."""
         return end_ids(self)
 
     @property
     def vocab_size(self):
-        """Rows of the embedding by config.json, 0 where it does not say."""
+        """Number of rows of the embedding in config.json, 0 if it is not there."""
         return embedding_rows(self)
 
     @property
@@ -81,12 +84,12 @@ class ModelFolder(JsonFolder):
 
     @property
     def own_adapter(self):
-        """The folder of the adapter that lies beside the model in its own folder, None where there is none."""
+        """This folder if it has an adapter beside the model, else None."""
         return self.path if (self.path / ADAPTER_CONFIG).is_file() else None
 
     @cached_property
     def tensors(self):
-        """The Tensors of the folder. Raises ValueError where it holds an adapter instead of weights."""
+        """The Tensors of the folder. Raises ValueError if there are none, such as in a folder of an adapter."""
         has_weights = any(
             os.path.exists(self.path / name) for name in ("model.safetensors", "model.safetensors.index.json")
         )
@@ -100,23 +103,23 @@ class ModelFolder(JsonFolder):
 
     @cached_property
     def empty(self):
-        """The model on meta, without weights: for its names and shapes. Raises ValueError as build_empty()."""
+        """The model on the meta device, without weights, for its names and shapes. Raises ValueError as build_empty()."""
         return build_empty(self)
 
     def take_empty(self):
-        """The model on meta, for one who fills it: nobody else gets the same one."""
+        """The model on the meta device, to be filled by the caller. Later uses of `empty` build another one."""
         model = self.empty
         del self.empty
         return model
 
     @cached_property
     def fingerprint(self):
-        """sha256 over what the folder holds: config, tokenizer, and of each weight file its size and 16 samples."""
+        """sha256 over config, tokenizer and, for each weight file, its size and 16 samples of 64 KiB."""
         digest = hashlib.sha256()
         for name in FINGERPRINTED:
             if (self.path / name).is_file():
                 digest.update((self.path / name).read_bytes())
-        for path in sorted(p for p in self.path.glob("*.safetensors") if p.is_file()):  # not a link whose blob is gone
+        for path in sorted(p for p in self.path.glob("*.safetensors") if p.is_file()):  # False for a dangling link
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with open(path, "rb") as file:
@@ -126,15 +129,16 @@ class ModelFolder(JsonFolder):
         return digest.hexdigest()
 
     def default_targets(self):
-        """PEFT's LoRA targets for the architecture. Raises ValueError on a judge, which has none."""
+        """PEFT's default LoRA targets for the architecture. Raises ValueError on a GPT-2, which has none."""
         if not (targets := self.row[2]):
             raise ValueError(
-                f"{self.path} holds a GPT-2: minitune scores text with it and does not train it; name a Llama, Mistral or Phi"
+                f"{self.path} holds a GPT-2, which minitune uses for perplexity and does not train; name a Llama, Mistral or "
+                "Phi"
             )
         return targets
 
     def check_trainable(self):
-        """Raises ValueError where the model has an adapter of its own: a new one cannot be trained on top of it."""
+        """Raises ValueError if the folder has an adapter beside the model: a new one cannot be trained on top of it."""
         if self.own_adapter:
             raise ValueError(
                 f"{self.path} holds an adapter beside the model, and a new one cannot be trained on top of it. Merge it into "
@@ -143,8 +147,8 @@ class ModelFolder(JsonFolder):
 
 
 class LeftAsIs(TorchFunctionMode):
-    """While open, torch.nn.init leaves tensors as they are: to draw numbers for meta tensors it would import torch._dynamo,
-    which takes 2 s."""
+    """Context in which the functions of torch.nn.init do nothing. On meta tensors they would import torch._dynamo, which takes
+    2 s."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -153,13 +157,15 @@ class LeftAsIs(TorchFunctionMode):
 
 
 def build_empty(folder, build=build):
-    """The model of a ModelFolder on meta, without weights. build: of minitune.models, for a language model or for an encoder.
-    Raises ValueError on a config.json that is not supported."""
+    """The model of a ModelFolder on the meta device, without weights.
+
+    build: models.build for a language model, or models.build_encoder. Raises ValueError on a config.json that is not
+    supported."""
     try:
         with torch.device("meta"), LeftAsIs():
             return build(folder.config)
     except ValueError as error:
         raise ValueError(f"{folder.path}: {error}") from None
-    except (RuntimeError, TypeError) as error:  # meta tensors fail for one reason only: their size
+    except (RuntimeError, TypeError) as error:  # creating a meta tensor fails only if its size overflows
         reason = short(str(error).splitlines()[0])
         raise ValueError(f"{folder.path}: the sizes in config.json are too large for any machine: {reason}") from None

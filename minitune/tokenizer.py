@@ -1,6 +1,6 @@
-"""Text to token ids and back: sentencepiece (tokenizer.model) or tokenizers (tokenizer.json, vocab.*) in one class.
+"""Text to token ids and back, by sentencepiece (tokenizer.model) or tokenizers (tokenizer.json, vocab.*), with one interface.
 
-Not here: chat templates and padding. Ids equal those of the libraries to the last one; see tests/test_tokenizer.py."""
+Not here: chat templates and padding. The ids equal those of transformers; see tests/test_tokenizer.py."""
 
 import json
 import os
@@ -18,12 +18,13 @@ from minitune.formats.templates import BOS, EOS, Special
 from minitune.schema import Number, check
 from minitune.screen import printable, short, warn
 
-END_OF_TEXT = "<|endoftext|>"  # what GPT-2 and Phi end with where no file says so
+END_OF_TEXT = "<|endoftext|>"  # end token of GPT-2 and Phi, if no file names one
 ROBERTA_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BERT_SPECIAL = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
-NO_DUMMY_SPACE = b"\x1a\x02\x18\x00"  # protobuf: normalizer_spec {add_dummy_prefix: false}; behind a model it overrides
+# protobuf of normalizer_spec {add_dummy_prefix: false}; appended to a serialised model, it overrides that field.
+NO_DUMMY_SPACE = b"\x1a\x02\x18\x00"
 
-# What the JSON files beside a tokenizer must hold, where they are read.
+# Shapes of the JSON files beside a tokenizer: the keys that are read.
 TOKEN_ID = Number(0, 2**24, is_whole=True)  # the largest vocabularies have 2**18
 TOKEN, CHOICE, INTEGER = (None, str, {"content": str}), (None, bool), Number(is_whole=True)
 SHAPES = {
@@ -42,18 +43,18 @@ SHAPES = {
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a model folder: its tokenizer.model, else tokenizer.json, else vocab.json with merges.txt (GPT-2,
-    RoBERTa), else vocab.txt (BERT).
+    """The Tokenizer of a model folder, from the first of these files: tokenizer.model, tokenizer.json, vocab.json with
+    merges.txt (GPT-2, RoBERTa), vocab.txt (BERT).
 
-    tokenizer.model wins over a tokenizer.json beside it: both are of Llama or Mistral then, sentencepiece is what these
-    were trained with, and the converted JSON differs from it in leading and doubled spaces. Where it is no sentencepiece
-    model (Llama 3 has tiktoken's under this name) the JSON is used, and that is said.
-    BOS: sentencepiece's own, unless tokenizer_config.json says add_bos_token false. For tokenizer.json it is the one
-    token that its post-processor prepends (Llama 3), or bos_token where tokenizer_config.json says add_bos_token true.
+    tokenizer.model takes precedence over tokenizer.json. Llama and Mistral have both; they were trained with sentencepiece, and
+    the converted JSON differs in leading and doubled spaces. If tokenizer.model is not a sentencepiece model (Llama 3 has
+    tiktoken's under this name), the JSON is used with a warning.
+    BOS: for sentencepiece the model's own, unless tokenizer_config.json has add_bos_token false. For tokenizer.json it is
+    the token that the post-processor prepends (Llama 3), or bos_token if tokenizer_config.json has add_bos_token true.
     EOS: eos_token of tokenizer_config.json or special_tokens_map.json, else sentencepiece's own, else eos_token_id of
     generation_config.json or config.json, else <|endoftext|>.
-    folder: a path, or a ModelFolder, whose JSON files are parsed once for all who read them.
-    Raises ValueError with one line on a missing or corrupt file, or a token name without an id."""
+    folder: a path, or a ModelFolder, whose parsed JSON files are shared.
+    Raises ValueError on a missing or damaged file, or a token name without an id."""
     files = folder if isinstance(folder, JsonFolder) else JsonFolder(folder)
     folder = files.path
     others = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
@@ -68,7 +69,9 @@ def load_tokenizer(folder):
     if has_other:
         return JsonTokenizer(files)
     hint = (
-        "; tekken.json is not read, tokenizer.json of the same model is" if (folder / "tekken.json").is_file() else ""
+        "; tekken.json is not supported, use tokenizer.json of the same model"
+        if (folder / "tekken.json").is_file()
+        else ""
     )
     raise ValueError(
         f"{folder} has no tokenizer: expected tokenizer.model, tokenizer.json, vocab.json + merges.txt, or vocab.txt{hint}"
@@ -76,19 +79,21 @@ def load_tokenizer(folder):
 
 
 class NotSentencePiece(ValueError):
-    """A tokenizer.model of another kind, or a damaged one."""
+    """A tokenizer.model that is damaged or not of sentencepiece."""
 
 
 class Tokenizer:
-    """What both kinds share. Attributes:
+    """The part that SentencePieceTokenizer and JsonTokenizer share. Attributes:
 
-    vocab_size: 1 + the largest id. bos_id: None where the family takes no BOS (Phi). eos_id: None where no file says.
-    eos_ids: every id that ends a generated text, eos_id first. pad_id: a valid id (padding is masked by position)."""
+    vocab_size: 1 + the largest id. bos_id: None if the family uses no BOS (Phi). eos_id: None if no file names one. eos_ids:
+    every id that ends a generated text, eos_id first. pad_id: any valid id, because padding is masked by position."""
 
     def __init__(self, files):
-        """files: the JsonFolder of the model. Reads what lies beside the tokenizer's own file; each kind then calls finish()."""
+        """Read the JSON files beside the tokenizer's own file. files: the JsonFolder of the model. The subclasses then call
+        finish()."""
         self.files, self.folder = files, files.path
-        self.config, self.added = read_optional(files, "tokenizer_config.json"), {}  # id -> (text, is_special)
+        self.config = read_optional(files, "tokenizer_config.json")
+        self.added = {}  # id -> (text, is_special)
         for text, token_id in read_optional(files, "added_tokens.json").items():
             self.added[token_id] = text, not text.isspace()
         for digits, token in (self.config.get("added_tokens_decoder") or {}).items():
@@ -97,8 +102,8 @@ class Tokenizer:
             self.added[token_id] = token["content"], token.get("special", False)
 
     def finish(self, bos_id, eos_id, otherwise=None):
-        """Settle the special ids. bos_id, eos_id: what the tokenizer's own file says, or None; otherwise: the end where no
-        file says one."""
+        """Set the special ids. bos_id, eos_id: those in the tokenizer's own file, or None. otherwise: the end token if no file
+        names one."""
         add_bos = self.config.get("add_bos_token")
         if add_bos:
             bos_id = self.named("bos_token", bos_id)
@@ -107,15 +112,15 @@ class Tokenizer:
         stops = end_ids(self.files, warn)
         if beyond := [i for i in stops if i >= rows]:
             warn(
-                f"{self.folder}: eos_token_id is {beyond[0]}, but the model has {rows:,} tokens: passed over. Are config.json "
-                "and the tokenizer of one model?"
+                f"{self.folder}: eos_token_id is {beyond[0]}, but the model has {rows:,} tokens; it is ignored. Check that "
+                "config.json and the tokenizer belong to the same model"
             )
         stops = [i for i in stops if i < rows]
         own = self.named("eos_token", eos_id)
         if own is not None and stops and own not in stops:
             warn(
-                f"{self.folder}: a text ends with {self.name_of(stops[0])} in config.json or generation_config.json, but with "
-                f"{self.name_of(own)} in the tokenizer. Rows end with {self.name_of(own)}; answers end at either."
+                f"{self.folder}: the end token is {self.name_of(stops[0])} in config.json or generation_config.json, but "
+                f"{self.name_of(own)} in the tokenizer. Rows get {self.name_of(own)}; answers end at either."
             )
         known = [i for i in stops if self.is_own(i) or i in self.added]
         self.eos_id = own if own is not None else known[0] if known else otherwise
@@ -123,11 +128,12 @@ class Tokenizer:
         self.pad_id = 0 if self.eos_id is None else self.eos_id
 
     def name_of(self, token_id):
+        """A token's text and id, for messages."""
         return f"{short(self.piece(token_id))} ({token_id})"
 
     def named(self, key, otherwise):
-        """The id of the token under `key` (a string or {"content": ...}) in tokenizer_config.json, else in
-        special_tokens_map.json, else `otherwise`."""
+        """The id of the token that `key` names in tokenizer_config.json, else in special_tokens_map.json, else `otherwise`. The
+        value is a text or {"content": text}."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             text = read_optional(self.files, name).get(key)
             text = text["content"] if isinstance(text, dict) else text
@@ -143,11 +149,11 @@ class Tokenizer:
         return otherwise
 
     def encode(self, text, add_bos=True, allow_special=True, goes_on=False):
-        """Ids of `text`, with BOS first iff add_bos and the family has one; no EOS.
+        """Ids of `text` as a list, without EOS. BOS is first if add_bos is set and the family has one.
 
-        allow_special: the text of a special token becomes its id, as the libraries do it (never with sentencepiece,
-        which does not parse it). False is for rows of data and other text from outside: there it is text like any.
-        goes_on: the text continues another: no space is put in front, as sentencepiece does it at the start of a text."""
+        allow_special: replace the text of a special token by its id, as tokenizers does (sentencepiece never does). With False,
+        as for rows of data and other text from outside, it is ordinary text. goes_on: the text continues another one, so no space
+        is added at its start. Raises ValueError if `text` is no valid text."""
         if not isinstance(text, str):
             raise ValueError(f"expected text, got {type(text).__name__} {short(text)}")
         try:
@@ -162,12 +168,12 @@ class Tokenizer:
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def encode_pieces(self, pieces):
-        """Ids of a row or a conversation: a list for each piece, which is a text, BOS, EOS, a Special or an id.
+        """Ids of a row or a conversation: one list for each piece. A piece is a text, BOS, EOS, a Special or an id.
 
-        Texts that follow each other are one text, with the ids of the whole. Where these do not begin with those of the
-        first part, since a token would straddle the border, the border wins: the first part keeps the ids that it has
-        alone, as decoding does after a prompt, and the next is encoded as its continuation. So is a text after a special
-        token, but for BOS, after which a text begins. The text of special tokens is text like any here."""
+        Adjacent texts get the ids of the joined text. If a token would cross the border between two of them, the first keeps the
+        ids that it has alone, and the second is encoded as a continuation, just as an answer follows a prompt in decoding. A
+        text after a special token is a continuation too, except after BOS. The text of special tokens is ordinary text
+        here."""
         found, text, ids, goes_on = [], "", [], False
         for piece in pieces:
             if piece is BOS or piece is EOS or not isinstance(piece, str) or isinstance(piece, Special):
@@ -186,6 +192,8 @@ class Tokenizer:
         return found
 
     def special_id(self, piece):
+        """The id of BOS, EOS, a Special or an id; None if the tokenizer has no such BOS or EOS. Raises ValueError on a Special
+        that it does not have."""
         if piece is BOS or piece is EOS:
             return self.bos_id if piece is BOS else self.eos_id
         if isinstance(piece, int):
@@ -197,12 +205,12 @@ class Tokenizer:
 
     @cached_property
     def special_pattern(self):
-        """A regular expression of the special tokens' texts, each a group; None where there are none."""
+        """A regular expression that matches the text of any special token, with one group for each; None if there are none."""
         texts = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile("|".join(f"({self.special_tokens[text][1]})" for text in texts)) if texts else None
 
     def split_special(self, text):
-        """`text` in pieces for encode_pieces(): texts, and ids where it holds the text of a special token."""
+        """`text` as pieces for encode_pieces(): texts, and ids in place of the texts of special tokens."""
         pieces, end = [], 0
         for found in self.special_pattern.finditer(text) if self.special_pattern else ():
             content = found[found.lastindex].strip() if found[0] not in self.special_tokens else found[0]
@@ -211,11 +219,11 @@ class Tokenizer:
         return pieces + [text[end:]] * (end < len(text) or not pieces)
 
     def decode(self, ids, goes_on=False):
-        """Text of `ids`, not cleaned up: special tokens of tokenizer.json stay, sentencepiece has no text for its own.
+        """The text of `ids`. Special tokens of tokenizer.json keep their text; those of sentencepiece have none.
 
-        Ids that no token has (the model's embedding may have more rows than the tokenizer ids) become U+FFFD.
-        goes_on: what the ids add to a text before them; else a space at their start may be the one that is put before
-        every text, and goes."""
+        An id without a token becomes U+FFFD: the embedding of a model may have more rows than the tokenizer has tokens.
+        goes_on: the ids continue another text, so a space at their start is kept. Otherwise it is removed if the tokenizer
+        adds one before every text."""
         if goes_on:
             before = self.encode("a", add_bos=False)
             return self.decode([*before, *ids])[len(self.decode(before)) :]
@@ -233,9 +241,9 @@ class Tokenizer:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """tokenizer.model by sentencepiece. Added tokens beyond its size are decoded; text never becomes one.
+    """tokenizer.model, by sentencepiece. Added tokens beyond its size are decoded, but never result from encoding a text.
 
-    A text gets the dummy space of Llama and Mistral in front, which decode takes away."""
+    Encoding adds the dummy space of Llama and Mistral before a text, and decoding removes it."""
 
     is_byte_level = False
 
@@ -249,41 +257,46 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def model_without_dummy(self):
+        """The same model without the dummy space, for a text that continues another."""
         return sentencepiece.SentencePieceProcessor(model_proto=self.model.serialized_model_proto() + NO_DUMMY_SPACE)
 
     @cached_property
     def special_tokens(self):
-        """{text: (id, regular expression)} of the tokens that are no text of their own."""
+        """{text: (id, regular expression for the text)} of the control tokens and the added special tokens."""
         control = {self.model.id_to_piece(i): i for i in range(self.size) if self.model.is_control(i)}
         added = {text: i for i, (text, is_special) in self.added.items() if is_special}
         return {text: (i, re.escape(text)) for text, i in (control | added).items()}
 
     def id_of(self, text):
+        """The id of the token with this text, or None."""
         if (found := next((i for i, (content, _) in self.added.items() if content == text), None)) is not None:
             return found
         with explained(f"{self.folder} names a token that sentencepiece does not take:", text):
-            found = self.model.piece_to_id(text)  # the id of <unk> where there is no such piece
+            found = self.model.piece_to_id(text)  # the id of <unk> if there is no such piece
         return found if self.model.id_to_piece(found) == text else None
 
     def is_own(self, token_id):
+        """Whether the id is in the tokenizer.model, and not an added token."""
         return 0 <= token_id < self.size and token_id not in self.added
 
     def encode_text(self, text, allow_special, goes_on):
+        """Ids of `text` without BOS; arguments as in encode()."""
         return (self.model_without_dummy if goes_on else self.model).encode(text)
 
     def decode_own(self, ids):
+        """The text of ids for which is_own() holds."""
         return self.model.decode(ids)
 
     def piece(self, token_id):
-        """One token as a person should see it; a lone byte as <0xE4>."""
+        """The text of one token for display; a single byte as <0xE4>."""
         return readable(self.model.id_to_piece(token_id)) if self.is_own(token_id) else self.decode([token_id])
 
 
 class JsonTokenizer(Tokenizer):
     """tokenizer.json, or vocab.json and merges.txt (GPT-2, RoBERTa), or vocab.txt (BERT), by tokenizers.
 
-    frame: ([ids before], [ids after]) that its post-processor puts around a text: <s> and </s>, [CLS] and [SEP], or
-    BOS alone, or none. is_byte_level: whether it is a BPE over bytes, where a word has its space in front."""
+    frame: ([ids before], [ids after]) that the post-processor puts around a text: <s> and </s>, [CLS] and [SEP], only BOS,
+    or nothing. is_byte_level: whether it is a byte-level BPE."""
 
     def __init__(self, files):
         super().__init__(files)
@@ -294,7 +307,7 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"{path} is {found}")
         with explained(f"{path} cannot be read as a tokenizer"), silence():
             self.model = read[path.name](folder, self.config)
-            self.model.no_truncation()  # a saved file may hold the settings of somebody's training run
+            self.model.no_truncation()  # the file may have truncation and padding settings of a training run
             self.model.no_padding()
             wrapped = self.model.encode("a")
         for token_id, (text, is_special) in sorted(self.added.items()):
@@ -305,7 +318,7 @@ class JsonTokenizer(Tokenizer):
                 raise ValueError(
                     f"{folder} gives {short(text)} the id {token_id} in tokenizer_config.json or "
                     f"added_tokens.json, but {path.name} gives it {self.model.token_to_id(text)}; "
-                    "one of them is of another model"
+                    "one of them belongs to another model"
                 )
         self.added = {}
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -323,7 +336,8 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def plain(self):
-        """A second tokenizer that reads the text of special tokens, and of BOS and EOS in any case, as plain text."""
+        """A second tokenizer that encodes the text of special tokens as ordinary text. BOS and EOS are always treated as
+        special."""
         plain = FastTokenizer.from_str(self.model.to_str())
         ends = {self.model.id_to_token(i) for i in (self.bos_id, *self.eos_ids) if i is not None} - {None}
         plain.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in sorted(ends)])
@@ -332,7 +346,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def plain_without_prefix(self):
-        """The same for a text that continues another: nothing that puts a space before a text."""
+        """`plain` for a text that continues another: without the steps that add a space before a text."""
         settings = json.loads(self.plain.to_str())
         changed = settings | {key: without_prefix(settings[key]) for key in ("normalizer", "pre_tokenizer")}
         if changed == settings:
@@ -343,7 +357,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def special_tokens(self):
-        """{text: (id, regular expression)}: some tokens take the white space beside them, too."""
+        """{text: (id, regular expression for the text)} of the special tokens. Some also match the white space around them."""
         ends = [i for i in (self.bos_id, *self.eos_ids) if i is not None and self.is_own(i)]
         found = {self.model.id_to_token(i): (i, re.escape(self.model.id_to_token(i))) for i in ends}
         for i, token in self.model.get_added_tokens_decoder().items():
@@ -353,19 +367,23 @@ class JsonTokenizer(Tokenizer):
         return found
 
     def id_of(self, text):
+        """The id of the token with this text, or None."""
         with explained(f"{self.folder} names a token that tokenizers does not take:", text):
             return self.model.token_to_id(text)
 
     def is_own(self, token_id):
+        """Whether the tokenizer has a token with this id."""
         return self.model.id_to_token(token_id) is not None if token_id >= 0 else False
 
     def encode_text(self, text, allow_special, goes_on):
+        """Ids of `text` without BOS; arguments as in encode()."""
         model = self.plain_without_prefix if goes_on else self.model if allow_special else self.plain
         return model.encode(text, add_special_tokens=False).ids
 
     def encode_framed(self, text, max_length=None):
-        """Ids of `text` with the tokens that an encoder expects around it, <s> ... </s> or [CLS] ... [SEP]. max_length:
-        tokens with these; what is beyond is cut from the end of the text."""
+        """Ids of `text` with the tokens that an encoder expects around it, <s> ... </s> or [CLS] ... [SEP].
+
+        max_length: most ids, with these tokens; a longer text is truncated at its end. None: no limit."""
         before, after = self.frame
         ids = self.encode(text, add_bos=False)
         if max_length is not None:
@@ -373,10 +391,11 @@ class JsonTokenizer(Tokenizer):
         return [*before, *ids, *after]
 
     def decode_own(self, ids):
+        """The text of ids for which is_own() holds."""
         return self.model.decode(ids, skip_special_tokens=False)
 
     def piece(self, token_id):
-        """One token as a person should see it; bytes that are no whole character as <0xE4>."""
+        """The text of one token for display; bytes that are not a complete character as <0xE4>."""
         if not self.is_own(token_id):
             return self.decode([token_id])
         text = self.model.id_to_token(token_id)
@@ -393,12 +412,13 @@ class JsonTokenizer(Tokenizer):
 
 
 def read_json_file(folder, config):
+    """The tokenizer in tokenizer.json."""
     return FastTokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def read_bpe(folder, config):
-    """Byte-level BPE from vocab.json and merges.txt: RoBERTa's where the vocabulary has its five special tokens, which a
-    text then stands between; else GPT-2's, with <|endoftext|>. config: tokenizer_config.json as a dict."""
+    """Byte-level BPE from vocab.json and merges.txt. If the vocabulary has RoBERTa's five special tokens, it is RoBERTa's, with
+    <s> and </s> around a text; else GPT-2's, with <|endoftext|>. config: tokenizer_config.json as a dict."""
     model = FastTokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     has_prefix = bool(config.get("add_prefix_space", False))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=has_prefix)
@@ -415,7 +435,7 @@ def read_bpe(folder, config):
 
 
 def read_wordpiece(folder, config):
-    """BERT's WordPiece from vocab.txt. config: tokenizer_config.json, whose do_lower_case is true where it is silent."""
+    """BERT's WordPiece from vocab.txt. config: tokenizer_config.json as a dict; do_lower_case is true if it is missing."""
     model = FastTokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
     if missing := [token for token in BERT_SPECIAL if model.token_to_id(token) is None]:
         raise ValueError(f"it lacks {', '.join(missing)}, expected BERT's vocabulary")
@@ -434,21 +454,22 @@ def read_wordpiece(folder, config):
 
 
 def byte_of_letter():
-    """GPT-2's table from the printable letters in its vocabulary back to bytes (openai/gpt-2, encoder.py)."""
+    """{character: byte}: the inverse of the table by which GPT-2's vocabulary shows bytes as printable characters
+    (openai/gpt-2, encoder.py)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [b for b in range(256) if b not in shown]
     return {**{chr(b): b for b in shown}, **{chr(256 + i): b for i, b in enumerate(hidden)}}
 
 
 def readable(piece):
-    """A sentencepiece piece with spaces for ▁ and an ASCII byte piece as its character."""
+    """A sentencepiece piece for display: spaces in place of ▁, and an ASCII byte piece as its character."""
     byte = re.fullmatch(r"<0x([0-7][0-9A-F])>", piece)
     return chr(int(byte[1], 16)) if byte else piece.replace("▁", " ")
 
 
 def without_prefix(node):
-    """A normalizer or pre_tokenizer of a tokenizer.json without what it puts before a text, and strips there; None where
-    nothing else is in it."""
+    """A normalizer or pre_tokenizer of a tokenizer.json without the steps that add or strip a space at the start of a text; None
+    if nothing is left of it."""
     if isinstance(node, list):
         return [one for one in map(without_prefix, node) if one is not None]
     if not isinstance(node, dict):
@@ -462,11 +483,11 @@ def without_prefix(node):
 
 
 def read_sentencepiece(path):
-    """The processor of a tokenizer.model. Raises NotSentencePiece with what it is instead."""
+    """The SentencePieceProcessor of a tokenizer.model. Raises NotSentencePiece if it is something else or damaged."""
     content = read_bytes(path)
     if found := other_kind(content):
         raise NotSentencePiece(f"{path} is {found}")
-    broken = f"{path} is not a sentencepiece model: corrupt, cut short, or of another kind"
+    broken = f"{path} is not a sentencepiece model: damaged, incomplete, or of another kind"
     with silence():
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -479,22 +500,20 @@ def read_sentencepiece(path):
 
 
 def other_kind(content):
-    """What the bytes of a file are instead of a tokenizer, in words; None where they may be one."""
+    """If the bytes of a file are known not to be a tokenizer: what they are, in words. Else None."""
     if not content.strip():
         return "empty"
     if content.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file; run: git lfs pull"
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
-        return (
-            "a vocabulary of tiktoken (Llama 3), not of sentencepiece; minitune reads tokenizer.json of the same model"
-        )
+        return "a vocabulary of tiktoken (Llama 3), not of sentencepiece; use the tokenizer.json of the same model"
     return None
 
 
 @contextmanager
 def explained(what, text=None):
-    """Turns what tokenizers and sentencepiece raise into a ValueError that begins with `what` and `text`: bare Exception,
-    and PanicException, which is none."""
+    """Context that turns errors of tokenizers and sentencepiece into a ValueError that begins with `what` and `text`. They raise
+    bare Exception, and PanicException, which derives from BaseException only."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
@@ -507,7 +526,7 @@ def explained(what, text=None):
 
 @contextmanager
 def silence():
-    """Nothing that a library itself writes on file descriptor 2, such as the backtrace of a panic in Rust."""
+    """Context that discards what a library writes directly to file descriptor 2, such as the backtrace of a panic in Rust."""
     try:
         kept = os.dup(2)
     except OSError:  # closed
@@ -526,24 +545,27 @@ def silence():
 
 
 def end_ids(files, say=None):
-    """The token ids that end a generated text, as transformers takes them: of generation_config.json, else of config.json.
-    files: the JsonFolder of a model. A negative id means none. say(line) is told of one."""
+    """Tuple of the token ids that end a generated text, as in transformers: from generation_config.json, else config.json.
+
+    files: the JsonFolder of a model. say: prints a line about a negative id, which counts as not set."""
     for name in ("generation_config.json", "config.json"):
         ids = read_optional(files, name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if say and min(ids, default=0) < 0:
-            say(f"{files.path / name}: eos_token_id is {short(min(ids))}, which is no token; it is taken as not set")
+            say(
+                f"{files.path / name}: eos_token_id is {short(min(ids))}, which is not a token id; it counts as not set"
+            )
         if ids := [i for i in ids if i >= 0]:
             return tuple(ids)
     return ()
 
 
 def embedding_rows(files):
-    """vocab_size of config.json, 0 where it says none. files: the JsonFolder of a model."""
+    """vocab_size of config.json, or 0 if it is not there. files: the JsonFolder of a model."""
     rows = read_optional(files, "config.json").get("vocab_size")
     return rows if isinstance(rows, int) else 0
 
 
 def read_optional(files, name):
-    """The object in a JSON file, {} where there is no such file. Raises ValueError where it is not as SHAPES says."""
+    """The object in a JSON file, or {} if there is no such file. Raises ValueError if it does not have the shape in SHAPES."""
     return files.json(name, SHAPES[name], is_optional=True)

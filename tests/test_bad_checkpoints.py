@@ -113,7 +113,7 @@ def metas_names(folder):
     write_weights(folder, tensors)
 
 
-WHOLE = rf"{SHARD} is not a whole safetensors file \(.+\); it is corrupt or cut short"
+WHOLE = rf"{SHARD} is not a whole safetensors file \(.+\)\. It is damaged or incomplete"
 DAMAGES = {  # name: (what happens to a good folder of two shards, what the message says)
     "empty-shard": (change_bytes(lambda b: b""), WHOLE),
     "cut-inside-the-header": (change_bytes(lambda b: b[:50]), WHOLE),
@@ -133,7 +133,7 @@ DAMAGES = {  # name: (what happens to a good folder of two shards, what the mess
         put_first("../x.safetensors"),
         r"'\.\./x\.safetensors', which is not a file of its own",
     ),
-    "index-absolute": (put_first("/etc/hostname"), "'/etc/hostname', which is not a file of its own folder; refused"),
+    "index-absolute": (put_first("/etc/hostname"), "'/etc/hostname', expected a file in the same folder"),
     "index-subfolder": (put_first("a/b.safetensors"), "'a/b.safetensors', which is not a file of its own"),
     "index-dots": (put_first(".."), r"'\.\.', which is not a file of its own"),
     "index-nul": (put_first("a\0b"), "lacks 1 of"),
@@ -152,7 +152,7 @@ DAMAGES = {  # name: (what happens to a good folder of two shards, what the mess
         long_names,
         r"1 missing: model.embed_tokens.weight; 9 with other names: x{97}\.\.\., x{97}\.\.\. and 7 more",
     ),
-    "head-missing": (headless, "It is the body of a model, saved without its head"),
+    "head-missing": (headless, "The model was saved without its head"),
     "meta's-names": (metas_names, "The names are those of Meta's or Mistral's own format"),
     "shape": (with_first(lambda t: t[:, :-1].contiguous()), r"1 of another shape: \S+ \[\d+, \d+\], expected \[\d+, "),
     "transposed": (with_first(lambda t: t.flatten()), r"1 of another shape: \S+ \[\d+\], expected"),

@@ -184,7 +184,7 @@ PASSED = {  # name: (options of the config, what happens to the tensors, what th
     "head-of-a-tied-pair": (
         {"tie_word_embeddings": True},
         rename(lambda n: HEAD if n == EMBEDDING else n),
-        "lm_head.weight is read as the embedding too",
+        "lm_head.weight is used for the embedding too",
     ),
     "head-that-is-not-tied": (
         {"tie_word_embeddings": True},

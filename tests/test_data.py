@@ -146,7 +146,7 @@ def test_csv_takes_a_field_of_any_size_and_leaves_the_limit_as_it_was(tmp_path):
         (
             "a.json",
             '{"text": "a"}\n{"text": "b"}',
-            "line 2, column 1: Extra data; one object a line belongs into a .jsonl",
+            "line 2, column 1: Extra data; for one object per line, name the file .jsonl",
         ),
         ("a.json", '[{"text": "a"}, "b"]', 'row 1 is a str, expected an object: "b"'),
         ("a.json", '[{"text": "a"},]', "is not valid JSON: line 1"),
@@ -186,7 +186,7 @@ def test_a_missing_file_and_a_folder_are_one_clear_line(tmp_path):
         ({"instruction": "a", "output": " \n"}, "no supervised token"),
         ({"instruction": "a", "output": "\ud800"}, "surrogate"),
         ({"text": "a"}, "mixes formats: row 0 is alpaca, row 1 is text"),
-        ({"messages": "a"}, "'messages' makes it a conversation"),
+        ({"messages": "a"}, "it has the key 'messages', so it is a conversation"),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_an_error_that_shows_it(tmp_path, tokenizer, row, message):
@@ -263,7 +263,7 @@ def test_alpaca_splits_into_the_27_test_instructions_of_the_study(alpaca):
     train, test = data.load("alpaca", OneToken())
     assert [row["instruction"] for row in test.rows] == instructions
     assert (len(train), train.read, train.left_out, train.dropped) == (51_975 - 28, 51_975, 28, 0)
-    assert "28 left out without an answer that fits" in train.describe()
+    assert "28 left out (no answer" in train.describe()
     assert not {e.row for e in train.examples} & {e.row for e in test.examples}
     own = write(path.with_name("own.json"), [pair("a", " ")])
     with pytest.raises(ValueError, match="own.json, row 0: it has no supervised token"):  # only Alpaca's are left out

@@ -131,7 +131,7 @@ def test_a_local_folder_is_itself(tmp_path, monkeypatch):
         ("a/..", "unknown model 'a/..'"),
         ("", "unknown model ''"),
         ("some one/model", "unknown model 'some one/model'"),
-        ("https://huggingface.co/microsoft/phi-2", "is an address; expected a hub id"),
+        ("https://huggingface.co/microsoft/phi-2", "is a URL; expected a hub id"),
     ],
 )
 def test_a_name_that_is_no_model_is_refused_without_the_network(tmp_path, monkeypatch, name, says):
@@ -266,7 +266,7 @@ def test_without_the_hub_the_cached_copy_is_used_and_said_if_it_is_whole(server,
 def test_a_cut_download_is_an_error_and_a_rerun_goes_on_where_it_stopped(server, run):
     server.cut_at = {SHARDS[1]: 60_000}
     (outcome,), _ = run()
-    assert one_line(outcome, "failed or was cut", "run the command again to go on")
+    assert one_line(outcome, "failed or was interrupted", "run the command again to resume")
     (offline,), _ = run(HF_HUB_OFFLINE="1")
     assert one_line(offline, f"is incomplete: it lacks {SHARDS[1]}")
 
@@ -436,7 +436,7 @@ ODD = [  # headers of a file, what the error says
     ({"X_Linked_Size": "9" * 15}, "expected at most 500,000,000,000"),
     ({"X_Linked_Size": "999"}, "more of model.safetensors than the 999 bytes"),
     ({"X_Linked_Size": "1001"}, "has 1,000 bytes, but 1,001 were announced"),
-    ({"Location": "http://[x"}, "redirects to 'http://[x', which is no address"),
+    ({"Location": "http://[x"}, "redirects to 'http://[x', which is not a URL"),
     ({"Location": "file:///etc/passwd"}, "UnsupportedProtocol"),
     ({"Location": "x" * 3000}, "HTTP status 404"),
 ]
@@ -453,7 +453,7 @@ def test_sizes_and_redirects_that_cannot_be_are_one_line(server, run):
 def test_a_server_that_trickles_is_given_up_and_what_came_is_kept(server, run):
     server.trickles = {SHARDS[0]}
     (outcome,), _ = run(f"hub.PATIENCE = 0.7\nattempt(hub.resolve, {REPO!r})")
-    assert one_line(outcome, "too slow", "1,024 bytes a second", "run the command again to go on")
+    assert one_line(outcome, "too slow", "1,024 bytes per second", "run the command again to resume")
     server.trickles = {"headers"}
     (outcome,), _ = run(f"hub.PATIENCE = 0.7\nattempt(hub.resolve, {REPO!r})")
     assert one_line(outcome, "too slow: it sent 0 bytes")
@@ -473,7 +473,7 @@ try:
 except KeyboardInterrupt as stop:
     print(json.dumps(str(stop)))
 """
-    assert run(code)[0] == [f"{REPO} is not downloaded yet; the same command goes on from what has arrived"]
+    assert run(code)[0] == [f"{REPO} is not downloaded completely; run the same command again to resume"]
 
 
 def test_config_and_tokenizer_come_without_the_weights_where_only_they_are_needed(server, run):
@@ -521,7 +521,7 @@ def test_alpaca_rows_that_are_not_the_original_are_refused_and_not_kept(server, 
         "/few": "3 rows instead of 52,002",
         "/html": "not valid JSON",
         "/keys": "[0].instruction is missing",
-        "/cut": "failed or was cut",
+        "/cut": "failed or was interrupted",
         "/none/of/it": "HTTP status",
     }.items():
         (outcome,), _ = run(code, MINITUNE_ALPACA_URL=server.url + page)

@@ -1,5 +1,5 @@
-"""Rows to micro-batches: read a file, split it, tokenise and label each row (dataset.py, labels.py), and lay rows end to end
-(batches.py). Not here: kinds of rows and templates (formats/), downloads (hub.py), the loss (train.py)."""
+"""From a file of rows to micro-batches: read and split the file (dataset.py), tokenise and label each row (labels.py), pack rows
+into batches (batches.py). Not here: formats of rows and templates (formats/), downloads (hub.py), the loss (loss.py)."""
 
 from minitune.data.batches import Batch, batches, collate, order
 from minitune.data.dataset import Dataset, load, load_for

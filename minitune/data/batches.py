@@ -1,5 +1,5 @@
-"""Examples to micro-batches, which have no padded columns. Rows lie in one sequence of N tokens, `documents` gives their lengths,
-and padding is one more document at the end, known by its position. So a pad token that is the end token harms nothing."""
+"""Packs examples into micro-batches: all rows of a micro-batch lie in one sequence of N tokens, and `documents` gives their
+lengths. Padding is one more document at the end. It is known by its position, so the pad token may equal the end token."""
 
 from dataclasses import dataclass
 
@@ -13,18 +13,18 @@ MEGA_BATCH = 50  # micro-batches that are sorted by length together, as in trans
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: rows laid end to end. The padding, where there is any, is the last document and not in `rows`."""
+    """A micro-batch: packed rows. If there is padding, it is the last document; it has no entry in `rows`."""
 
     input_ids: torch.Tensor  # (1, N) int64
-    labels: torch.Tensor  # (1, N) int64, the label of the token at the same place, IGNORED where not supervised
-    documents: list[int]  # lengths, N in sum
-    rows: list[int]  # index in the file of each document but the padding
-    supervised: int  # tokens that are predicted and have a label
+    labels: torch.Tensor  # (1, N) int64, label of the token at the same position (not shifted), or IGNORED
+    documents: list[int]  # length of each document; they sum to N
+    rows: list[int]  # index in the file of each document, without the padding
+    supervised: int  # number of tokens that are predicted and have a label
 
     def targets(self):
-        """(positions, next_tokens), both (supervised,) int64: where a supervised token follows, and that token.
+        """(positions, next_tokens), both (supervised,) int64: the positions that a supervised token follows, and that token.
 
-        The shift stays inside documents: the first token of one is never predicted from the last of another."""
+        The first token of a document is never a target, since it would be predicted from another document."""
         is_first = torch.zeros(self.labels.shape[1], dtype=torch.bool)
         is_first[np.cumsum([0, *self.documents[:-1]]).tolist()] = True
         predicted = ((self.labels[0] != IGNORED) & ~is_first).nonzero()[:, 0]
@@ -32,7 +32,7 @@ class Batch:
 
 
 def collate(examples, pad_id, multiple=8):
-    """Examples end to end as one Batch, with padding up to a multiple of `multiple` tokens (8 for tensor cores)."""
+    """Pack a list of Examples into one Batch, padded with pad_id to a multiple of `multiple` tokens (8 for tensor cores)."""
     ids = [i for e in examples for i in e.ids]
     labels = [label for e in examples for label in e.labels]
     documents = [len(e.ids) for e in examples]
@@ -48,10 +48,11 @@ def collate(examples, pad_id, multiple=8):
 
 
 def order(lengths, batch_size, seed, epoch, group_by_length=False):
-    """The micro-batches of an epoch, as lists of indices into `lengths`. A function of its arguments only.
+    """The micro-batches of an epoch, as lists of indices into `lengths`. Depends on its arguments only.
 
-    group_by_length: rows are sorted by length within shuffled groups of 50 micro-batches, and the micro-batch with the
-    longest row comes first, so that memory runs out at once or never. A smaller batch that remains is kept."""
+    lengths: tokens of each row. group_by_length: sort rows by length within shuffled groups of 50 micro-batches, and put the
+    micro-batch with the longest row first, so that a lack of memory shows in the first step. The last micro-batch may be
+    smaller."""
     random = np.random.default_rng([seed, epoch])
     shuffled = random.permutation(len(lengths)).tolist()
     if not group_by_length:
@@ -65,6 +66,6 @@ def order(lengths, batch_size, seed, epoch, group_by_length=False):
 
 
 def batches(examples, batch_size, seed, epoch, group_by_length=False, pad_id=0, start=0):
-    """The Batches of an epoch from number `start` on, in the order of order()."""
+    """Yields the Batches of an epoch from index `start` on. Other arguments as in order() and collate()."""
     for indices in order([len(e.ids) for e in examples], batch_size, seed, epoch, group_by_length)[start:]:
         yield collate([examples[i] for i in indices], pad_id)

@@ -1,4 +1,4 @@
-"""A file of rows to the examples of one part: read, split into train and test, tokenised and labelled."""
+"""From a file of rows to the Datasets of its two parts, train and test: read, split, tokenise and label."""
 
 import hashlib
 import json
@@ -24,29 +24,29 @@ STUDY_TEST_DIGEST = "7f494a3fc528122c73c23e2d0851f565d83a07a8cefc256ef7a2d2fcfc5
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of one part of a file, with what was done to it. `rows` are the raw rows, one an example."""
+    """The examples of one part of a file, and counts of what was done to it. rows[i] is the raw row of examples[i]."""
 
     source: str
-    part: str  # train or test
+    part: str  # "train" or "test"
     row_format: str
-    max_length: int
+    max_length: int  # tokens
     examples: list[Example] = field(repr=False)
     rows: list[dict] = field(repr=False)
-    read: int  # rows of this part before anything was dropped
-    truncated: int  # examples whose answer was cut, so without an end token
-    dropped: int  # rows longer than max_length
-    left_out: int  # rows of the downloaded Alpaca without anything to learn from
+    read: int  # rows of this part before any was dropped
+    truncated: int  # examples whose answer was truncated; they have no end token
+    dropped: int  # rows dropped because they were longer than max_length
+    left_out: int  # rows of the downloaded Alpaca without a supervised token
     unused: list[str]  # keys of the rows that the format does not read
     fingerprint: str  # sha256 of `rows`
-    templated: int = 0  # rows that hold the text of special tokens
+    templated: int = 0  # rows that contain the text of special tokens
     markup: tuple[str, ...] = ()  # these texts
-    special_text: str = "text"  # what they were read as
+    special_text: str = "text"  # how they were read: "text" or "tokens"
 
     def __len__(self):
         return len(self.examples)
 
     def describe(self):
-        """One line for the terminal."""
+        """One line for the terminal: numbers of rows and tokens, and what was left out."""
         tokens = sum(len(e.ids) for e in self.examples)
         supervised = sum(count_supervised(e.labels) for e in self.examples)
         parts = [
@@ -58,7 +58,7 @@ class Dataset:
             for count, what in (
                 (self.truncated, f"truncated to {self.max_length} tokens"),
                 (self.dropped, f"dropped as longer than {self.max_length} tokens"),
-                (self.left_out, "left out without an answer that fits"),
+                (self.left_out, "left out (no answer, or the prompt fills max_length)"),
             )
             if count
         ]
@@ -68,11 +68,12 @@ class Dataset:
         return "; ".join([*parts, f"sha256 {self.fingerprint[:12]}"])
 
     def describe_markup(self):
+        """The part of describe() about special tokens in the rows."""
         if self.special_text == "tokens":
-            return f"{self.templated:,} hold special tokens ({some(self.markup)}), read as tokens"
+            return f"{self.templated:,} contain special tokens ({some(self.markup)}), read as tokens"
         return (
-            f"{self.templated:,} hold the text of special tokens ({some(self.markup)}), read as plain text: if a chat template "
-            "made these rows, use --special-text tokens, else give the bare texts as instruction and output"
+            f"{self.templated:,} contain the text of special tokens ({some(self.markup)}), read as plain text: if a chat "
+            "template wrote these rows, use --special-text tokens; else remove that text from instruction and output"
         )
 
 
@@ -89,16 +90,16 @@ def load(
     special_text="text",
     parts=("train", "test"),
 ):
-    """(train, test), two Datasets, or only those that `parts` names. test has no examples where test_size is 0.
+    """(train, test), two Datasets, or only those that `parts` names. test is empty if test_size is 0.
 
     data: "alpaca" (the original file, downloaded and checked), "embedded" (which has its own held-out rows), or the
     path of a JSON, JSONL, CSV or Parquet file.
-    test_data: a file with the held-out rows; without it they are split off `data`.
-    test_size: see split(); None is 0.0005 for alpaca and 0.05 for a file.
-    over_length: what happens to a row of more than max_length tokens: "truncate" cuts the end of its answer (with the
-    end token), "drop", or "stop" (an error). loss_on: "answer" or "all". special_text: what the text of a special token
-    in a row is: "text" like any, or "tokens", for rows that a chat template made.
-    Raises ValueError, with the file and the row, on whatever cannot be trained on."""
+    test_data: a file with the held-out rows; None: they are split from `data`.
+    test_size: see split(); None: 0.0005 for alpaca and 0.05 for a file.
+    over_length: what to do with a row of more than max_length tokens: "truncate" the end of its answer (with the end token),
+    "drop" the row, or "stop" with an error. loss_on: supervised tokens, those of the "answer" or "all". special_text: how to
+    read the text of a special token in a row, as ordinary "text" or as "tokens", for rows that a chat template wrote.
+    Raises ValueError, with the file and the row, on rows that cannot be used."""
     for name, value, choices in (
         ("over_length", over_length, ("truncate", "drop", "stop")),
         ("loss_on", loss_on, ("answer", "all")),
@@ -135,15 +136,15 @@ def load(
 
 
 def load_for(config, tokenizer, parts=("train", "test")):
-    """load() with the options of a job, a dataclass with TrainConfig's fields about rows. Without `data`: the embedded
-    rows for an embedded model, Alpaca for every other."""
+    """load() with the options of a job. config: a dataclass with TrainConfig's fields about rows. If its `data` is None, an
+    embedded model uses the embedded rows and every other model Alpaca."""
     source = config.data or ("embedded" if config.model in hub.EMBEDDED else "alpaca")
     names = ("test_data", "test_size", "split_seed", "max_length", "over_length", "loss_on", "special_text")
     return load(source, tokenizer, parts=parts, **{name: getattr(config, name) for name in names})
 
 
 def one_format(rows, path):
-    """The format that all rows have. Raises ValueError with the first row that has another or none."""
+    """The name of the format that all rows have. Raises ValueError with the first row that has another format or none."""
     expected = None
     for number, row in enumerate(rows):
         try:
@@ -157,9 +158,9 @@ def one_format(rows, path):
 
 
 def check_alpaca(rows, path):
-    """Raises ValueError unless these are the original 52,002 rows, in their order: the study's split of them gives the
-    study's 27 test instructions."""
-    again = f"delete {path} to download it again, or give it as --data {path} to use it as it is"
+    """Raises ValueError unless these are the original 52,002 rows in their order, for which the study's split gives its 27 test
+    instructions."""
+    again = f"delete {path} to download it again, or use the file unchanged with --data {path}"
     if len(rows) != hub.ALPACA_ROWS:
         raise ValueError(f"{path} has {len(rows):,} rows, but the original Alpaca has {hub.ALPACA_ROWS:,}; {again}")
     _, test = split(len(rows), STUDY_TEST_SIZE, STUDY_SEED)
@@ -169,15 +170,17 @@ def check_alpaca(rows, path):
 
 
 def split(n, test_size, seed=STUDY_SEED):
-    """(train_indices, test_indices): numpy's permutation of n rows, whose first part is the test set.
+    """(train_indices, test_indices) of n rows. A numpy permutation with this seed; its first part is the test set.
 
-    test_size: below 1 a share of the rows, rounded up; else a number of rows; 0 for none.
-    Raises ValueError where no row would be left to train on."""
+    test_size: a share of the rows, rounded up, if below 1; else a number of rows; 0 for none.
+    Raises ValueError if no row would be left for training."""
     if isinstance(test_size, bool) or not test_size >= 0 or (test_size >= 1 and test_size != int(test_size)):
         raise ValueError(f"test_size is {test_size}, expected a share from 0 to 1 or a whole number of rows")
     count = math.ceil(test_size * n) if test_size < 1 else int(test_size)
     if count >= n:
-        raise ValueError(f"test_size {test_size} takes {count} of {n} rows and leaves none to train on; use less, or 0")
+        raise ValueError(
+            f"test_size {test_size} takes {count} of {n} rows and leaves none to train on; use a smaller one, or 0"
+        )
     order = np.random.default_rng(seed).permutation(n).tolist()
     return order[count:], order[:count]
 
@@ -196,10 +199,11 @@ def tokenise(
     loss_on="answer",
     special_text="text",
 ):
-    """Dataset of the rows at `numbers`.
+    """The Dataset of the rows with the indices `numbers`.
 
-    leave_out: rows with a blank answer, or whose prompt alone fills max_length, are counted and left out, since the
-    original Alpaca has 28 blank answers (stanford_alpaca#265). Else they are an error that shows the row."""
+    leave_out: count and leave out rows with a blank answer, or whose prompt alone fills max_length. It is used for the
+    original Alpaca, which has 28 blank answers (stanford_alpaca#265). Otherwise such a row is a ValueError that shows it. Other
+    arguments as in load()."""
     examples, truncated, dropped, hopeless, too_long = [], 0, 0, [], []
     for number in numbers:
         try:
@@ -261,8 +265,9 @@ def tokenise(
 
 
 def find_markup(rows, row_format, tokenizer, special_text):
-    """(number, texts): how many rows hold the text of special tokens, and these. With special_text "tokens" only those that
-    the tokenizer has; else those that chat formats have, too."""
+    """(number of rows that contain the text of a special token, tuple of these texts).
+
+    Searches for the tokenizer's special tokens and, with special_text "text", for those of known chat formats too."""
     own = [text for text in tokenizer.special_tokens if text.strip()]
     texts = own if special_text == "tokens" else {*own, *MARKUP}
     if not texts:

@@ -1,4 +1,4 @@
-"""A row to tokens and labels."""
+"""From a row to token ids and labels."""
 
 from dataclasses import dataclass
 
@@ -9,32 +9,32 @@ IGNORED = -100  # the label of a token that is not supervised
 
 
 class NoAnswer(ValueError):
-    """A row with nothing to learn from."""
+    """A row whose answer is blank, so that it has no supervised token."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row. labels[t] is the label of token t (not shifted), IGNORED where it is not supervised."""
+    """One tokenised row. labels[t] is the label of token t (not shifted), or IGNORED if the token is not supervised."""
 
     ids: list[int]
     labels: list[int]
     row: int  # index in the file, from 0
-    prompt_length: int  # tokens before the answer, BOS included
+    prompt_length: int  # number of tokens before the answer, BOS included
 
 
 def encode_row(row, tokenizer, row_format, number=0, loss_on="answer", special_text="text"):
-    """A whole row as an Example, of any length: BOS, prompt, answer, end token.
+    """A row as an Example of BOS, prompt, answer and end token. It is not truncated.
 
-    The ids are those of the row as one text, see Tokenizer.encode_pieces(). Supervised are the answer and the end token;
-    with loss_on "all" everything but BOS. special_text "tokens": the text of a special token is its id, and a row that
-    brings its own BOS or end token gets no second one; "text": it is plain text.
-    Raises NoAnswer where the answer is blank, ValueError where a value is no text or the tokenizer has no end."""
+    number: index of the row in the file. The ids are those of the row as one text, see Tokenizer.encode_pieces(). The answer and
+    the end token are supervised; with loss_on "all" everything but BOS. special_text "text": the text of a special token is
+    plain text; "tokens": it becomes the token's id, and a row that has its own BOS or end token gets no second one.
+    Raises NoAnswer if the answer is blank, ValueError if a value is not text or the tokenizer has no end token."""
     if tokenizer.eos_id is None:
         raise ValueError("the tokenizer names no end token; set eos_token in tokenizer_config.json")
     parts = segments(row, row_format)
     if any(is_answer and not text.strip() for text, is_answer in parts):
         raise NoAnswer("it has no supervised token, since its answer is blank")
-    pieces = [(BOS, False), *parts, (EOS, True)]  # with whether each is of the answer
+    pieces = [(BOS, False), *parts, (EOS, True)]  # (piece, whether it belongs to the answer)
     if special_text == "tokens":
         pieces = [(new, is_answer) for piece, is_answer in pieces for new in split_special(piece, tokenizer)]
         pieces = once(pieces, tokenizer)
@@ -48,11 +48,12 @@ def encode_row(row, tokenizer, row_format, number=0, loss_on="answer", special_t
 
 
 def split_special(piece, tokenizer):
+    """A text split into texts and ids of special tokens; another piece as a list of itself."""
     return tokenizer.split_special(piece) if isinstance(piece, str) else [piece]
 
 
 def once(pieces, tokenizer):
-    """`pieces` of a row, [(piece, is_answer)], without a second BOS at the start and a second end token at the end."""
+    """`pieces` of a row, [(piece, is_answer), ...], without a second BOS at the start and a second end token at the end."""
     is_blank = lambda piece: isinstance(piece, str) and not piece.strip()
     at = next((i for i, (piece, _) in enumerate(pieces) if piece is not BOS and not is_blank(piece)), 0)
     if pieces[0][0] is BOS and pieces[at][0] == tokenizer.bos_id is not None:
@@ -65,11 +66,11 @@ def once(pieces, tokenizer):
 
 
 def read_special(pieces, tokenizer):
-    """The pieces of a conversation with ids where their texts hold the text of a special token; BOS once."""
+    """The pieces of a conversation, with the text of special tokens replaced by their ids, and only one BOS."""
     split = [(new, False) for piece in pieces for new in split_special(piece, tokenizer)]
     return [piece for piece, _ in once(split, tokenizer)]
 
 
 def count_supervised(labels):
-    """Tokens of one row that are predicted and have a label: the first token of a row is never predicted."""
+    """Number of tokens of one row that are predicted and have a label. The first token of a row is never predicted."""
     return sum(label != IGNORED for label in labels[1:])

@@ -1,1 +1,1 @@
-"""Kinds of rows, templates of chats, and the files that hold rows."""
+"""Formats of rows, chat templates, and files of rows."""

@@ -1,4 +1,4 @@
-"""Files of rows: .json, .jsonl, .csv and .parquet, each as a list of dicts."""
+"""Reads files of rows (.json, .jsonl, .csv and .parquet) as lists of dicts."""
 
 import csv
 import io
@@ -10,10 +10,10 @@ from minitune.screen import printable, short, some
 
 
 def read_rows(path, of_texts=False, of_lists=False):
-    """The rows of a .json (list of objects), .jsonl, .csv (with a header) or .parquet file, as a list of dicts; of_texts: a
-    row may be a text too; of_lists: or a list.
+    """The rows of a .json (list of objects), .jsonl, .csv (with a header) or .parquet file, as a list of dicts.
 
-    Text is UTF-8, with or without a BOM. Raises ValueError with the file and the place on anything else."""
+    of_texts: a row may also be a text. of_lists: a row may also be a list. Text is UTF-8, with or without a BOM. Raises
+    ValueError with the file and the place if the file cannot be read as such rows."""
     path = expand(path)
     with paths_explained(path):
         exists, is_folder = path.exists(), path.is_dir()
@@ -34,7 +34,7 @@ def read_rows(path, of_texts=False, of_lists=False):
 
 
 def read_filled(path):
-    """The text of a file. Raises ValueError where there is none."""
+    """The text of a file. Raises ValueError if the file is blank, or as files.read_text()."""
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty")
@@ -45,7 +45,7 @@ def read_json_rows(path):
     try:
         rows = parse_json(read_filled(path), path)
     except ValueError as error:
-        hint = "; one object a line belongs into a .jsonl file" if str(error).endswith("Extra data") else ""
+        hint = "; for one object per line, name the file .jsonl" if str(error).endswith("Extra data") else ""
         raise ValueError(f"{error}{hint}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}, expected a list of rows")
@@ -58,7 +58,7 @@ def read_jsonl(path):
         if line.strip():
             try:
                 rows.append(parse_json(line, f"{path}, line {number}"))
-            except ValueError as error:  # in a line of its own, so only the column says more
+            except ValueError as error:  # the text is one line, so remove the "line 1" of the JSON parser
                 raise ValueError(str(error).replace(" JSON: line 1, column", " JSON: column", 1)) from None
     return rows
 

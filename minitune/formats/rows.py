@@ -1,9 +1,9 @@
-"""Kinds of rows, by their keys, and the text of a row in pieces. No tokens here, and no files."""
+"""Formats of rows, detected by their keys, and the text of a row. Not here: tokens and files."""
 
 from minitune.formats.templates import alpaca_prompt
 from minitune.screen import short, some
 
-FORMATS = {  # name -> the keys that it reads; a row has the first format whose first key it has
+FORMATS = {  # name -> keys that the format reads; a row has the first format whose first key is in the row
     "alpaca": ("instruction", "input", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
@@ -16,20 +16,21 @@ CONVERSATIONS = ("messages", "conversations")
 
 
 def detect(row):
-    """The name of a row's format, by its keys. Raises ValueError that names the supported formats where none fits."""
+    """The name of a row's format. Raises ValueError that names the supported formats if none fits."""
     for name, keys in FORMATS.items():
         if keys[0] in row:
             return name
     if found := [key for key in CONVERSATIONS if key in row]:
-        raise ValueError(f"{found[0]!r} makes it a conversation, which is not supported yet; {SUPPORTED}")
+        raise ValueError(
+            f"it has the key {found[0]!r}, so it is a conversation, which is not supported yet; {SUPPORTED}"
+        )
     raise ValueError(f"its keys are {some(map(repr, row)) or 'none'}; {SUPPORTED}")
 
 
 def segments(row, row_format):
-    """The text of a row in pieces, each with whether it is the answer: [(text, is_supervised), ...].
+    """The text of a row in pieces: [(text, whether it is the answer), ...]. Joined, the texts are the text of the row.
 
-    Joined they are the text of the row. No marker has to be searched for in it.
-    Raises ValueError that names the key where a value is missing or is not text."""
+    Raises ValueError with the key if a value is missing or not text."""
     if row_format == "text":
         return [(text_of(row, "text"), True)]
     if row_format == "prompt_completion":

@@ -1,8 +1,8 @@
-"""Templates that turn an instruction or a conversation into text. No tokens here, and no files."""
+"""Templates that turn an instruction or a conversation into text. Not here: tokens and files."""
 
 from typing import NamedTuple
 
-# Stanford Alpaca's, to the letter, with one newline after the last colon as in the study's `text` column.
+# Stanford Alpaca's templates, unchanged. A newline follows the last colon, as in the `text` column of the study's rows.
 TEMPLATES = {
     "alpaca": {
         "with_input": "Below is an instruction that describes a task, paired with an input that provides "
@@ -16,17 +16,21 @@ TEMPLATES = {
 
 
 def alpaca_prompt(instruction, input=""):
-    """The Alpaca prompt, which ends with "### Response:\\n". A blank input counts as none."""
+    """The Alpaca prompt, which ends with "### Response:\\n". A blank input is left out."""
     template = TEMPLATES["alpaca"]["with_input" if input.strip() else "without_input"]
     return template.format(instruction=instruction, input=input)
 
 
 # --- conversations ---
 
-BOS, EOS = object(), object()  # in a rendered conversation: the tokenizer's begin and end token
+BOS, EOS = object(), object()  # in a rendered conversation: the tokenizer's BOS and EOS token
 CHAT_TEMPLATES = ("alpaca", "plain", "llama2", "mistral", "mistral-v1", "mistral-v3", "mistral-tekken", "phi2")
-ADAPTER_TEMPLATES = {"alpaca": "alpaca", "prompt_completion": "plain", "text": "plain"}  # by the rows trained on
-# Texts that chat formats have as tokens of their own: a row that holds one was rendered by a template already.
+ADAPTER_TEMPLATES = {
+    "alpaca": "alpaca",
+    "prompt_completion": "plain",
+    "text": "plain",
+}  # format of the training rows -> template
+# Texts of the special tokens of chat formats. A row that contains one was probably written by a chat template.
 MARKUP = (
     *("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -39,18 +43,18 @@ class Special(str):
 
 
 class MistralTurns(NamedTuple):
-    """In a rendered conversation: turns whose format depends on the tokenizer, see for_tokenizer()."""
+    """In a rendered conversation: the turns of a Mistral chat, whose format depends on the tokenizer. See for_tokenizer()."""
 
     turns: list
     system: str | None
 
 
 def conversation(turns, template, system=None):
-    """A conversation as pieces: texts, BOS, EOS and Special. It ends where the next answer begins.
+    """A conversation as a list of pieces: texts, BOS, EOS, Special and MistralTurns. It ends where the next answer begins.
 
-    turns: [question, answer, question, ...], the last one a question. system: a text before all, or None.
-    alpaca: the study's, earlier turns before the last; plain: nothing around it; llama2: Llama-2-chat; phi2: Phi-2's
-    question and answer; mistral: Mistral-Instruct's format for the tokenizer at hand, or mistral-v1 (Instruct v0.1 and
+    turns: [question, answer, question, ...]; the last one is a question. system: the system prompt, or None.
+    template: alpaca (one Alpaca prompt for each turn), plain (text without a template), llama2 (Llama-2-chat), phi2 (Phi-2's
+    question and answer), mistral (the Mistral-Instruct format that fits the tokenizer), mistral-v1 (Instruct v0.1 and
     v0.2), mistral-v3 (v0.3), mistral-tekken (NeMo and later). Raises ValueError on another template."""
     if template not in CHAT_TEMPLATES:
         raise ValueError(f"template is {template!r}, expected one of {', '.join(CHAT_TEMPLATES)}")
@@ -82,8 +86,10 @@ def conversation(turns, template, system=None):
 
 
 def for_tokenizer(pieces, tokenizer):
-    """`pieces` with MistralTurns in the format of the tokenizer: one that has [INST] as a token is of v0.3 or, over
-    bytes, of NeMo and later; in v0.1 and v0.2 [INST] is text."""
+    """`pieces` with each MistralTurns rendered in the format that fits the tokenizer.
+
+    A byte-level tokenizer with the token [INST] is that of NeMo and later; another one with this token is that of v0.3. For v0.1
+    and v0.2 [INST] is plain text."""
     found = []
     for piece in pieces:
         if isinstance(piece, MistralTurns):
