@@ -463,10 +463,16 @@ def test_a_run_without_questions_is_refused(run, tmp_path):
         ({"run": "a", "metrics": "bertscore"}, "bertscore needs --encoder, a RoBERTa or BERT"),
         (
             {"run": "a", "encoder_layer": 2},
-            "encoder_layer is about BERTScore, which needs --encoder, a RoBERTa or BERT",
+            "encoder_layer is an option of BERTScore, which needs --encoder, a RoBERTa or BERT",
         ),
-        ({"run": "a", "encoder_prefix_space": True}, "encoder_prefix_space is about BERTScore, which needs --encoder"),
-        ({"run": "a", "encoder_baseline": "b.tsv"}, "encoder_baseline is about BERTScore, which needs --encoder"),
+        (
+            {"run": "a", "encoder_prefix_space": True},
+            "encoder_prefix_space is an option of BERTScore, which needs --encoder",
+        ),
+        (
+            {"run": "a", "encoder_baseline": "b.tsv"},
+            "encoder_baseline is an option of BERTScore, which needs --encoder",
+        ),
         ({"run": "a", "resamples": 1}, "resamples is 1, expected 10 to 1,000,000"),
         ({"run": "a", "resamples": 2**63 - 1}, "resamples is 9223372036854775807, expected 10 to 1,000,000"),
         ({"run": "a", "batch_size": 2**63 - 1}, "batch_size is 9223372036854775807"),

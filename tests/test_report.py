@@ -101,7 +101,7 @@ def test_a_published_average_that_is_wrong_is_said(study, tmp_path):
     path.write_text(path.read_text().replace("0.8950617283950617", "0.8950617283950618"))
     (tmp_path / "phi-2_topk50_nb5.json").write_text("[]")
     text, markdown, lines = write([tmp_path], tmp_path)
-    assert "is 0.8950617283950617, published is 0.8950617283950618" in text
+    assert "is 0.8950617283950617, published as 0.8950617283950618" in text
     assert "phi-2_topk50_nb5.json" in text and any(
         "not understood" in line and "phi-2_topk50_nb5.json" in line for line in lines
     )
@@ -159,7 +159,7 @@ def test_answers_cannot_become_markup(run, tmp_path):
 def test_best_and_worst_answers_follow_the_grades_or_a_metric(run, tmp_path):
     text, markdown, _ = write([run], tmp_path, answers=1)
     best, worst = (re.search(rf"#### {which}\n\n\*\*row (\d+)", markdown)[1] for which in ("Best", "Worst"))
-    assert (best, worst) == ("3", "4") and "Ordered by the human grade. 2 of 8 answers share the best value" in text
+    assert (best, worst) == ("3", "4") and "Ordered by the human grade. 2 of 8 answers have the best value" in text
     shutil.rmtree(run / "generations")
     text, markdown, _ = write([run], tmp_path, answers=1)
     assert "Ordered by ROUGE-L." in text and re.search(r"#### Best\n\n\*\*row 1\b|#### Best\n\n\*\*row 7\b", markdown)
@@ -319,7 +319,7 @@ def test_what_was_made_from_another_adapter_is_left_out_with_the_command_that_ma
     assert "another adapter" not in text and "7.25" in text
     train_again(run, b"other weights")
     text, markdown, lines = write([run], tmp_path)
-    said = [line for line in lines if "is of another adapter than the one that the run folder holds now" in line]
+    said = [line for line in lines if "was computed with another adapter than the run folder holds now" in line]
     assert len(said) == 2 and f"evaluate.py --run {run}" in said[0] and "--num-beams 5" in said[0]
     assert f"sweep.py --run {run}" in said[1] and all("--resume never" in line for line in said)
     assert "7.25" not in text and "Decoding options" not in markdown and "Training" in markdown
@@ -334,7 +334,7 @@ def test_what_was_made_from_another_adapter_is_left_out_with_the_command_that_ma
 def test_where_nothing_says_which_adapter_it_was_that_is_said_and_shown(run):
     assert not read_results([run]).notes[1:], "no adapter, no fingerprint: a folder of results"
     train_again(run)
-    assert any("does not say which adapter" in note for note in read_results([run]).notes)
+    assert any("does not name its adapter" in note for note in read_results([run]).notes)
     of_adapter(run)
     shutil.rmtree(run / "adapter")
     (run / "best").mkdir()
@@ -356,7 +356,7 @@ def test_an_edited_evaluation_is_said(run):
     assert not any("was changed" in note for note in read_results([run]).notes)
     whole["systems"]["tuned"]["metrics"]["perplexity"]["value"] = 1.5
     put(run / "evaluation.json", whole)
-    assert any("evaluation.json was changed after it was written" in note for note in read_results([run]).notes)
+    assert any("evaluation.json was changed after minitune wrote it" in note for note in read_results([run]).notes)
 
 
 def other_run(run, count=8, **settings):
@@ -418,7 +418,7 @@ def test_points_of_other_prompts_are_no_line_of_one_sweep(run, tmp_path):
     lines = sweep_lines(read_results([run]).points)
     assert all(len(p.examples) == 8 for line in lines for p in line.all_points)
     markdown = write([run.parent], tmp_path)[1]
-    assert "Not all lines answer the same prompts" in markdown and "(other), 5 prompts of rows.json" in markdown
+    assert "Not all lines have the same prompts" in markdown and "(other), 5 prompts of rows.json" in markdown
 
 
 def test_a_table_says_which_options_of_training_differ(run, tmp_path):

@@ -1,1 +1,1 @@
-"""Scores of answers: the metrics of a set of examples, and the held-out rows of a run."""
+"""Scores answers: the metrics of a set of examples, and the evaluation of a run on its held-out rows."""

@@ -1,7 +1,7 @@
-"""The one table of metrics, METRICS: what each is called, how it is written, what is summed over the examples, what it needs. The
-formulas are in minitune/metrics.
+"""METRICS, the only table of metrics: labels, digits, the function that computes a metric, and the model or key that it needs.
+The formulas are in minitune/metrics.
 
-A row function takes (records, judges): see scoring.py for the records and the Judges."""
+The functions in the table take (records, judges) and return Rows; scoring.py describes records and Judges."""
 
 from typing import NamedTuple
 
@@ -27,25 +27,29 @@ from minitune.metrics.writing import is_outside_ascii, is_without_spaces
 
 
 class Rows(NamedTuple):
-    """What a metric has of the examples of one system."""
+    """The numbers of one metric for the n examples of one system, from which score and interval are computed."""
 
-    rows: np.ndarray  # (n,), or (n, k) with `score`
-    score: object = None  # function of the sum of the rows; None: their mean
-    examples: list | None = None  # the value of each example; None: a mean's rows are these
-    kept: np.ndarray | None = None  # (n,) bool: the examples that count; None: all
-    note: str = ""
+    rows: np.ndarray  # (n,) values, or (n, k) statistics if there is a `score`
+    score: object = (
+        None  # function from the sum of the rows (k,) to the metric; None: the metric is the mean of the rows
+    )
+    examples: list | None = (
+        None  # value of each example, None for an example without one; None: the rows are the values
+    )
+    kept: np.ndarray | None = None  # (n,) bool, True for the examples that count; None: all
+    note: str = ""  # for the reader of the table
 
 
 def bleu_weights(config):
-    """The weight of each order of BLEU's n-grams, a list."""
+    """The weights of BLEU's n-grams of 1, 2, ... words, a list."""
     return check_weights(MAX_ORDER if config.bleu_order is None else config.bleu_order, config.bleu_weights)
 
 
-NEEDS = {
-    "judge": "a GPT-2 that reads the answers: a folder or a hub id, such as openai-community/gpt2",
-    "encoder": "a RoBERTa or BERT that compares them: a folder or a hub id, such as FacebookAI/roberta-large",
-    "ended_by": "how each answer ended, which these files do not say (it is in those of --run)",
-    "reference_loss": "the model, so it comes with --run only",
+NEEDS = {  # Metric.needs -> the words for an error message
+    "judge": "a GPT-2 that computes the perplexity of the answers: a folder or a hub id, such as openai-community/gpt2",
+    "encoder": "a RoBERTa or BERT that compares the texts: a folder or a hub id, such as FacebookAI/roberta-large",
+    "ended_by": "how each answer ended, which these files do not say (it is in the files of --run)",
+    "reference_loss": "the model, so it works with --run only",
 }
 
 
@@ -53,7 +57,9 @@ NEEDS = {
 
 
 def of_each(function, note=lambda records, config: ""):
-    """A metric that is the mean of function(reference, answer, config) over the examples. note: function of the records."""
+    """The row function of a metric that is the mean of function(reference, answer, config) over the examples.
+
+    note: function (records, config) -> Rows.note."""
     return lambda records, judges: Rows(
         np.array([float(function(r["reference"], r["answer"], judges.config)) for r in records]),
         note=note(records, judges.config),
@@ -61,11 +67,12 @@ def of_each(function, note=lambda records, config: ""):
 
 
 def texts(records):
+    """(references, answers) of the records."""
     return [r["reference"] for r in records], [r["answer"] for r in records]
 
 
 def sentence_bleu_rows(records, judges):
-    """minitune.metrics.bleu.sentence_bleu, with what it counted."""
+    """Sentence BLEU of each answer, with notes on smoothing and on texts that BLEU cannot split."""
     config, weights = judges.config, bleu_weights(judges.config)
     split = str.split if config.bleu_tokenize is None else lambda text: tokens(text, config.bleu_tokenize)
     found = [
@@ -73,12 +80,15 @@ def sentence_bleu_rows(records, judges):
         for r in records
     ]
     empty = sum(row[2] > 0 and not row[1 + len(weights)] for row in found)
-    smoothed = f"{empty} of {len(records)} answers share no {len(weights)}-gram with their reference: a smoothed count stands in"
+    smoothed = (
+        f"{empty} of {len(records)} answers share no {len(weights)}-gram with their reference: a smoothed count is used"
+    )
     notes = [smoothed if empty else "", unread_by_bleu(records, config.bleu_tokenize)]
     return Rows(np.array([sentence_score(row, weights) for row in found]), note="; ".join(filter(None, notes)))
 
 
 def corpus_bleu_rows(records, judges):
+    """The n-gram counts of corpus BLEU, with notes on missing n-grams."""
     config, tokenize = judges.config, judges.config.bleu_tokenize or "13a"
     orders = len(bleu_weights(config))
     rows = bleu_statistics(*texts(records), tokenize, max_order=orders)
@@ -87,9 +97,9 @@ def corpus_bleu_rows(records, judges):
     if missing := [n for n in range(orders) if matches[0] and not matches[n]]:
         order = missing[0] + 1
         note = (
-            f"no answer shares a {order}-gram with its reference: a smoothed count stands in"
+            f"no answer shares a {order}-gram with its reference: a smoothed count is used"
             if totals[missing[0]]
-            else f"no answer has {order} words, so that corpus BLEU is 0 (--bleu-order {order - 1} counts shorter n-grams)"
+            else f"no answer has {order} words, so corpus BLEU is 0 (--bleu-order {order - 1} counts shorter n-grams only)"
         )
     notes = [note, unread_by_bleu(records, tokenize)]
     score = lambda total: bleu_score(total, weights=config.bleu_weights).score
@@ -108,25 +118,25 @@ def length_ratio_rows(records, judges):
     return Rows(rows, lambda total: total[0] / max(total[1], 1), each, note=unread_by_words(records))
 
 
-# what a metric cannot read
+# notes on texts that a metric cannot read
 
 
 def unread(records, is_unread, words):
-    """A note on how many examples have a text that is not read, "" where there is none."""
+    """A note on the number of examples with a text for which is_unread(text) holds, or "". words: what these texts are."""
     count = sum(any(map(is_unread, [*as_list(r["reference"]), r["answer"]])) for r in records)
     return f"{count} of {len(records)} examples are {words}" if count else ""
 
 
 def unread_by_rouge(records, config):
-    words = "mostly in letters that ROUGE does not read (it reads a-z and 0-9): use --rouge-tokenize characters"
+    words = "mostly in letters that ROUGE ignores (it reads a-z and 0-9 only): use --rouge-tokenize characters"
     return unread(records, is_outside_ascii, words) if config.rouge_tokenize == "words" else ""
 
 
 def unread_by_bleu(records, tokenize):
     if tokenize not in (None, "13a", "intl", "zh", "none"):
-        return ""  # the others cut every script
+        return ""  # the others split texts in every script
     split = str.split if tokenize is None else lambda text: tokens(text, tokenize)
-    words = "in a script without spaces between words, which BLEU takes for one word: use --bleu-tokenize zh, ja-mecab or char"
+    words = "in a script without spaces between words, which BLEU reads as one word: use --bleu-tokenize zh, ja-mecab or char"
     return unread(records, lambda text: not text.isascii() and is_without_spaces(text, split(text)), words)
 
 
@@ -140,7 +150,8 @@ def ended_rows(records, judges):
 
 
 def loss_rows(losses, note=""):
-    """exp of nats a token over losses [(nats, tokens)]; texts without a token are left out."""
+    """Rows of a perplexity: exp(sum of nats / sum of tokens). losses: [(nats, tokens), ...] of each text. Texts without tokens
+    are left out."""
     rows = np.array(losses, np.float64)
     kept = rows[:, 1] > 0
     missing = int((~kept).sum())
@@ -174,7 +185,7 @@ def bertscore_rows(records, judges):
 
 
 def rouge(function, *options):
-    """A ROUGE of minitune/metrics: the mean of its F over the examples."""
+    """The row function of a ROUGE of minitune/metrics: the mean of its F-measure. options: its further arguments."""
     measure = lambda reference, answer, config: function(reference, answer, *options, tokenize=config.rouge_tokenize)[2]
     return of_each(measure, unread_by_rouge)
 
@@ -184,14 +195,16 @@ f1 = lambda reference, answer, config: token_f1(reference, answer)
 
 
 class Metric(NamedTuple):
-    label: str  # in a report
-    title: str  # in a table on the terminal, with its range
+    """A row of METRICS."""
+
+    label: str  # name in a report
+    title: str  # name in a table on the terminal, with the range
     arrow: str  # ↑ higher is better, ↓ lower is better
-    digits: int
-    rows: object = None  # function (records, judges) -> Rows; None: people grade it
-    needs: str | None = None  # a judge, or a key of the records
-    study: str | None = None  # its key in the study's score files
-    is_mean: bool = True  # of the values of the examples
+    digits: int  # after the decimal point
+    rows: object = None  # function (records, judges) -> Rows; None: graded by people
+    needs: str | None = None  # a model ("judge", "encoder") or a key of the records
+    study: str | None = None  # key in the study's score files
+    is_mean: bool = True  # whether the metric is the mean of the values of the examples
 
 
 METRICS = {

@@ -1,7 +1,8 @@
-"""References and answers to a table of metrics: a value an example, the score, its interval, and tests between two systems.
+"""From references and answers to a table of metrics: the value of each example, scores with intervals, and tests between two
+systems.
 
-Which metrics there are: metrics.py. A system is a list of records, one an example: {"reference", "answer", and perhaps "tokens",
-"ended_by", "reference_loss": [nats, tokens]}. A reference is a text, or a list of texts of which each is right."""
+The metrics are in metrics.py. A system is a list of records, one for each example: {"reference", "answer"}, optionally with
+"tokens", "ended_by" and "reference_loss" ([nats, tokens]). A reference is a text, or a list of texts that are all correct."""
 
 import math
 from dataclasses import dataclass
@@ -14,9 +15,7 @@ from minitune.config import arg, check_types, not_empty, positive
 from minitune.device import choose_device
 from minitune.evaluation.metrics import COMPUTED, METRICS, NEEDS, STUDY_KEYS, bleu_weights
 from minitune.metrics.bertscore import bert_score, choose_layer, read_baseline
-from minitune.metrics.bleu import (
-    bleu_signature,
-)
+from minitune.metrics.bleu import bleu_signature
 from minitune.metrics.bleu_tokens import TOKENIZERS, tokens
 from minitune.metrics.chrf import chrf_signature
 from minitune.metrics.rouge import TOKENIZERS as ROUGE_TOKENIZERS
@@ -30,11 +29,11 @@ LEAST_RESAMPLES, MOST_RESAMPLES = 10, 1_000_000
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """What is scored, and how: the options that evaluate and sweep share."""
+    """The options of scoring, which evaluate and sweep share."""
 
     metrics: str | None = arg(
         None,
-        "names with commas between them: bleu, corpus_bleu, chrf, rouge_1, rouge_2, rouge_l, rouge_lsum, exact_match, "
+        "names, separated by commas: bleu, corpus_bleu, chrf, rouge_1, rouge_2, rouge_l, rouge_lsum, exact_match, "
         "token_f1, length_ratio, ended, reference_perplexity, perplexity and perplexity_tokens (with --judge), bertscore "
         "(with --encoder). Not set: all that can be computed",
         group="metrics",
@@ -42,37 +41,43 @@ class ScoreConfig:
     bleu_tokenize: str | None = arg(
         None,
         "tokeniser of BLEU, by sacrebleu's name: zh for Chinese, ja-mecab for Japanese, ko-mecab for Korean, char or flores200 "
-        "for any script. Not set: white space for sentence BLEU (nltk's, the study's), 13a for corpus BLEU (sacrebleu's)",
+        "for any script. Not set: white space for sentence BLEU (as in nltk and the study), 13a for corpus BLEU (as sacrebleu)",
         choices=tuple(TOKENIZERS),
     )
     bleu_order: int | None = arg(None, "longest n-gram of BLEU, in words; not set: 4")
     bleu_weights: tuple[float, ...] | None = arg(
-        None, "weights of BLEU's n-grams of 1, 2, ... words, such as 0.5 0.5; not set: equal ones"
+        None, "weights of BLEU's n-grams of 1, 2, ... words, such as 0.5 0.5; not set: equal weights"
     )
     rouge_tokenize: str = arg(
         "words",
-        "what ROUGE compares: words of a-z and 0-9, as rouge_score does, or characters, for any script",
+        "units that ROUGE compares: words of a-z and 0-9, as in rouge_score, or characters, for any script",
         choices=ROUGE_TOKENIZERS,
     )
     judge: str | None = arg(
-        None, "GPT-2 that reads the answers for perplexity: a folder or a hub id, such as openai-community/gpt2"
+        None, "GPT-2 that computes the perplexity of the answers: a folder or a hub id, such as openai-community/gpt2"
     )
     encoder: str | None = arg(
-        None, "RoBERTa or BERT of BERTScore: a folder or a hub id, such as FacebookAI/roberta-large, the study's"
+        None,
+        "RoBERTa or BERT for BERTScore: a folder or a hub id, such as FacebookAI/roberta-large, which the study used",
     )
-    encoder_layer: int | None = arg(None, "its layer, from 0; not set: bert-score's choice for a model of that name")
+    encoder_layer: int | None = arg(
+        None, "layer of the encoder, from 0; not set: bert-score's choice for a model of that name"
+    )
     encoder_prefix_space: bool = arg(
         False,
-        "a space before every text that a RoBERTa reads, as in bert-score's published numbers (slow tokenizers); with fast "
-        "ones, and so with transformers 5, bert-score leaves it out. A BERT reads the same either way",
+        "put a space before every text for a RoBERTa, as in bert-score's published numbers (slow tokenizers); with fast "
+        "tokenizers, and so with transformers 5, bert-score does not. No effect on a BERT",
     )
-    encoder_idf: bool = arg(False, "BERTScore: rare tokens weigh more, by their share of the references")
+    encoder_idf: bool = arg(
+        False, "BERTScore: give rare tokens more weight, by their inverse frequency in the references"
+    )
     encoder_baseline: str | None = arg(
         None,
-        "BERTScore: file of bert-score's baselines for this encoder (its rescale_baseline folder); not set: as it is",
+        "BERTScore: file of bert-score's baselines for this encoder (from its rescale_baseline folder); not set: scores are not "
+        "rescaled",
     )
-    resamples: int = arg(5000, "bootstrap and permutation draws")
-    limit: int | None = arg(None, "only the first so many rows")
+    resamples: int = arg(5000, "draws of the bootstrap and of the permutation test")
+    limit: int | None = arg(None, "use only this many rows, the first ones")
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self):
@@ -87,7 +92,7 @@ class ScoreConfig:
                 raise ValueError(f"metrics: {name} needs --{METRICS[name].needs}, {NEEDS[METRICS[name].needs]}")
         for option in ENCODER_OPTIONS if self.encoder is None else ():
             if getattr(self, option) not in (None, False):
-                raise ValueError(f"{option} is about BERTScore, which needs --encoder, {NEEDS['encoder']}")
+                raise ValueError(f"{option} is an option of BERTScore, which needs --encoder, {NEEDS['encoder']}")
         if not LEAST_RESAMPLES <= self.resamples <= MOST_RESAMPLES:
             raise ValueError(
                 f"resamples is {short(self.resamples)}, expected {LEAST_RESAMPLES} to {MOST_RESAMPLES:,} for an interval"
@@ -96,7 +101,7 @@ class ScoreConfig:
 
 
 def check_bleu(config):
-    """Raises ValueError where the options of BLEU do not work, before anything is decoded."""
+    """Raises ValueError if the options of BLEU do not work. Called before anything is decoded."""
     if config.bleu_weights is not None and config.bleu_order not in (None, len(config.bleu_weights)):
         raise ValueError(
             f"bleu_weights has {len(config.bleu_weights)} weights and bleu_order is {short(config.bleu_order)}; give one of "
@@ -108,22 +113,24 @@ def check_bleu(config):
 
 
 def asked_metrics(config):
-    """The names in --metrics, or None: all that can be computed."""
+    """The list of names in --metrics, or None for all that can be computed."""
     return None if config.metrics is None else list(dict.fromkeys(name.strip() for name in config.metrics.split(",")))
 
 
 class Judges:
-    """The models that the chosen metrics need, loaded once, and the options of the others. A wrong folder or id is said here,
-    before anything runs."""
+    """The models that the chosen metrics need, loaded once, and the options of scoring.
+
+    judge: (model, tokenizer) for perplexity, or None. encoder: a function (references, answers) -> BERTScore, or None."""
 
     def __init__(self, config, say=lambda line: None):
+        """config: a ScoreConfig. say: prints one line. Raises ValueError if a model cannot be loaded."""
         self.config = config
         self.judge = self.encoder = None
         device, asked = choose_device(config.device), asked_metrics(config) or COMPUTED
         wanted = lambda kind: any(METRICS[name].needs == kind for name in asked)
         if config.judge is not None and wanted("judge"):
             folder = ModelFolder.open(config.judge)
-            say(f"judge of perplexity: {config.judge}")
+            say(f"model for perplexity: {config.judge}")
             self.judge = checkpoint.load_model(folder, device=device), folder.tokenizer
         if config.encoder is not None and wanted("encoder"):
             folder = ModelFolder.open(config.encoder)
@@ -138,7 +145,7 @@ class Judges:
             baseline = config.encoder_baseline and read_baseline(config.encoder_baseline, layer)
             how = ", a space before every text" * config.encoder_prefix_space + ", idf" * config.encoder_idf
             how += f", rescaled by {config.encoder_baseline}" if config.encoder_baseline else ""
-            say(f"encoder of BERTScore: {config.encoder}, layer {layer}{how}")
+            say(f"encoder for BERTScore: {config.encoder}, layer {layer}{how}")
             self.encoder = partial(
                 bert_score,
                 encoder=encoder,
@@ -151,9 +158,9 @@ class Judges:
 
 
 def choose_metrics(config, judges, systems):
-    """Names of METRICS: those asked for, or all that can be computed. systems: lists of records.
+    """The metrics to compute, names in METRICS: those in --metrics, or all that can be computed. systems: lists of records.
 
-    Raises ValueError where one is asked for that needs what is not there."""
+    Raises ValueError if a metric in --metrics needs a model or a key that is missing."""
     names = asked_metrics(config) or COMPUTED
     in_records = lambda key: all(record.get(key) is not None for records in systems for record in records)
     has = lambda key: getattr(judges, key) is not None if key in ("judge", "encoder") else in_records(key)
@@ -167,10 +174,10 @@ def choose_metrics(config, judges, systems):
 
 
 def score(systems, names, judges, resamples, seed):
-    """(metrics of each system, comparisons of the first with the second) as evaluation.json holds them.
+    """(metrics of each system, comparisons of the first system with the second), in the form of evaluation.json.
 
-    systems: {key: records}; records get "scores", the value of each metric for this example where it has one. One seed: the
-    same numbers again."""
+    systems: {key: records}. Adds to each record "scores", the values of the metrics for this example. names: metrics in METRICS.
+    judges: the Judges. resamples: draws of bootstrap and permutation test. The same seed gives the same numbers."""
     found = {key: {name: METRICS[name].rows(records, judges) for name in names} for key, records in systems.items()}
     for key, records in systems.items():
         for place, record in enumerate(records):
@@ -184,6 +191,7 @@ def score(systems, names, judges, resamples, seed):
 
 
 def scores_of_example(found, place):
+    """{metric: value} of the example at index `place`, without metrics that have no finite value. found: {metric: Rows}."""
     scores = {}
     for name, rows in found.items():
         values = rows.examples if rows.score else rows.rows
@@ -193,7 +201,7 @@ def scores_of_example(found, place):
 
 
 def measure(rows, resamples, seed):
-    """{"value", "low", "high", "n", "note"} of one metric."""
+    """{"value", "low", "high", "n", "note"} of one metric. rows: its Rows."""
     values = rows.rows if rows.kept is None else rows.rows[rows.kept]
     if not len(values):
         return {"value": None, "low": None, "high": None, "n": 0, "note": rows.note or "no example has a value"}
@@ -206,8 +214,9 @@ def measure(rows, resamples, seed):
 
 
 def compare(ours, theirs, resamples, seed):
-    """{"difference", "low", "high", "p_bootstrap", "p_permutation", "n", "note"} of ours minus theirs, two Rows of one
-    metric, over the examples that count in both."""
+    """{"difference", "low", "high", "p_bootstrap", "p_permutation", "n", "note"} of ours minus theirs.
+
+    ours, theirs: the Rows of one metric of two systems. Only the examples that count in both are used."""
     kept = np.ones(len(ours.rows), bool)
     for side in (ours, theirs):
         kept &= True if side.kept is None else side.kept
@@ -233,7 +242,7 @@ def compare(ours, theirs, resamples, seed):
 
 
 def signatures(records, names, config):
-    """How the scores that sacrebleu knows were made, in its words: {name: signature}."""
+    """{name: sacrebleu's signature} of those metrics that sacrebleu has: the settings they were computed with."""
     references, tokenize = [r["reference"] for r in records], config.bleu_tokenize or "13a"
     order, weights = len(bleu_weights(config)), config.bleu_weights
     made = {
@@ -244,13 +253,16 @@ def signatures(records, names, config):
 
 
 def study_scores(metrics):
-    """The metrics of one system under the study's keys, null where one was not computed."""
+    """The metrics of one system under the study's keys; None for one that was not computed."""
     keys = {METRICS[name].study: entry["value"] for name, entry in metrics.items()}
     return {key: keys.get(key) for key in STUDY_KEYS}
 
 
 def table(systems, comparisons, width=None):
-    """Lines of text. systems: {key: {"name", "metrics"}}, as evaluation.json has them. width: as for screen.table_lines()."""
+    """The table of metrics as lines of text.
+
+    systems: {key: {"name", "metrics"}} and comparisons: {metric: ...}, in the form of evaluation.json. width: as in
+    screen.table_lines()."""
     names = list(next(iter(systems.values()))["metrics"])
     head = ["", *(system["name"] for system in systems.values()), *(["difference", "p"] if comparisons else [])]
     rows, notes = [head], {}
@@ -275,6 +287,7 @@ def table(systems, comparisons, width=None):
 
 
 def shown(value, low, high, sign=""):
+    """A score with its interval as text: "0.3124 [0.2810, 0.3436]". sign: "+" to show the sign of positive numbers."""
     if value is None:
         return "-"
     digits = 4 if abs(value) < 10 else 2

@@ -1,1 +1,1 @@
-"""A report of runs or of the study's files: reading, statistics, drawing, the page. minitune/jobs/report.py puts it together."""
+"""The parts of a report of runs or of the study's files: reading, statistics, drawing, the page. jobs/report.py combines them."""

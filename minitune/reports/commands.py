@@ -1,4 +1,4 @@
-"""Commands that make what a report lacks, or make it anew with the options that it was made with."""
+"""Commands for the reader of a report: to compute what is missing, or to repeat a computation with the same options."""
 
 import shlex
 from dataclasses import fields
@@ -18,13 +18,13 @@ OF_SWEEP = {**DECODED, "max_new_tokens": 128, "do_sample": True, "top_k": 50, "n
 
 
 def example_run(results):
-    """A run folder for a command, DIR where there is none: two files that were compared are none."""
+    """A run folder to name in a command, or DIR if there is none (as when two files were compared)."""
     asked = [run.folder for run in results.runs if not run.settings or run.settings.get("model") is not None]
     return shlex.quote(str(asked[0])) if asked else "DIR"
 
 
 def evaluate_command(results):
-    """The command that gives more scores of what is there."""
+    """The evaluate.py command for more scores of the same answers."""
     of_files = example_run(results) == "DIR" and any(run.settings for run in results.runs)
     return "python scripts/evaluate.py " + (
         "--predictions FILE --references FILE" if of_files else f"--run {example_run(results)}"
@@ -32,7 +32,7 @@ def evaluate_command(results):
 
 
 def evaluate_again(run, stored):
-    """The command that makes the evaluation.json of a run anew. stored: what it holds."""
+    """The command that computes the evaluation.json of a run again. stored: its content."""
     settings = stored["settings"]
     options = [*given(settings, SCORED), *given(settings["decoding"] or {}, DECODED)]
     options += [] if "base" in stored["systems"] else ["--no-base"]
@@ -40,8 +40,9 @@ def evaluate_again(run, stored):
 
 
 def sweep_again(run, points, listed):
-    """The command that makes points of a sweep over decoding anew. points: [(options that were varied, what evaluation.json
-    holds)]; listed: what sweep.json says of all."""
+    """The command that computes points of a sweep over decoding again.
+
+    points: [(options that were varied, content of evaluation.json), ...]. listed: the content of sweep.json."""
     first = points[0][1]
     values = {}
     for options, _ in points:
@@ -50,7 +51,9 @@ def sweep_again(run, points, listed):
     lists = {name: list(dict.fromkeys(map(text_of, found))) for name, found in values.items()}
     axes = [f"{flag(name)} {' '.join(found)}" for name, found in lists.items()]
     decoding = {name: value for name, value in (first["settings"]["decoding"] or {}).items() if name not in lists}
-    if all("temperature" in options for options, _ in points):  # a temperature of 0 draws nothing, whatever is asked
+    if all(
+        "temperature" in options for options, _ in points
+    ):  # a temperature of 0 does not sample, whatever --do-sample was
         drawn = any((stored["settings"]["decoding"] or {}).get("do_sample") for _, stored in points)
         decoding["do_sample"] = drawn or all(options["temperature"] == 0 for options, _ in points)
     options = [*axes, *given(first["settings"], SCORED), *given(decoding, OF_SWEEP)]
@@ -60,7 +63,7 @@ def sweep_again(run, points, listed):
 
 
 def given(values, defaults):
-    """Words of a command line for those `values` that are not `defaults`."""
+    """Words of a command line for those `values` that differ from `defaults`."""
     words = []
     for name, default in defaults.items():
         value = values.get(name, default)
@@ -78,6 +81,6 @@ def flag(name):
 
 
 def text_of(value):
-    """A value of a file as one word of a command line."""
+    """A value of a file as one word of a command line, quoted for a shell."""
     text = str(value)
     return shlex.quote(text if len(text) <= 200 else f"{text[:200]}…")

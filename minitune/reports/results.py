@@ -1,8 +1,8 @@
-"""What run folders and the study's files hold, read and checked for a report. Nothing is drawn or computed here.
+"""Reads and checks the files of run folders and of the study for a report. Nothing is drawn or computed here.
 
-A run folder has evaluation.json, sweep/*/evaluation.json, metrics.jsonl, environment.json, any of them; any other folder is
-searched for run folders and for files of the study (see study/files.py). Each file has one shape, and what was made from
-another adapter than the one in the run folder is left out, with a note."""
+A folder with evaluation.json, sweep/, metrics.jsonl or environment.json is a run folder. Any other folder is searched for run
+folders and for files of the study (see study/files.py). Scores of another adapter than the one in the run folder are left out,
+with a note."""
 
 import os
 from collections import Counter
@@ -67,9 +67,9 @@ POINTS = {
     "grid?": (str, None),
 }
 SWEEP = {**POINTS, "other?": (POINTS, None)}  # sweep.json
-STEP = {"loss?": MAYBE, "lr?": MAYBE, "eval_loss?": MAYBE}  # of metrics.jsonl, beyond run_folder.STEPS
+STEP = {"loss?": MAYBE, "lr?": MAYBE, "eval_loss?": MAYBE}  # a line of metrics.jsonl, in addition to runs.folder.STEPS
 
-NOT_COMPARED = {  # of evaluation.json's settings: what is scored, not how, or what is shown elsewhere
+NOT_COMPARED = {  # settings that say what is scored and not how, or that are shown elsewhere in the report
     *(
         "model",
         "adapter",
@@ -86,34 +86,40 @@ NOT_COMPARED = {  # of evaluation.json's settings: what is scored, not how, or w
     *("adapter (sha256)", "model files (sha256)", "held-out rows (sha256)"),
     *("lookup", "eos_ids", "num_return_sequences"),
 }
-OF_DRAWING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "seed"}
-OF_BEAMS = {"length_penalty", "early_stopping"}
+OF_DRAWING = {
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "seed",
+}  # options without effect if nothing is sampled
+OF_BEAMS = {"length_penalty", "early_stopping"}  # options without effect with one beam
 
 
 @dataclass
 class System:
-    """One model under one setting of decoding: what a line of the table or a point of the figure shows."""
+    """One model with one setting of decoding: a row of the table or a point of the figure."""
 
     name: str
-    role: str  # tuned, base, predictions, other; "published" for the study's files
-    group: Path  # the run, or the study's folder
+    role: str  # tuned, base, predictions or other in evaluation.json; "published" for the study's files
+    group: Path  # the run folder, or the study's folder
     source: Path  # the file that it was read from
-    options: dict  # of decoding
+    options: dict  # {name: value} of decoding
     scores: dict = field(default_factory=dict)  # {metric: Interval}
-    examples: list = field(
-        default_factory=list
-    )  # of {prompt, reference, answer, scores, ...}; prompt, reference may be None
+    # [{"prompt", "reference", "answer", "scores", ...}]; prompt and reference may be None
+    examples: list = field(default_factory=list)
     grades: Grades | None = None
-    settings: dict = field(default_factory=dict)  # of evaluation.json
-    asked: str = ""  # the same prompts and references, the same text: only then can scores be compared
+    settings: dict = field(default_factory=dict)  # those in evaluation.json
+    asked: str = ""  # identifies prompts and references; only systems with equal values can be compared
 
     @property
     def decoding(self):
-        """All its options of decoding, where they are known."""
+        """All options of decoding, or {} if they are not known."""
         return self.settings.get("decoding") or {}
 
     def terms(self):
-        """{name: value} of how it was answered and scored, without what changes nothing."""
+        """{name: value} of the settings of decoding and scoring, without those that have no effect."""
         decoding, idle = self.decoding, set()
         if decoding.get("do_sample") is False:
             idle |= OF_DRAWING
@@ -124,10 +130,11 @@ class System:
         return {name: value for name, value in found.items() if name not in NOT_COMPARED}
 
     def setting(self):
+        """The values of the study's parameters, a tuple."""
         return tuple(self.options.get(name) for name in PARAMETERS)
 
     def is_repeated(self, other):
-        """Whether the other one answers the same prompts by the same options, but for the seed."""
+        """Whether `other`, a System, has the same prompts and the same options, except for the seed."""
         without_seed = [{k: v for k, v in s.decoding.items() if k != "seed"} for s in (self, other)]
         prompts = [[example["prompt"] for example in s.examples] for s in (self, other)]
         same = (self.name, self.role, self.setting()) == (other.name, other.role, other.setting())
@@ -136,43 +143,44 @@ class System:
 
 @dataclass
 class Run:
-    """A run folder beyond its systems."""
+    """The files of a run folder, except for its systems."""
 
     folder: Path
-    lines: list = field(default_factory=list)  # of metrics.jsonl
+    lines: list = field(default_factory=list)  # metrics.jsonl, a list of dicts
     environment: dict | None = None
-    options: dict | None = None  # of training: config.json
+    options: dict | None = None  # of training, from config.json
     settings: dict | None = None  # of evaluation.json
-    comparisons: dict = field(
-        default_factory=dict
-    )  # {metric: {difference, low, high, p_bootstrap, p_permutation, n, note}}
+    # {metric: {difference, low, high, p_bootstrap, p_permutation, n, note}}
+    comparisons: dict = field(default_factory=dict)
 
 
 @dataclass
 class Results:
-    systems: list = field(default_factory=list)  # lines of the table
-    points: list = field(default_factory=list)  # points of the sweeps
-    runs: list = field(default_factory=list)
-    notes: list = field(default_factory=list)  # what a reader must know, in sentences
-    not_understood: list = field(default_factory=list)  # paths
-    commands: list = field(default_factory=list)  # that make anew what was left out
-    read: dict = field(default_factory=dict)  # folder -> whether it has results itself
+    """Everything that was read for a report."""
+
+    systems: list = field(default_factory=list)  # [System], the rows of the table
+    points: list = field(default_factory=list)  # [System], the points of the sweeps
+    runs: list = field(default_factory=list)  # [Run]
+    notes: list = field(default_factory=list)  # sentences for the reader
+    not_understood: list = field(default_factory=list)  # Paths
+    commands: list = field(default_factory=list)  # commands that compute again what was left out
+    read: dict = field(default_factory=dict)  # path of a folder that was read -> whether it has results itself
 
 
 class Line(NamedTuple):
-    """A line of the sweep's figure: one model, one option moved at a time from the centre."""
+    """A line of the sweep's figure: one model, with one option at a time varied from the centre."""
 
     group: Path
     name: str
     role: str
-    centre: dict
-    points: dict  # {parameter: [System] in the order of its values}
-    all_points: list  # of System, those too that lie on no axis
+    centre: dict  # {option: value}
+    points: dict  # {parameter: [System], sorted by the value of the parameter}
+    all_points: list  # [System], including those that are on no axis
 
 
 def read_results(folders):
-    """Read folders into Results. Raises ValueError, with the file and the place in it, on what cannot be read, and where there
-    is nothing to report."""
+    """Read folders into Results. Raises ValueError with the file and the place if one cannot be read, and if a folder has no
+    results."""
     results = Results()
     for folder in dict.fromkeys(Path(name) for name in folders):
         if not folder.is_dir():
@@ -187,7 +195,9 @@ def read_results(folders):
                 f"{folder} has no results: expected a run folder (evaluation.json, sweep/, metrics.jsonl, environment.json), or "
                 "files such as MODEL_topk50_nb5_t1_score.json, there or in a folder below"
             )
-    for line in sweep_lines(results.points):  # a sweep without an evaluation of its own lends its centre to the table
+    for line in sweep_lines(
+        results.points
+    ):  # if a run has a sweep but no evaluation, the table shows the sweep's centre
         same = [s for s in results.systems if (s.name, s.role) == (line.name, line.role)]
         if not any(s.group == line.group or s.role == "published" for s in same):
             middle = [s for row in line.points.values() for s in row if line.centre.items() <= s.options.items()]
@@ -196,10 +206,10 @@ def read_results(folders):
 
 
 def read_folder(folder, results):
-    """Read a run folder, or every one below `folder`, and the study's files there. Returns whether there are results, be it
-    that they were read before."""
+    """Read `folder` if it is a run folder, else all run folders and files of the study in it and below it. Returns whether there
+    are results, including those that were read before."""
     has_results, named = False, folder
-    waiting = [(folder, None)]  # with the file of prompts that counts for it
+    waiting = [(folder, None)]  # (folder, file of prompts that applies to it)
     while waiting:
         folder, prompts = waiting.pop()
         if (place := os.path.realpath(folder)) in results.read:
@@ -225,7 +235,7 @@ def read_folder(folder, results):
             read_study(folder, studied, prompts, results)
             has_results = True
         paths = [folder / name for name in names if not name.startswith(".") and name not in studied]
-        # Not through a link to a folder: it could lead round in a circle.
+        # Links to folders are not followed: they could form a cycle.
         waiting += [(path, prompts) for path in reversed(paths) if path.is_dir() and not path.is_symlink()]
         results.not_understood += [
             p for p in paths if p.suffix == ".json" and p.is_file() and p.name not in KNOWN and p != prompts
@@ -234,13 +244,13 @@ def read_folder(folder, results):
 
 
 def read_unnamed_run(folder, results):
-    """Add a run folder below the one that was named. A broken one is left out, with a note: the others are reported. Returns
+    """Add a run folder that was found below the folder on the command line. A damaged one is left out with a note. Returns
     whether it was added."""
     run = Results()
     try:
         read_run(folder, run)
     except ValueError as error:
-        results.notes.append(f"{error}. {folder} is left out: mend that file, or remove the folder")
+        results.notes.append(f"{error}. {folder} is left out: repair that file, or remove the folder")
         return False
     for kind in ("systems", "points", "runs", "notes", "commands"):
         getattr(results, kind).extend(getattr(run, kind))
@@ -248,7 +258,9 @@ def read_unnamed_run(folder, results):
 
 
 def read_study(folder, names, prompts, results):
-    """Add the systems of one folder of the study's files: to the table where each model has one setting, else as a sweep."""
+    """Add the systems of one folder of the study's files. They go to the table if each model has one setting, else to the sweep.
+
+    names: names of the files. prompts: Path of the file of prompts, or None."""
     found = {}
     for name in names:
         model, options, kind = parse_name(name)
@@ -262,13 +274,13 @@ def read_study(folder, names, prompts, results):
         system = System(model, "published", folder, source, options, asked=asked)
         if "_score" in files:
             scores = study_files.read_scores(files["_score"])
-            note = "published as a mean only, without the values of the examples: no interval"
+            note = "published as a mean only, without the values of the examples, so there is no interval"
             system.scores = {metric: Interval(value, None, None, 0, note) for metric, value in scores.items()}
         if "" in files:
             answers = study_files.read_texts(files[""])
             if texts and len(texts) != len(answers):
                 raise ValueError(
-                    f"{files['']} has {len(answers)} answers and {prompts} {len(texts)} prompts, expected as many"
+                    f"{files['']} has {len(answers)} answers and {prompts} {len(texts)} prompts, expected equal numbers"
                 )
             system.examples = [
                 {"prompt": texts[i] if texts else None, "reference": None, "answer": answer, "scores": {}}
@@ -278,7 +290,7 @@ def read_study(folder, names, prompts, results):
             system.grades = grades_of(files["_HE"], system, files.get(""))
         elif "_HE_score" in files:
             results.notes.append(
-                f"{files['_HE_score']} has averages, but the grades ({model}…_HE.json) are not beside it"
+                f"{files['_HE_score']} has averages, but the file of the grades ({model}…_HE.json) is missing"
             )
         systems.append(system)
     most = max(Counter(system.name for system in systems).values())
@@ -286,12 +298,13 @@ def read_study(folder, names, prompts, results):
 
 
 def grades_of(path, system, answers):
-    """The Grades in a _HE.json, one for each answer of a System."""
+    """The Grades in a _HE.json, one for each answer of a System. answers: file of the answers, for the message. Raises ValueError
+    if the numbers differ."""
     grades = study_files.read_grades(path)
     if system.examples and len(grades.rows) != len(system.examples):
         raise ValueError(
             f"{path} has {len(grades.rows)} grades and {answers or system.source} {len(system.examples)} answers, "
-            "expected as many"
+            "expected equal numbers"
         )
     return grades
 
@@ -308,7 +321,7 @@ def read_run(folder, results):
     if (path := folder / "evaluation.json").exists():
         systems, stored = read_evaluation(path, folder, results)
         if is_out_of_date(stored, adapter):
-            note(results, f"{path} is of another adapter", evaluate_again(folder, stored))
+            note(results, f"{path} was computed with another adapter", evaluate_again(folder, stored))
             systems = []
         else:
             run.settings, run.comparisons = stored["settings"], stored["comparisons"]
@@ -322,36 +335,36 @@ def read_run(folder, results):
 
 
 def is_out_of_date(stored, adapter):
-    """Whether an evaluation.json is of another adapter than the one with the fingerprint `adapter`; False where one of the two
-    is not known."""
+    """Whether an evaluation.json was computed with another adapter than the one with the fingerprint `adapter`. False if one of
+    the two fingerprints is not known."""
     made_of = (stored["settings"].get("facts") or {}).get("adapter (sha256)")
     return None not in (made_of, adapter) and made_of != adapter
 
 
 def note(results, what, command):
-    """Say what is left out, and how it is made anew."""
-    results.notes.append(
-        f"{what} than the one that the run folder holds now, so it is left out. To make it anew: `{command}`"
-    )
+    """Add a note that something is left out because its adapter was replaced, with the command that computes it again."""
+    results.notes.append(f"{what} than the run folder holds now, so it is left out. To compute it again: `{command}`")
     results.commands.append(command)
 
 
 def note_unproved(path, stored, adapter, folder, results):
-    """Say where nobody can know whether an evaluation is of the adapter that is there."""
+    """Add a note if it is not known whether an evaluation was computed with the adapter in the run folder."""
     settings = stored["settings"]
     if (settings.get("facts") or {}).get("adapter (sha256)") is None:
         if adapter is not None and settings.get("model") is not None:
             results.notes.append(
-                f"{path} does not say which adapter it is of, so it may be older than the one in {folder}. To be sure: "
+                f"{path} does not name its adapter, so it may be older than the one in {folder}. To be sure: "
                 f"`{evaluate_again(folder, stored)}`"
             )
     elif adapter is None:
-        results.notes.append(f"{folder} has no adapter that the scores in {path.name} could be checked against.")
+        results.notes.append(
+            f"{folder} has no adapter, so it is not known whether the scores in {path.name} are its own."
+        )
 
 
 def read_sweep(run, adapter, results):
-    """Add the points of a run's sweep: those that sweep/sweep.json lists, or every folder with an evaluation.json where there
-    is no list. A point of a sweep over training is a run of its own."""
+    """Add the points of a run's sweep: those in sweep/sweep.json, or without that file every folder with an evaluation.json.
+    Each point of a sweep over training options is read as a run."""
     folder = run / "sweep"
     if (path := folder / "sweep.json").exists():
         stored = read_json(path, SWEEP)
@@ -367,7 +380,7 @@ def read_sweep(run, adapter, results):
 
 
 def read_points(run, adapter, stored, where, results):
-    """Add the points that one list of a sweep.json names, `where` it is."""
+    """Add the points that one list of a sweep.json names. stored: {"points": [...], ...}; where: its place, for messages."""
     done, failed = [], []
     for row, point in enumerate(stored["points"]):
         if not is_plain(point["folder"]):
@@ -389,12 +402,12 @@ def read_points(run, adapter, stored, where, results):
 
 
 def is_plain(name):
-    """Whether `name` can be a file's in a folder, and leads nowhere else."""
+    """Whether `name` can be the name of a file or folder, without a path."""
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name and len(os.fsencode(name)) <= 255
 
 
 def add_points(points, run, adapter, listed, results):
-    """Add the points of a sweep over decoding: [(folder, options that were varied)]. listed: what sweep.json says of them."""
+    """Add the points of a sweep over decoding: [(folder, options that were varied), ...]. listed: the content of sweep.json."""
     left_out = []
     for folder, options in points:
         systems, stored = read_evaluation(folder / "evaluation.json", run, results)
@@ -408,14 +421,18 @@ def add_points(points, run, adapter, listed, results):
         which = (
             "The sweep" if len(left_out) == len(points) else f"{len(left_out)} of the {len(points)} points of the sweep"
         )
-        note(results, f"{which} in {run / 'sweep'} is of another adapter", sweep_again(run, left_out, listed))
+        note(
+            results,
+            f"{which} in {run / 'sweep'} was computed with another adapter",
+            sweep_again(run, left_out, listed),
+        )
 
 
 def read_metrics(path):
-    """The lines of metrics.jsonl that the curves are drawn from; an absent file has none."""
+    """The lines of metrics.jsonl as dicts, [] if there is no file. Raises ValueError if a line is wrong."""
     lines, last = read_lines(path, STEPS), 0
     if path.exists() and not lines:
-        raise ValueError(f"{path} is empty, expected one JSON line a logged step")
+        raise ValueError(f"{path} is empty, expected one JSON line for each logged step")
     for number, line in enumerate(lines, 1):
         has_loss = line.get("loss") is not None
         check(line, {**STEP, "lr": SCORE} if has_loss else STEP, f"{path}, line {number}")
@@ -426,15 +443,15 @@ def read_metrics(path):
 
 
 def read_evaluation(path, group, results):
-    """([System], the whole object) of an evaluation.json."""
+    """([System], the parsed file) of an evaluation.json. group: the run folder. Raises ValueError if its content is wrong."""
     stored = read_json(path, {"format?": COUNT})
     if stored.get("format", 1) != 1:
         raise ValueError(f"{path} has the format {stored['format']}, expected 1; a newer minitune may read it")
     check(stored, EVALUATION, path)
     if not stored["systems"]:
-        raise ValueError(f"{path}: systems is empty, expected one at least")
+        raise ValueError(f"{path}: systems is empty, expected at least one")
     if "check" in stored and stored["check"] != fingerprint({k: v for k, v in stored.items() if k != "check"}):
-        results.notes.append(f"{path} was changed after it was written; its numbers are shown as they are now.")
+        results.notes.append(f"{path} was changed after minitune wrote it; the changed numbers are shown.")
     settings, systems = stored["settings"], []
     for role, record in stored["systems"].items():
         scores = {clipped(name): read_interval(value) for name, value in record["metrics"].items()}
@@ -445,25 +462,25 @@ def read_evaluation(path, group, results):
         systems.append(System(name, role, group, path, options, scores, examples, settings=settings, asked=asked))
     if len({len(system.examples) for system in systems}) > 1:
         counts = some(f"{system.role} {len(system.examples)}" for system in systems)
-        raise ValueError(f"{path}: the systems have different numbers of examples ({counts}), expected as many")
+        raise ValueError(f"{path}: the systems have different numbers of examples ({counts}), expected equal numbers")
     if len({system.asked for system in systems}) > 1:
         raise ValueError(f"{path}: the systems have different prompts or references, expected the same for each")
     return systems, stored
 
 
 def clipped(name):
-    """A name as a table can hold it."""
+    """A name, shortened to 80 characters for a table."""
     return name if len(name) <= 80 else f"{name[:60]}…{name[-15:]}"
 
 
 def asked_of(examples, group):
-    """The same text for the same prompts and references; where nothing says what was asked, the place of the answers."""
+    """A text that is equal for equal prompts and references. Without both, it is made from the folder of the answers."""
     rows = [[example.get(key) or None for key in ("prompt", "input", "reference")] for example in examples]
     return fingerprint(rows) if any(part for row in rows for part in row) else f"{len(rows)} in {group}"
 
 
 def read_interval(record):
-    """The Interval of a metric, None where it has no value."""
+    """The Interval of a metric in evaluation.json, or None if it has no value."""
     if record["value"] is None:
         return None
     return Interval(
@@ -479,20 +496,22 @@ def read_example(record):
 
 
 def match_grades(path, systems, results):
-    """Give the grades of NAME_HE.json to the system whose answers are those in NAME.json beside it."""
+    """Assign the grades in NAME_HE.json to the System whose answers are those in NAME.json."""
     beside = path.with_name(path.name.replace("_HE.json", ".json"))
     answers = study_files.read_texts(beside)
     owner = next((s for s in systems if [e["answer"] for e in s.examples] == answers), None)
     if owner is None:
-        results.notes.append(f"{path} grades answers that are not those of an evaluation shown here; it is left out.")
+        results.notes.append(
+            f"{path} has grades for answers that belong to no evaluation in this report; it is left out."
+        )
     else:
         owner.grades = grades_of(path, owner, beside)
 
 
 def sweep_lines(points):
-    """The Lines of the figure: of each model in each group, the points that differ from the centre in one option at most.
+    """The Lines of the figure: for each model in each group, the points that differ from the centre in at most one option.
 
-    The centre has the most frequent value of every option."""
+    The centre has the most frequent value of each option."""
     lines = []
     found = {}
     for point in points:
@@ -512,12 +531,12 @@ def sweep_lines(points):
 
 
 def conditions(point):
-    """The same text for points of a sweep that can be compared: of the same prompts, scored in the same way."""
+    """A text that is equal for points of a sweep that can be compared: with the same prompts and the same scoring."""
     return to_json([point.asked, fixed_terms(point)])
 
 
 def fixed_terms(point):
-    """{name: value} of how a point was answered and scored, without options of decoding that a sweep varies."""
+    """System.terms() of a point, without the options of decoding that a sweep varies."""
     varied = {*point.options, *point.decoding} - ({"max_new_tokens"} - point.options.keys())
     return {name: value for name, value in point.terms().items() if name not in varied}
 
@@ -527,7 +546,7 @@ def is_number(value):
 
 
 def table_lines(systems):
-    """[(label, System, its base or None)]: a tuned model has its base beside it, every other has a line of its own."""
+    """The rows of the table: [(label, System, its base or None), ...]. A base model is shown with its tuned model, not alone."""
     lines = []
     for system in systems:
         beside = [s for s in systems if s.source == system.source and s.role == "tuned"]
@@ -543,14 +562,14 @@ def table_lines(systems):
 
 
 def short_places(folders):
-    """{folder: what to call it}: its name, or its whole path where two have the same name."""
+    """{folder: label}: its name, or its whole path if two have the same name."""
     names = {folder: folder.resolve().name for folder in folders}
     count = Counter(names.values())
     return {folder: name if count[name] == 1 else str(folder) for folder, name in names.items()}
 
 
 def by_prompts(lines):
-    """[(the prompts in words, the lines of table_lines() that answer them)], in order: what may stand in one table."""
+    """[(the prompts in words, rows of table_lines())]: the rows with the same prompts, which may share a table."""
     groups = {}
     for line in lines:
         groups.setdefault(line[1].asked, []).append(line)
@@ -563,7 +582,7 @@ def by_prompts(lines):
 
 
 def prompts_words(systems):
-    """What these systems answered, which is the same for all of them."""
+    """The prompts of these systems, which have the same ones, in words."""
     sizes = {len(system.examples) for system in systems if system.examples}
     data = next((system.settings["data"] for system in systems if system.settings.get("data")), None)
     number = f"{sizes.pop()} prompts" if len(sizes) == 1 else "the held-out prompts"

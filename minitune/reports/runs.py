@@ -1,4 +1,4 @@
-"""The sections of a report that show what runs did: how they differ, decoding options, curves, answers, environment."""
+"""The sections of a report about the runs: how they differ, decoding options, curves, answers, environment."""
 
 from minitune.reports import figures
 from minitune.reports.commands import evaluate_command, example_run
@@ -21,12 +21,18 @@ from minitune.runs.curves import Curve, curves
 from minitune.study.files import GRADES
 
 ON_A_CARD = (*FIGURE, "exact_match", "length_ratio")  # scores that are shown with an answer
-MOST_AXES = 12  # columns of a figure
-RANKING = ("bertscore", "rouge_l", "token_f1", "chrf", "bleu")  # what orders answers that nobody graded
+MOST_AXES = 12  # most columns of the figure
+RANKING = (
+    "bertscore",
+    "rouge_l",
+    "token_f1",
+    "chrf",
+    "bleu",
+)  # answers without grades are sorted by the first one available
 
 
 def differences_section(results):
-    """What the runs were trained with that is not the same in all of them."""
+    """The options of training that are not the same in all runs. results: a Results. Returns a Section, or None."""
     runs = [run for run in results.runs if run.options is not None]
     if len(runs) < 2:
         return None
@@ -41,12 +47,12 @@ def differences_section(results):
         [places[run.folder], *[fact_words(found.get(name)) for name in names]]
         for run, found in zip(runs, facts, strict=True)
     ]
-    note = "Options of training, and where they ran, that are the same in all of them are not shown here."
+    note = "Options of training and facts about the machine that are the same in all runs are not shown here."
     return Section(title, [Table("What each run was trained with", ["Run", *names], rows, note)])
 
 
 def training_facts(run):
-    """{name: value} of a run's training."""
+    """{name: value} of the options and the environment of a run's training."""
     environment = run.environment or {}
     found = {name: value for name, value in run.options.items() if name not in ("run", "resume")}
     packages = environment.get("packages")
@@ -66,7 +72,9 @@ def fact_words(value):
 
 
 def sweep_section(results, missing):
-    """The study's figure: each metric against each option of decoding, one line a model."""
+    """The study's figure: each metric against each option of decoding, with one line for each model.
+
+    Returns a Section, or None and a sentence in `missing`."""
     lines = sweep_lines(results.points)
     if not lines:
         missing.append(
@@ -98,22 +106,22 @@ def sweep_section(results, missing):
     has_intervals = any(
         s.low is not None for _, along in data for row in along.values() for _, ss in row for s in ss.values()
     )
-    caption = f"Each column moves one option; the others stay at {' or '.join(centres)}. " + (
+    caption = f"Each column varies one option; the others are {' or '.join(centres)}. " + (
         "Vertical bars: 95 % intervals over the examples."
         if has_intervals
         else "The scores are means without intervals."
     )
-    caption += f" {', '.join(left_out)}: not drawn, but in the table." if left_out else ""
+    caption += f" {', '.join(left_out)}: in the table only." if left_out else ""
     alt = f"Lines of {', '.join(metric(n).label for n in chosen)} against {', '.join(columns)} for {', '.join(labels)}."
     titles = tuple(f"Against `{p}`" for p in columns)
     whole = figures.sweep_figure(data, rows, columns)
     blocks = [Chart(caption, alt, drawings, titles, tuple(labels), picture="figure", whole=whole)]
     if asked > 1:
-        blocks.append("Not all lines answer the same prompts: compare only those that do.")
+        blocks.append("Not all lines have the same prompts: compare only those that do.")
     terms = apart([fixed_terms(point) for point in one_each])
     if any(terms):
         words = "; ".join(f"{label}: {', '.join(found)}" for label, found in zip(labels, terms, strict=True) if found)
-        blocks.append(f"The lines differ in more than the model and what is varied. {words}.")
+        blocks.append(f"The lines differ in more than the model and the options on the axes. {words}.")
     blocks += repeated_words(results)
     points = []
     for label, line in zip(labels, lines, strict=True):
@@ -132,7 +140,8 @@ def sweep_section(results, missing):
 
 
 def repeated_words(results):
-    """How far the scores of a setting lie apart that was decoded twice: once for the table, once in the sweep."""
+    """The difference between the scores of a setting that was decoded twice, once for the table and once in the sweep: a list
+    with one paragraph, or []."""
     found = {}
     for system in results.systems:
         for point in results.points:
@@ -145,19 +154,19 @@ def repeated_words(results):
         return []
     parts = ", ".join(f"{metric(name).label} {shown(name, apart)}" for name, apart in found.items())
     return [
-        "The setting of the table is a point of the sweep too, decoded another time. The largest differences between the two: "
-        f"{parts}. Steps of a line that are not larger show nothing."
+        "The setting of the table is also a point of the sweep, decoded a second time. The largest differences between the two: "
+        f"{parts}. Differences along a line that are not larger may be chance."
     ]
 
 
 def curves_section(results, missing):
-    """Training and held-out loss of every run."""
+    """Training and held-out loss of every run. Returns a Section, or None and a sentence in `missing`."""
     charts, places = [], short_places([run.folder for run in results.runs])
     for run in results.runs:
         losses = [line["loss"] for line in run.lines if "loss" in line]
         held_out = [(line["eval_loss"], line["step"]) for line in run.lines if "eval_loss" in line]
         if losses or held_out:
-            parts = [f"training loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last"] if losses else []
+            parts = [f"training loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end"] if losses else []
             parts += [f"lowest held-out loss {min(held_out)[0]:.3f} at step {min(held_out)[1]:,}"] if held_out else []
             caption = f"{places[run.folder]}: {'; '.join(parts)}."
             alt = f"Loss and learning rate over the steps of {caption}"
@@ -178,7 +187,7 @@ def curves_section(results, missing):
 
 
 def answers_section(results, config, missing):
-    """The best and the worst answers of each model, side by side."""
+    """The best and the worst answers of each model, side by side. Returns a Section, or None and a sentence in `missing`."""
     lines = [(label, s, base) for label, s, base in table_lines(results.systems) if ranking(s)[1]]
     if not lines or not config.answers:
         if config.answers:
@@ -192,9 +201,7 @@ def answers_section(results, config, missing):
         best, worst = order[:most], order[::-1][:most]
         words = f"Ordered by {what}."
         if (ties := sum(v == values[order[0]] for v in values)) > most:
-            words += (
-                f" {ties} of {len(values)} answers share the best value, {values[order[0]]:.3g}; the first are shown."
-            )
+            words += f" {ties} of {len(values)} answers have the best value, {values[order[0]]:.3g}; the first of them are shown."
         columns = [("Best", best)] + ([("Worst", worst)] if len(order) > 1 else [])
         cards = [(heading, [answer_card(row, system, base) for row in rows]) for heading, rows in columns]
         blocks.append(Folded(label, [words, Cards(cards)], is_open=not blocks))
@@ -202,7 +209,7 @@ def answers_section(results, config, missing):
 
 
 def ranking(system):
-    """(what orders the answers of a System, in words, the value of each); no values where nothing does."""
+    """(name of the score by which the answers of a System are sorted, the score of each answer); ("", []) without one."""
     if not system.examples:
         return "", []
     if system.grades:
@@ -231,22 +238,21 @@ def answer_card(row, system, base):
 
 
 def scores_words(system, row):
-    """The scores of one answer, in one line."""
+    """The scores of one answer, as one line."""
     scores = system.examples[row]["scores"]
-    named = [
-        n for n in ON_A_CARD if n in scores and (n, scores[n]) != ("perplexity", 0)
-    ]  # 0: it has no token to predict
+    # A perplexity of 0 means that the answer has no token to predict.
+    named = [n for n in ON_A_CARD if n in scores and (n, scores[n]) != ("perplexity", 0)]
     words = [f"{metric(n).label} {shown(n, scores[n])}" for n in named]
     if system.grades:
         grades = system.grades.rows[row]
         words = [f"{GRADE_NAMES[name]} {grades[name]:g}" for name in GRADES] + words
     if system.examples[row].get("ended_by") == "length":
-        words.append("cut at the longest length")
+        words.append("ended at the length limit")
     return " · ".join(words)
 
 
 def environment_section(results, missing):
-    """Where the numbers come from: files, settings, versions, machine."""
+    """The sources of the numbers: files, settings, versions, machine."""
     blocks = []
     for group in dict.fromkeys(s.group for s in results.systems + results.points):
         own = [s for s in results.systems + results.points if s.group == group]
@@ -259,16 +265,16 @@ def environment_section(results, missing):
         facts += [(f"evaluation: {key}", value) for key, value in (run.settings or {}).items()]
         facts += list((run.environment or {}).items())
         if rows := [[key, flat(value)] for key, value in facts if value not in (None, [], {})]:
-            tables.append(Table(f"What {run.folder} says of itself", ["Fact", "Value"], rows, has_words=True))
+            tables.append(Table(f"Settings and environment of {run.folder}", ["Fact", "Value"], rows, has_words=True))
     blocks += [Folded(table.caption, [table]) for table in tables]
     if not tables:
         missing.append(
-            "The environment: these files do not say on which machine and with which versions they were made; a run folder does, "
+            "The environment: these files do not name the machine and the versions that they were made with; a run folder does, "
             "in `environment.json`"
         )
     if unread := results.not_understood:
         shown_paths = ", ".join(f"`{path}`" for path in unread[:10]) + (
             f" and {len(unread) - 10} more" if len(unread) > 10 else ""
         )
-        blocks.append(f"Not understood, and left out: {shown_paths}.")
+        blocks.append(f"Files of an unknown kind, left out: {shown_paths}.")
     return Section("Environment and sources", blocks) if blocks else None

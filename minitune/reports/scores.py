@@ -1,6 +1,6 @@
 """The sections of a report with scores: the study's table, human grades, tuned against base, metrics beside human grades.
 
-Here numbers get intervals and p-values; the values of the metrics themselves come from evaluation.json or the study's files."""
+Intervals and p-values of grades are computed here. The values of the metrics come from evaluation.json or the study's files."""
 
 from itertools import combinations
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from minitune.reports.words import (
 )
 from minitune.study.files import AVERAGES, GRADES
 
-JUDGES = {"bertscore": "--encoder", "perplexity": "--judge"}  # options of evaluate.py that name a model
+JUDGES = {"bertscore": "--encoder", "perplexity": "--judge"}  # metric -> option of evaluate.py that names its model
 FILE_OF_GRADES = (  # see study/files.py
     "a list of `index`, `grammatical_correctness`, `coherence`, `correctness_of_answer` and `comment`, one for each answer"
 )
@@ -56,14 +56,17 @@ def scores_section(results, config, missing):
     if not tables:
         return None
     apart = (
-        f"Not all models answered the same prompts: {'; '.join(prompts for prompts, _ in groups)}. Each set has a table "
-        "of its own; do not compare a score of one with a score of another."
+        f"Not all models answered the same prompts: {'; '.join(prompts for prompts, _ in groups)}. Each set of prompts has its "
+        "own table; do not compare scores across tables."
     )
     return Section("Scores", [apart, *tables] if len(groups) > 1 else tables)
 
 
 def scores_table(caption, lines, scored, columns, config, picture):
-    """The Table of models that answered the same prompts. scored: [(label, its scores, those of its base)]."""
+    """The Table of models that answered the same prompts.
+
+    lines: rows of table_lines(). scored: [(label, its scores, scores of its base), ...]. columns: metrics. picture: name of the
+    PNG."""
     systems = [system for _, system, _ in lines]
     notes, rows = [], []
     settings, apart = [options_words(system.options) for system in systems], terms_apart(systems)
@@ -71,7 +74,9 @@ def scores_table(caption, lines, scored, columns, config, picture):
         rows.append([Cell(label, below=below), *[score_cell(n, own.get(n), of_base.get(n), notes) for n in columns]])
     common = [f"Decoded with {settings[0]}."] if len(set(settings)) == 1 and settings[0] else []
     common += (
-        ["The small lines below a name say how it was answered or scored, where that differs."] if any(apart) else []
+        ["The small lines below a name give settings of decoding and scoring that are not the same for all."]
+        if any(apart)
+        else []
     )
     note = " ".join([*common, how_computed(systems, config, scored), *footnotes(notes)])
     header = ["Model", *[with_arrow(name) for name in columns]]
@@ -79,7 +84,7 @@ def scores_table(caption, lines, scored, columns, config, picture):
 
 
 def other_metrics_table(lines, scored, prompts):
-    """A Table of the metrics that are not in the study's table, one column a model; None where there are none."""
+    """A Table of the metrics that are not in the study's table, with one column for each model; None if there are none."""
     found = {name for _, s, b in scored for name in (*s, *b)} - set(TABLE)
     names = [name for name in ORDER if name in found] + sorted(found - set(ORDER))
     if not names:
@@ -94,12 +99,12 @@ def other_metrics_table(lines, scored, prompts):
         for (label, _, _), below in zip(lines, terms_apart([s for _, s, _ in lines]), strict=True)
         if below
     ]
-    table = Table(f"{title}, one column a model", header, rows, " ".join([*footnotes(notes), *apart]))
+    table = Table(f"{title}, one column for each model", header, rows, " ".join([*footnotes(notes), *apart]))
     return Folded(title, [table]) if len(names) > 4 else table
 
 
 def with_grades(system, config):
-    """{metric: Interval} of a System with its human evaluation; {} of None."""
+    """{metric: Interval} of a System, including its human evaluation; {} for None."""
     if system is None:
         return {}
     if not system.grades:
@@ -118,13 +123,14 @@ def sentence(note):
 
 
 def score_cell(name, score, of_base, notes):
-    """A cell: the value, its interval, and the same of the base model. New notes are added to `notes` and numbered."""
+    """A Cell with value and interval of a model and of its base, two Intervals or None. New notes are added to the list `notes`,
+    whose numbers become the footnotes."""
     if score is None and of_base is None:
         return "–"
     lines = []
     for found in (score, of_base):
         text = shown(name, found.value) if found else "–"
-        if found and found.note and found.n:  # n is 0 in published scores, of which the table's note speaks
+        if found and found.note and found.n:  # n is 0 for published scores, which how_computed() explains
             notes += [found.note] if found.note not in notes else []
             text += superscript(notes.index(found.note) + 1)
         lines.append((text, interval_words(name, found) if found else ()))
@@ -134,7 +140,7 @@ def score_cell(name, score, of_base, notes):
 
 
 def how_computed(systems, config, scored):
-    """How the intervals of the table came about, in sentences."""
+    """Sentences on how the values and intervals of the table were computed."""
     words = []
     made = [(s.settings.get("resamples"), s.settings.get("seed")) for s in systems if s.settings]
     if made:
@@ -145,7 +151,7 @@ def how_computed(systems, config, scored):
     if any(s.role == "published" and s.scores for s in systems):
         published = ", ".join(metric(name).label for name in FIGURE if any(name in s for _, s, _ in scored))
         words.append(
-            f"{published} are as published: means without the values of the answers one by one, so they have no interval."
+            f"{published} are as published: means without the values of single answers, so they have no interval."
         )
     if graded := [s for s in systems if s.grades]:
         sizes = sorted({len(s.grades.rows) for s in graded})
@@ -159,13 +165,13 @@ def how_computed(systems, config, scored):
 
 
 def grades_section(results, config, missing):
-    """The human grades one by one, the check against what was published, and the differences between models."""
+    """The mean of each human grade, a check against the published averages, and the differences between models."""
     graded = [(label, s) for label, s, _ in table_lines(results.systems) if s.grades]
     graded += [(f"{base.name} (base)", base) for _, _, base in table_lines(results.systems) if base and base.grades]
     if not graded:
         missing.append(
-            "Human evaluation, and the correlation of the metrics with it: grade the answers of `generations/NAME.json`, put the "
-            f"grades beside it as `NAME_HE.json` ({FILE_OF_GRADES}), and write the report again"
+            "Human evaluation, and the correlation of the metrics with it: grade the answers in `generations/NAME.json`, write "
+            f"the grades to `NAME_HE.json` in the same folder ({FILE_OF_GRADES}), and make the report again"
         )
         return None
     rows, checks = [], []
@@ -193,7 +199,7 @@ def grades_section(results, config, missing):
     if pairs:
         header = ["Pair", "difference", "p, bootstrap", "p, permutation", "answers"]
         note = (
-            "Paired by prompt. p: how likely a difference as large would be if the two models were alike (two-sided); "
+            "Paired by prompt. p: the probability of a difference at least as large if the two models were equal (two-sided); "
             f"not corrected for {count(len(pairs), 'pair')}: with a threshold of 0.05, compare the smallest p with "
             f"{0.05 / len(pairs):.2g}."
         )
@@ -209,17 +215,22 @@ def grades_section(results, config, missing):
 
 
 def check_words(label, grades, averages):
-    """Whether the averages of the grades are those that were published, to the last digit."""
+    """A sentence on whether the averages of the grades equal the published ones, to the last digit."""
     if grades.published is None:
-        return f"{label}: averages computed from `{grades.path.name}`: {averages[AVERAGES[-1]]!r}; none are published beside it."
+        return (
+            f"{label}: the average computed from `{grades.path.name}` is {averages[AVERAGES[-1]]!r}; there is no published one "
+            "to compare with."
+        )
     wrong = [name for name in AVERAGES if averages[name] != grades.published[name]]
     if not wrong:
         return f"{label}: the average {averages[AVERAGES[-1]]!r} and its three parts equal the published ones to the last digit."
-    parts = "; ".join(f"`{name}` is {averages[name]!r}, published is {grades.published[name]!r}" for name in wrong)
+    parts = "; ".join(f"`{name}` is {averages[name]!r}, published as {grades.published[name]!r}" for name in wrong)
     return f"{label}: the published averages differ from those of the grades in `{grades.path.name}`: {parts}."
 
 
 class Difference(NamedTuple):
+    """A difference between two systems in evaluation.json, with its interval and number of examples."""
+
     difference: float
     low: float | None
     high: float | None
@@ -227,7 +238,7 @@ class Difference(NamedTuple):
 
 
 def comparisons_section(results, missing):
-    """Tuned minus base of every run that has both, with p-values."""
+    """The difference tuned minus base for every run that has both, with p-values."""
     tables, compared = [], [run for run in results.runs if run.comparisons]
     for run in compared:
         rows = []
@@ -242,8 +253,8 @@ def comparisons_section(results, missing):
                 shared.setdefault(c["note"], []).append(metric(name).label)
         notes = [f"{text[:1].upper()}{text[1:]}: {', '.join(labels)}." for text, labels in shared.items()]
         note = (
-            "In brackets: 95 % paired bootstrap interval. p: how likely a difference as large would be if the two were alike "
-            f"(two-sided); not corrected for {count(len(rows), 'metric')}."
+            "In brackets: 95 % paired bootstrap interval. p: the probability of a difference at least as large if the two were "
+            f"equal (two-sided); not corrected for {count(len(rows), 'metric')}."
         )
         systems = {s.role: s for s in results.systems if s.group == run.folder}
         roles = "tuned minus base" if "tuned" in systems else "the predictions minus the others"
@@ -262,6 +273,7 @@ def comparisons_section(results, missing):
 
 
 def difference_row(label, name, found, p_bootstrap, p_permutation, n=None):
+    """A row of a table of differences. name: of the metric; found: has .difference, .low, .high and .n."""
     if found.difference is None:
         return [label, "–", "–", "–", str(n or found.n or "–")]
     difference = Cell(shown(name, found.difference, sign="+"), found.difference, interval_words(name, found))
@@ -269,7 +281,7 @@ def difference_row(label, name, found, p_bootstrap, p_permutation, n=None):
 
 
 def correlation_section(results, config, missing):
-    """How each metric ranks the answers of a model beside how people do."""
+    """The rank correlation of each metric with the human grades, over the answers of each model."""
     tables = []
     for label, system, _ in table_lines(results.systems):
         names = [n for n in ORDER if any(n in e["scores"] for e in system.examples)]
@@ -288,18 +300,18 @@ def correlation_section(results, config, missing):
                 cells += [Cell(minus(f"{found.value:.2f}"), found.value, below), p_words(found.p_value)]
             rows.append([with_arrow(name), *cells, str(len(both))])
         note = (
-            "1: the metric ranks the answers as people do, 0: as chance does; a metric marked ↓ should be negative. In brackets: "
-            f"95 % percentile bootstrap ({config.resamples} draws, seed {config.seed}). p: of no correlation, two-sided, not "
-            "corrected for the number of metrics."
+            "1: the metric ranks the answers as people do; 0: no relation; for a metric marked ↓ negative values are good. In "
+            f"brackets: 95 % percentile bootstrap ({config.resamples} draws, seed {config.seed}). p: two-sided test of no "
+            "correlation, not corrected for the number of metrics."
         )
         header = ["Metric", "Spearman's rho", "p of rho", "Kendall's tau-b", "p of tau-b", "answers"]
         tables.append(Table(f"{label}: correlation with the mean human grade", header, rows, note))
     if not tables:
         if any(s.grades for s in results.systems):
             missing.append(
-                "Correlation of each metric with the human grades: it needs the scores of the answers one by one, which the "
-                "study's files do not have. `python scripts/evaluate.py --predictions DIR/NAME.json --references FILE "
-                "--out DIR/evaluation.json` computes them where `NAME_HE.json` is beside `NAME.json`"
+                "Correlation of each metric with the human grades: it needs the scores of single answers, which the study's "
+                "files do not have. `python scripts/evaluate.py --predictions DIR/NAME.json --references FILE --out "
+                "DIR/evaluation.json` computes them, if `NAME_HE.json` is in the folder of `NAME.json`"
             )
         return None
     return Section("Metrics beside human grades", tables)
