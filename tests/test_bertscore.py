@@ -308,5 +308,5 @@ def test_bad_input_is_one_clear_line(folders):
     with pytest.raises(ValueError, match="the score of pair 0 is"):
         bert_score(["a"], ["b"], encoder, tokenizer, layer=3)
     encoder.config.__dict__["vocab_size"] = 200
-    with pytest.raises(ValueError, match="its tokenizer is of another model"):
+    with pytest.raises(ValueError, match="the tokenizer belongs to another model"):
         bert_score(["the cat"], ["the cat"], encoder, tokenizer, layer=3)

@@ -35,7 +35,7 @@ def test_the_report_fits_80_columns_and_says_what_was_measured_chosen_and_missin
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and " ".join(lines[-2:]).endswith(report["verdict"][-30:])
     text = " ".join(" ".join(lines).split())
-    assert "products fp32 66, bf16 2, int8 not here GFLOP/s" in text and "copy 11.0 GB/s, read 10.0 GB/s" in text
+    assert "products fp32 66, bf16 2, int8 not available GFLOP/s" in text and "copy 11.0 GB/s, read 10.0 GB/s" in text
     assert "fp32 C up to 4 rows (4 rows 9.0 and 8.0, 8 rows 9.0 and 15.0)" in text
     assert (
         "bf16 torch, as there is no such product in C here" in text and "4 bit fp32 C up to 128 rows (1 row 2.0" in text

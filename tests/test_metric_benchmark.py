@@ -23,7 +23,7 @@ def test_a_peer_with_other_scores_is_an_error(tmp_path):
     zeros = {name: 0.0 for name in ("bleu", "rouge_l", "chrf")}
     peer.write_text(f"print({json.dumps(json.dumps({'system': 'peer', 'seconds': zeros, 'scores': zeros}))})")
     config = BenchMetricsConfig(pairs=3, repeats=1, peer=f"{sys.executable} {peer} {{pairs}}")
-    with pytest.raises(ValueError, match="peer scores .*one of them is wrong"):
+    with pytest.raises(ValueError, match="peer gives the scores .*one of them is wrong"):
         bench_metrics(config, lambda line: None)
     peer.write_text("raise SystemExit('no such library')")
     with pytest.raises(ValueError, match="no such library"):

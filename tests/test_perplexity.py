@@ -194,7 +194,7 @@ def test_nan_is_an_error_that_names_the_text(judge):
     with torch.no_grad():
         model.model.wte.weight[tokenizer.encode("z")[0]] = math.nan
     model.lm_head = torch.nn.Linear(32, 300, bias=False)
-    with pytest.raises(ValueError, match="the loss of text 1 is nan, as of 1 of 3 texts"):
+    with pytest.raises(ValueError, match="the loss of 1 of 3 texts is not finite; that of text 1 is nan"):
         judge_perplexity(model, tokenizer, ["good", "bad z text", "good"])
 
 

@@ -103,7 +103,7 @@ def test_a_published_average_that_is_wrong_is_said(study, tmp_path):
     text, markdown, lines = write([tmp_path], tmp_path)
     assert "is 0.8950617283950617, published as 0.8950617283950618" in text
     assert "phi-2_topk50_nb5.json" in text and any(
-        "not understood" in line and "phi-2_topk50_nb5.json" in line for line in lines
+        "files of an unknown kind" in line and "phi-2_topk50_nb5.json" in line for line in lines
     )
 
 

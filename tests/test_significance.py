@@ -260,7 +260,7 @@ def test_a_correlation_that_does_not_exist_says_why():
     assert correlate(np.zeros(27), np.ones(27)).note.startswith("the metric and the grade")
     assert correlate([1, 2], [1, 2]).value is None and "3 are needed" in correlate([1, 2], [1, 2]).note
     rare = correlate(SCORES, [0.0] + [1.0] * 26)  # one grade differs: a third of all draws leave it out
-    assert rare.value is not None and "draws had one value only" in rare.note
+    assert rare.value is not None and "draws have only one value" in rare.note
     perfect = correlate(np.arange(9), np.arange(9))
     assert perfect.value == pytest.approx(1) and perfect.low is None and "no interval" in perfect.note
     assert correlate(np.arange(9), np.arange(9), interval="fisher").low is None

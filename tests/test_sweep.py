@@ -394,7 +394,7 @@ def test_a_training_that_failed_is_passed_over_with_its_error_until_it_is_asked_
     assert trained == [2, 4] and first["points"][0]["error"] == "step 1: the loss is nan"
     again = sweep(config, said.append)
     assert trained == [2, 4] and again["points"] == first["points"]
-    [line] = [line for line in said if "passed over" in line]
+    [line] = [line for line in said if "skipped, because it failed earlier" in line]
     file = run / "sweep" / "lora_rank2" / "failed.json"
     assert "the loss is nan" in line and "--retry-failed trains it again" in line and f"remove {file}" in line
     sweep(replace(config, retry_failed=True), QUIET)
@@ -418,7 +418,7 @@ def test_a_damaged_note_of_a_failure_is_said(diverging, run):
     sweep(config, QUIET)
     for content in ("[]", '{"error": 5}'):
         (run / "sweep" / "lora_rank2" / "failed.json").write_text(content)
-        with pytest.raises(ValueError, match="failed.json does not say what failed; remove it"):
+        with pytest.raises(ValueError, match="failed.json has no error message; remove it"):
             sweep(config, QUIET)
 
 
@@ -426,7 +426,7 @@ def test_what_is_refused_before_it_trains_is_looked_at_again(tmp_path):
     missing = tmp_path / "rows.json"
     axes = (f"data={missing}", "lora_rank=2,4", "max_steps=1", "samples=0", "model=tiny-llama", "test_size=2")
     config = SweepConfig(run=str(tmp_path / "run"), train=axes, limit=2, max_new_tokens=(2,), num_beams=(1,))
-    with pytest.raises(ValueError, match="no point was finished; the first: .*rows.json does not exist"):
+    with pytest.raises(ValueError, match="no point was finished; the error of the first: .*rows.json does not exist"):
         sweep(config, QUIET)
     write_json(missing, read_json(hub.embedded_rows("train"))[:20])
     assert all("metrics" in point for point in sweep(config, QUIET)["points"])
@@ -455,7 +455,7 @@ GOOD_POINT = {"name": "x", "options": {}, "folder": "x"}
 def test_a_damaged_list_of_points_is_said_before_anything_is_decoded(run, decoded, content):
     (run / "sweep").mkdir()
     (run / "sweep" / "sweep.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ValueError, match="sweep.json: .*. It is no list of points; remove it"):
+    with pytest.raises(ValueError, match="sweep.json: .*. It is not a list of points; remove it"):
         sweep(SweepConfig(run=str(run), num_beams=(1, 2), **SHORT), QUIET)
     assert not decoded
 
@@ -471,7 +471,7 @@ def test_a_damaged_point_is_said_with_its_file_and_scored_again_once_that_is_rem
     whole = sweep(config, QUIET)
     loads, path = len(decoded), run / "sweep" / "topk50_nb2_t1" / "evaluation.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="nb2_t1/evaluation.json: .*. It is not what a sweep writes; remove it"):
+    with pytest.raises(ValueError, match="nb2_t1/evaluation.json: .*. It was not written by a sweep; remove it"):
         sweep(config, QUIET)
     path.unlink()
     assert sweep(config, QUIET) == whole and len(decoded) == loads

@@ -1,1 +1,1 @@
-"""Measurements of whole commands, of the kernels and of the metrics, in turn with their peers."""
+"""Benchmarks of whole commands, kernels and metrics, measured in turn with other systems (peers)."""

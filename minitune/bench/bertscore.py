@@ -1,6 +1,6 @@
-"""BERTScore timed in turn with a peer: pairs a second of one encoder on one machine.
+"""Speed of BERTScore, in pairs per second, measured in turn with a peer.
 
-Loading is not timed on either side; tokenising, encoding and matching are."""
+Tokenising, encoding and matching are timed, on both sides; loading is not."""
 
 import datetime
 import random
@@ -34,33 +34,34 @@ ROBERTA_BASE = {
 
 @dataclass(frozen=True)
 class BenchBertScoreConfig:
-    """Which encoder scores what, against whom."""
+    """The options of bench_bertscore.py."""
 
     model: str | None = arg(
-        None, "folder of a RoBERTa or BERT; not set: roberta-base's shape with random weights and a BPE of the rows"
+        None,
+        "folder of a RoBERTa or BERT; not set: roberta-base's shape with random weights and a BPE trained on the rows",
     )
-    layer: int = arg(12, "hidden states after so many blocks")
+    layer: int = arg(12, "number of blocks whose hidden states are used")
     data: str = arg("embedded", "rows whose outputs the texts are cut from: a file in Alpaca format, or embedded")
-    pairs: int = arg(128, "pairs of texts, drawn from a seed, no two texts alike")
-    words: int = arg(60, "words of a text in the mean; a quarter of it is the standard deviation")
+    pairs: int = arg(128, "number of pairs of random texts")
+    words: int = arg(60, "mean length of a text in words; the standard deviation is a quarter of it")
     idf: bool = arg(False, "weight tokens by idf")
-    batch_tokens: int = arg(1024, "tokens that are packed into one call of the encoder")
+    batch_tokens: int = arg(1024, "tokens packed into one call of the encoder")
     dtype: str = arg("fp32", "compute dtype", choices=tuple(DTYPES))
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
     peer: str | None = arg(
         None,
-        "a peer's command, run in turn with minitune; {model}, {data} (JSON: references, candidates) and {layer} are filled "
-        "in. It prints one JSON line with system, pairs_per_s and mean_f1",
+        "command of another system, run in turn with minitune; {model}, {data} (JSON: references, candidates) and {layer} are "
+        "replaced. It must print one JSON line with system, pairs_per_s and mean_f1",
     )
-    repeats: int = arg(3, "runs of each, in turn (A B A B ...); medians are quoted")
-    out: str | None = arg(None, "JSON file for the figures and their stamp")
+    repeats: int = arg(3, "runs of each system, in turn (A B A B ...); medians are reported")
+    out: str | None = arg(None, "JSON file for the results, with settings and machine")
 
     def __post_init__(self):
         positive(self, "pairs", "words", "batch_tokens", "repeats")
 
 
 def cut_texts(rows, count, words):
-    """`count` texts of about `words` words in a row, at least 5, from random places of the rows' outputs."""
+    """`count` texts of about `words` words, at least 5, cut from random places of the rows' outputs."""
     running = " ".join(row["output"] for row in rows).split()
     generator, texts = random.Random(0), []
     for _ in range(count):
@@ -73,7 +74,7 @@ def cut_texts(rows, count, words):
 
 
 def write_random_roberta(folder, texts, raw=ROBERTA_BASE):
-    """A RoBERTa folder with random weights, and a byte-level BPE trained on `texts`."""
+    """Write the folder of a RoBERTa with random weights and a byte-level BPE trained on `texts`. raw: its config.json."""
     folder = Path(folder)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,7 +94,7 @@ def write_random_roberta(folder, texts, raw=ROBERTA_BASE):
 
 
 def bench_bertscore(config, say=print):
-    """Score the pairs, in turn with the peer. Returns the record, also written to `config.out`."""
+    """Score the pairs, in turn with the peer. Returns the results, a dict, which are also written to `config.out`."""
     device = choose_device(config.device)
     rows = data.read_rows(str(hub.embedded_rows("train")) if config.data == "embedded" else config.data)
     texts = cut_texts(rows, 2 * config.pairs, config.words)

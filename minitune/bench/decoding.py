@@ -1,4 +1,4 @@
-"""New tokens/s of decoding, in turn with a peer, and the share of what the memory allows."""
+"""Speed of decoding, in new tokens per second, measured in turn with a peer, and compared with the memory bandwidth."""
 
 import datetime
 import json
@@ -31,35 +31,36 @@ SHAPE_7B = "mistral-7b-shape"
 
 @dataclass(frozen=True)
 class BenchGenerateConfig:
-    """Which model decodes what, against whom."""
+    """The options of bench_generate.py."""
 
     model: str = arg(
         "tiny-mistral",
-        f"model folder, or any name that scripts/train.py takes; {SHAPE_7B}: 14.5 GB of random weights in a temporary folder",
+        f"a model, as in scripts/train.py; {SHAPE_7B}: 14.5 GB of random weights in a temporary folder",
     )
-    quantize: str = arg("none", "weights in 4 bit", choices=("none", "nf4", "nf4-dq"))
+    quantize: str = arg("none", "4-bit format of the weights", choices=("none", "nf4", "nf4-dq"))
     dtype: str = arg("bf16", "compute dtype", choices=tuple(DTYPES))
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
     modes: tuple[str, ...] = arg(
-        ("greedy", "sample", "beam5", "batch8beam5"), "what is measured", choices=tuple(GENERATE_MODES)
+        ("greedy", "sample", "beam5", "batch8beam5"), "kinds of decoding to measure", choices=tuple(GENERATE_MODES)
     )
-    prompt: int = arg(64, "tokens of a prompt, drawn from a seed")
+    prompt: int = arg(64, "number of random tokens in a prompt")
     new: int = arg(64, "new tokens of each answer")
     lookup: int = arg(0, "tokens guessed by prompt lookup in the mode greedy; 0: off")
     peer: str | None = arg(
         None,
-        "a peer's command, run in turn with minitune; {model} is filled in. It prints a JSON line for each mode, with "
-        "system, mode and new_tokens_per_s",
+        "command of another system, run in turn with minitune; {model} is replaced. It must print one JSON line for each mode, "
+        "with system, mode and new_tokens_per_s",
     )
-    repeats: int = arg(3, "runs of each, in turn (A B A B ...); medians are quoted")
-    out: str | None = arg(None, "JSON file for the figures and their stamp")
+    repeats: int = arg(3, "runs of each system, in turn (A B A B ...); medians are reported")
+    out: str | None = arg(None, "JSON file for the results, with settings and machine")
 
     def __post_init__(self):
         positive(self, "prompt", "new", "repeats")
 
 
 def bench_generate(config, say=print):
-    """Decode random prompts in each mode, in turn with the peer. Returns the record, also written to `config.out`."""
+    """Decode random prompts in each mode, in turn with the peer. Returns the results, a dict, which are also written to
+    `config.out`."""
     device = choose_device(config.device)
     if config.model != SHAPE_7B:
         return bench_generate_on(device, config.model, config, say)
@@ -70,6 +71,7 @@ def bench_generate(config, say=print):
 
 
 def bench_generate_on(device, folder, config, say):
+    """bench_generate() for the model in `folder`."""
     model = load_model(folder, DTYPES[config.dtype], device, config.quantize, say=say)
     highest, measured, steps = min(30000, model.config.vocab_size), {}, {}
     for _ in range(config.repeats):
@@ -103,17 +105,17 @@ def bench_generate_on(device, folder, config, say):
             say(f"{mode:<14}{name:<24}{speed:>14.1f}" + (f"{ratio:>7.2f}x" if name != "minitune" else ""))
     floor = record["floor"]["step_ms"]
     say(
-        f"\nA step reads {read_gb:.3f} GB of weights, {floor:.1f} ms at the {read_gb_per_s:.1f} GB/s that a maximum reads."
+        f"\nA step reads {read_gb:.3f} GB of weights: {floor:.1f} ms at the measured read bandwidth of {read_gb_per_s:.1f} GB/s."
     )
     for mode, step in record["step_ms"].items():
-        say(f"{mode:<14}{step:>8.1f} ms a step after the prompts, {floor / step:.0%} of that speed")
+        say(f"{mode:<14}{step:>8.1f} ms per step after the prompts, {floor / step:.0%} of that speed")
     if config.out:
         write_json(config.out, record)
     return record
 
 
 def time_decoding(model, prompts, mode, config):
-    """(new tokens a second, seconds of a step after the prompts) of one decoding, after a short one that warms up."""
+    """(new tokens per second, seconds per step after the prompts) of one decoding, after a short one to warm up."""
     options = {"eos_ids": (), **GENERATE_MODES[mode][1]} | ({"lookup": config.lookup} if mode == "greedy" else {})
     generate(model, prompts, GenerateConfig(max_new_tokens=4, **options))
     started = time.perf_counter()
@@ -126,14 +128,14 @@ def time_decoding(model, prompts, mode, config):
 
 
 def step_bytes(model):
-    """Bytes of all weights that a decoding step reads: everything but the embedding, of which it takes a row."""
+    """Bytes of the weights that a decoding step reads: all but the embedding, unless it is tied to the head."""
     embedding = model.model.embed_tokens.weight
     is_read = lambda t: t is not embedding or model.config.tie_word_embeddings
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if is_read(t))
 
 
 def read_bandwidth(device, size=10**9):
-    """GB/s at which `device` reads, the best of five maxima of a tensor of `size` bytes."""
+    """Read bandwidth of `device` in GB/s: the best of five runs of max() over a tensor of `size` bytes."""
     numbers, times = torch.ones(size // 4, device=device), []
     for _ in range(5):
         started = time.perf_counter()

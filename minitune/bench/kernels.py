@@ -1,7 +1,9 @@
-"""Measures the NF4 kernels on real layer shapes, in turn with bitsandbytes and torch, against what this machine can do at best.
+"""Benchmarks the NF4 kernels on shapes of real layers, in turn with bitsandbytes and torch, and against the best speed of this
+machine.
 
-A row of the result: one operation on one layer for M rows of x, hot (one matrix again and again) or cycling over several, so
-that none is in a cache. The systems take turns (A B C A B C ...), so that a ratio holds where the machine's speed drifts."""
+A row of the result is one operation on one layer for M rows of x, either "hot" (always the same matrix) or "cycling" over
+several matrices, so that none is in a cache. The systems run in turn (A B C A B C ...), so that ratios stay valid if the speed of
+the machine drifts."""
 
 import datetime
 import importlib
@@ -34,22 +36,22 @@ LAYERS = {  # name: (out, in)
     "phi-2 fc1": (10240, 2560),
     "phi-2 fc2": (2560, 10240),
 }
-MATRICES = 8  # that a cycling measurement goes through
-CEILING_BYTES = 256 << 20
+MATRICES = 8  # matrices of a cycling measurement
+CEILING_BYTES = 256 << 20  # size of the tensor that is copied to measure the bandwidth
 FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
 @dataclass(frozen=True)
 class BenchKernelsConfig:
-    """What is measured, and for how long."""
+    """The options of bench_kernels.py."""
 
-    layers: tuple[str, ...] = arg(tuple(LAYERS), "layers", choices=tuple(LAYERS))
-    rows: tuple[int, ...] = arg((1, 4, 16, 64, 512, 2048), "rows M of x")
+    layers: tuple[str, ...] = arg(tuple(LAYERS), "layers to measure", choices=tuple(LAYERS))
+    rows: tuple[int, ...] = arg((1, 4, 16, 64, 512, 2048), "numbers M of rows of x")
     dtype: str = arg("bf16", "dtype of x and of the dequantised weight", choices=tuple(DTYPES))
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
     threads: int | None = arg(None, "CPU threads; not set: torch's choice")
-    seconds: float = arg(0.5, "time for each measurement and system; at least 5 calls are made")
-    peers: bool = arg(True, "measure bitsandbytes (where installed) and torch's linear layers too")
+    seconds: float = arg(0.5, "seconds for each measurement and system; at least 5 calls are made")
+    peers: bool = arg(True, "measure bitsandbytes (if installed) and torch's linear layers too")
     out: str | None = arg(None, "folder for JSON and PNG; not set: kernels/benchmarks")
 
     def __post_init__(self):
@@ -59,7 +61,7 @@ class BenchKernelsConfig:
 
 
 def bench_kernels(config, say=print):
-    """Measure, print the table, write JSON and PNG. Returns the record."""
+    """Measure, print the table, write JSON and PNG. Returns the results, a dict."""
     device, dtype = choose_device(config.device), DTYPES[config.dtype]
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -95,13 +97,14 @@ def bench_kernels(config, say=print):
 
 
 class Timer:
-    """Times calls on a device. On a GPU a batch of calls is one CUDA graph: the launches of Python are not what is measured."""
+    """Times calls on a device. On a GPU a batch of calls is recorded as one CUDA graph, to exclude the launch overhead of
+    Python."""
 
     def __init__(self, device, seconds):
         self.device, self.seconds = device, seconds
 
     def in_turn(self, systems):
-        """{name: seconds of each call} of {name: calls}: every round runs one batch of each system."""
+        """{name: [seconds per call, ...]}. systems: {name: list of functions}. Every round runs one batch of each system."""
         batches = {name: self.batch(calls) for name, calls in systems.items()}
         for run, _ in batches.values():
             run()
@@ -113,11 +116,11 @@ class Timer:
         return timings
 
     def batch(self, calls):
-        """(a function that makes some calls, their number)."""
+        """(function that makes some of the calls, their number)."""
         if self.device.type != "cuda":
             cycle = itertools.cycle(calls)
             return (lambda: next(cycle)()), 1
-        for call in calls:  # before the capture: builds kernels and workspaces
+        for call in calls:  # compiles kernels and allocates workspaces before the capture
             call()
         count = max(20, len(calls))
         graph = torch.cuda.CUDAGraph()
@@ -127,6 +130,7 @@ class Timer:
         return graph.replay, count
 
     def time(self, run):
+        """Seconds of one run()."""
         if self.device.type != "cuda":
             started = time.perf_counter()
             run()
@@ -140,7 +144,7 @@ class Timer:
 
 
 def measure_ceilings(device, dtype, timer):
-    """What this machine does at best: a copy in GB/s (read and written bytes), a matrix product in TFLOP/s."""
+    """The best speed of this machine: of a copy in GB/s (read plus written bytes), and of a matrix product in TFLOP/s."""
     source = torch.ones(CEILING_BYTES // 4, device=device)
     target = torch.empty_like(source)
     x, w = (torch.randn(2048, 4096, device=device).to(dtype) for _ in range(2))
@@ -152,9 +156,10 @@ def measure_ceilings(device, dtype, timer):
 
 
 def operations(layer, dtype, device, config):
-    """Yields {"name", "M", "bytes", "flops", "systems": {system: calls over several matrices}} of a layer.
+    """Yields {"name", "M", "bytes", "flops", "systems"} for each operation on a layer.
 
-    bytes: the least that the operation must move; flops: of the product."""
+    bytes: the least number of bytes that the operation must move. flops: of the product. systems: {name: list of functions,
+    one for each of several matrices}."""
     shape = LAYERS[layer]
     n, size = shape[0] * shape[1], torch.empty(0, dtype=dtype).element_size()
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.05).to(dtype).to(device)
@@ -184,7 +189,7 @@ def operations(layer, dtype, device, config):
 
 
 def products(x, shape, copies, dense, peer, int4):
-    """{system: calls} that multiply x by the weight."""
+    """{system: list of functions} that multiply x by the weight."""
     systems = {"minitune": [lambda c=c: no_grad(nf4.matmul, x, *c, shape) for c in copies]}
     if peer:
         systems["bitsandbytes"] = [lambda f=f: no_grad(f, x) for f in peer["layers"]]
@@ -196,7 +201,7 @@ def products(x, shape, copies, dense, peer, int4):
 
 
 def training_products(x, shape, copies, peer):
-    """{system: calls} of a product and of the gradient of x."""
+    """{system: list of functions} that compute the product and the gradient of x."""
     layers = {"minitune": [lambda x, c=c: nf4.matmul(x, *c, shape) for c in copies]}
     if peer:
         layers["bitsandbytes"] = peer["layers"]
@@ -209,15 +214,16 @@ def no_grad(function, *arguments):
 
 
 def forward_backward(layer, x):
+    """The gradient of x for a function of x."""
     x = x.detach().requires_grad_()
     y = layer(x)
     return torch.autograd.grad(y, x, y.detach())
 
 
 def bitsandbytes_peer(copies, shape, dtype):
-    """{"dequantize": calls, "layers": functions of x} of bitsandbytes, None where it is not installed."""
+    """{"dequantize": list of functions, "layers": list of functions of x} of bitsandbytes, or None if it is not installed."""
     try:
-        bnb = importlib.import_module("bitsandbytes")  # measured here, never used
+        bnb = importlib.import_module("bitsandbytes")  # only measured; minitune does not use it
     except ImportError:
         return None
     code = torch.tensor(nf4.CODE, device=copies[0][0].device)
@@ -232,7 +238,8 @@ def bitsandbytes_peer(copies, shape, dtype):
 
 
 def int4_peer(shape, device, dtype):
-    """x -> calls of torch's own 4-bit linear layer (groups of 64), on a CPU in bf16; None elsewhere."""
+    """A function from x to a list of functions that run torch's 4-bit linear layer (groups of 64), on a CPU in bf16; else
+    None."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
     indices = torch.randint(0, 16, shape, dtype=torch.int32)
@@ -243,7 +250,8 @@ def int4_peer(shape, device, dtype):
 
 
 def triton_rows(dtype, device, timer, ceilings, say):
-    """The operations in Triton, forward and backward, beside those of ops_torch.py, for 2048 tokens of Llama-2-7B."""
+    """Rows of the result for the operations in Triton, forward and backward, compared with ops_torch.py, for 2048 tokens of
+    Llama-2-7B."""
     rows = []
     for name, moved, ours, plain, inputs in triton_examples(dtype, device):
         systems = {}
@@ -258,8 +266,8 @@ def triton_rows(dtype, device, timer, ceilings, say):
 
 
 def triton_examples(dtype, device):
-    """[(name, bytes moved at least, the function in Triton, the one in PyTorch, its inputs)]. The cross-entropy overwrites the
-    logits with their gradient in Triton."""
+    """[(name, least number of bytes to move, function in Triton, function in PyTorch, inputs), ...]. The Triton cross-entropy
+    overwrites the logits with their gradient."""
     from minitune_kernels import ops_triton
 
     at = {"device": device, "dtype": dtype}
@@ -280,12 +288,13 @@ def triton_examples(dtype, device):
 
 
 def forward_backward_all(function, inputs):
+    """The gradients of all inputs of a function, or its result if it has no inputs."""
     y = function(*inputs)
     return torch.autograd.grad(y, inputs, y.detach()) if inputs else y
 
 
 def finish_row(layer, operation, mode, timings, ceilings):
-    """One row of the result, from the seconds of each system's calls."""
+    """One row of the result, a dict. timings: {system: [seconds per call, ...]}. ceilings: of measure_ceilings()."""
     ours = statistics.median(timings["minitune"])
     best = max(operation["bytes"] / ceilings["copy_gb_s"] / 1e9, operation["flops"] / ceilings["matmul_tflop_s"] / 1e12)
     row = {
@@ -306,7 +315,7 @@ def finish_row(layer, operation, mode, timings, ceilings):
         p20, *_, p80 = statistics.quantiles(seconds, n=5)
         median = statistics.median(seconds)
         row["ms"][system] = {"median": median * 1e3, "p20": p20 * 1e3, "p80": p80 * 1e3, "calls": len(seconds)}
-        if system != "minitune":  # pair by pair
+        if system != "minitune":  # median of the ratios of calls in the same round
             pairs = zip(seconds, timings["minitune"], strict=True)
             row["times_faster_than"][system] = statistics.median(theirs / own for theirs, own in pairs)
     return row
@@ -319,6 +328,7 @@ HEADER = (
 
 
 def table_line(row):
+    """A row of the result as a line of the table."""
     own = row["ms"]["minitune"]
     is_product = row["M"] > 16 and row["flops"]
     speed = f"{row['tflop_s']:.3f} TFLOP/s" if is_product else f"{row['gb_s']:.1f} GB/s"
@@ -337,7 +347,7 @@ def version_of(package):
 
 
 def draw_roofline(record, path):
-    """TFLOP/s of the products over their arithmetic intensity, under the roof that copy and matmul ceilings make."""
+    """Write the roofline plot: TFLOP/s of the products over arithmetic intensity, with the limits of bandwidth and of matmul."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""Peak memory of a QLoRA run on a Mistral-7B shape with random weights."""
+"""Peak memory of a QLoRA training run on a model with the shape of Mistral-7B and random weights."""
 
 import datetime
 import sys
@@ -19,22 +19,22 @@ from minitune.runs.folder import read_lines
 
 @dataclass(frozen=True)
 class BenchMemoryConfig:
-    """How a Mistral-7B shape is trained."""
+    """The options of bench_memory.py."""
 
     folder: str | None = arg(
-        None, "where the 14.5 GB of random weights go, or lie already; not set: a temporary folder"
+        None, "folder for the 14.5 GB of random weights, used again if it has them; not set: a temporary folder"
     )
-    quantize: str = arg("nf4", "frozen weights", choices=("nf4", "nf4-dq"))
+    quantize: str = arg("nf4", "4-bit format of the frozen weights", choices=("nf4", "nf4-dq"))
     steps: int = arg(2, "optimizer steps")
     max_length: int = arg(128, "longest row in tokens")
-    out: str | None = arg(None, "JSON file for the figures and their stamp")
+    out: str | None = arg(None, "JSON file for the results, with settings and machine")
 
     def __post_init__(self):
         positive(self, "steps", "max_length")
 
 
 def bench_memory(config, say=print):
-    """Load a Mistral-7B shape, quantise it, add LoRA and take some steps, as one process whose peak memory is measured."""
+    """Run scripts/train.py with QLoRA for some steps, and measure the peak memory of the process. Returns the results, a dict."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.folder or temporary)
         if not (folder / "model.safetensors.index.json").exists():
@@ -68,7 +68,7 @@ def bench_memory(config, say=print):
     say(record["load"])
     for step in record["steps"]:
         say(f"step {step['step']}: {step['seconds']:.1f} s, loss {step['loss']:.3f}")
-    say(f"peak resident memory {peak_rss_mb / 1024:.2f} GiB, {record['seconds']:.0f} s in all")
+    say(f"peak resident memory {peak_rss_mb / 1024:.2f} GiB, {record['seconds']:.0f} s in total")
     if config.out:
         write_json(config.out, record)
     return record

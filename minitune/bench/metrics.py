@@ -1,7 +1,8 @@
-"""Measures BLEU, ROUGE-L and chrF over many pairs of texts, in turn with sacrebleu and rouge_score, each in a process of its own.
+"""Speed of BLEU, ROUGE-L and chrF on many pairs of texts, measured in turn with sacrebleu and rouge_score, each in its own
+process.
 
-A program gets a JSON file with references and candidates, scores a few other texts first (imports, compiled patterns), and
-then prints one JSON line with its seconds and its scores. Scores that differ are an error: a wrong number is not fast."""
+Each program gets a JSON file with references and candidates. It scores one short text to warm up, and then prints one JSON line
+with its seconds and its scores. Different scores are an error."""
 
 import datetime
 import importlib.util
@@ -60,26 +61,28 @@ LIBRARIES = FRAME.format(
 
 @dataclass(frozen=True)
 class BenchMetricsConfig:
-    """How many pairs are scored, against whom."""
+    """The options of bench_metrics.py."""
 
-    pairs: int = arg(10_000, "pairs of a reference and a candidate, drawn from --seed")
-    words: int = arg(60, "words of a reference in the mean")
-    seed: int = arg(0, "seed of the pairs")
+    pairs: int = arg(10_000, "number of random pairs of a reference and a candidate")
+    words: int = arg(60, "mean length of a reference in words")
+    seed: int = arg(0, "random seed of the pairs")
     peer: str | None = arg(
         None,
-        "a peer's command, run in turn with minitune instead of sacrebleu and rouge_score; {pairs} is the JSON file. It "
-        "prints a JSON line with system, seconds and scores, by metric",
+        "command of another system, run in turn with minitune instead of sacrebleu and rouge_score; {pairs} is replaced by the "
+        "JSON file. It must print one JSON line with system, seconds and scores, by metric",
     )
-    repeats: int = arg(3, "runs of each, in turn (A B A B ...); medians are quoted")
-    out: str | None = arg(None, "JSON file for the figures and their stamp")
+    repeats: int = arg(3, "runs of each system, in turn (A B A B ...); medians are reported")
+    out: str | None = arg(None, "JSON file for the results, with settings and machine")
 
     def __post_init__(self):
         positive(self, "pairs", "words", "repeats")
 
 
 def synthetic_pairs(count, words, seed):
-    """Invented answers: references of words/2 to 3*words/2 words of a vocabulary of 20,000, frequent ones often, with
-    punctuation, numbers and lines; candidates with a quarter of the words changed and some left out. Returns two lists of str."""
+    """(references, candidates), two lists of `count` random texts.
+
+    A reference has words/2 to 3*words/2 words of a vocabulary of 20,000 with Zipf-like frequencies, with punctuation, numbers and
+    line breaks. Its candidate has a quarter of the words replaced and some left out."""
     rng = random.Random(seed)
     syllable = lambda: rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") + rng.choice(["", "n", "r", "s"])
     endings = ["", "", "", "s", "ing", "ed", "ly", "ation", "ness"]
@@ -101,7 +104,7 @@ def synthetic_pairs(count, words, seed):
 
 
 def measure(command):
-    """One run of a program on one thread. Returns its JSON line. Raises ValueError with its last lines where it fails."""
+    """Run a program on one thread. Returns its JSON line as a dict. Raises ValueError with its last lines if it fails."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environ = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -114,7 +117,7 @@ def measure(command):
 
 
 def bench_metrics(config, say=print):
-    """Score the same pairs in turn. Returns the record, which is also written to `config.out`."""
+    """Score the same pairs with each system in turn. Returns the results, a dict, which are also written to `config.out`."""
     references, candidates = synthetic_pairs(config.pairs, config.words, config.seed)
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +138,9 @@ def bench_metrics(config, say=print):
     scores = next(iter(runs.values()))[0]["scores"]
     for system, found in runs.items():
         if any(run["scores"] != scores for run in found):
-            raise ValueError(f"{system} scores {found[0]['scores']}, and minitune {scores}: one of them is wrong")
+            raise ValueError(
+                f"{system} gives the scores {found[0]['scores']}, but minitune {scores}: one of them is wrong"
+            )
     median = {system: {name: statistics.median(run["seconds"][name] for run in found) for name in METRICS}
               | {"all": statistics.median(sum(run["seconds"].values()) for run in found)}
               for system, found in runs.items()}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checkpoints of a real model's shape with random weights, for measurements."""
+"""Writes checkpoints with the shape of a real model and random weights, for benchmarks."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ MISTRAL_7B = {
 
 
 def write_random_checkpoint(raw, folder, shard_bytes=2 * 10**9):
-    """A sharded bf16 checkpoint of a config.json (as a dict) with random weights, never more than one shard in memory."""
+    """Write a sharded bf16 checkpoint with random weights. raw: its config.json as a dict. At most one shard is in memory."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in build(raw).named_parameters()}
     generator = torch.Generator().manual_seed(0)
-    pool = (torch.randn(2**24 + 3, generator=generator) * 0.02).bfloat16()  # normal numbers, taken round and round
+    pool = (torch.randn(2**24 + 3, generator=generator) * 0.02).bfloat16()  # random numbers that are used cyclically
     weight_map, shard, size, place = {}, {}, 0, 0
     for name, shape in shapes.items():
         count = shape.numel()

@@ -1,6 +1,6 @@
-"""Measures a training run as a whole process, in turn with peers on the same machine, and keeps the figures with their stamp.
+"""Speed and peak memory of whole training runs, measured in turn with a peer on the same machine.
 
-Nothing is timed inside: `scripts/train.py` runs as a user runs it, and what it wrote to metrics.jsonl is read."""
+scripts/train.py runs as for a user, and the times are read from the metrics.jsonl that it writes."""
 
 import datetime
 import statistics
@@ -21,12 +21,12 @@ from minitune.runs.folder import read_lines
 
 @dataclass(frozen=True)
 class BenchTrainConfig:
-    """What is trained, against whom, how often."""
+    """The options of bench_train.py."""
 
-    model: str = arg("tiny-mistral", "model folder, or any name that scripts/train.py takes")
+    model: str = arg("tiny-mistral", "a model, as in scripts/train.py")
     data: str = arg("embedded", "rows: a file in Alpaca format, or embedded")
-    examples: int = arg(64, "rows that are read from the start of --data, one pass")
-    quantize: str = arg("none", "frozen weights", choices=("none", "nf4", "nf4-dq"))
+    examples: int = arg(64, "number of rows from the start of --data; one epoch over them is trained")
+    quantize: str = arg("none", "4-bit format of the frozen weights", choices=("none", "nf4", "nf4-dq"))
     dtype: str = arg("bf16", "compute dtype", choices=("fp32", "bf16", "fp16"))
     batch_size: int = arg(4, "rows in a step")
     max_length: int = arg(512, "longest row in tokens")
@@ -34,19 +34,19 @@ class BenchTrainConfig:
     checkpointing: bool = arg(False, "recompute activations in the backward pass")
     peer: str | None = arg(
         None,
-        "a peer's command, run in turn with minitune; {model} and {data} are filled in. It prints one JSON line with "
+        "command of another system, run in turn with minitune; {model} and {data} are replaced. It must print one JSON line with "
         "system, examples_per_s and peak_rss_mb",
     )
-    repeats: int = arg(3, "runs of each, in turn (A B A B ...); medians are quoted")
-    warm_steps: int = arg(1, "first steps of a run that are not timed")
-    out: str | None = arg(None, "JSON file for the figures and their stamp")
+    repeats: int = arg(3, "runs of each system, in turn (A B A B ...); medians are reported")
+    warm_steps: int = arg(1, "number of first steps of a run that are not timed")
+    out: str | None = arg(None, "JSON file for the results, with settings and machine")
 
     def __post_init__(self):
         positive(self, "examples", "batch_size", "max_length", "lora_rank", "repeats", "warm_steps")
 
 
 def measure_minitune(config, rows_file, folder):
-    """One run of scripts/train.py over the rows. Returns {"system", "examples_per_s", "tokens_per_s", "peak_rss_mb", ...}."""
+    """Run scripts/train.py once. Returns {"system", "examples_per_s", "tokens_per_s", "peak_rss_mb", "steps"}."""
     options = {
         "model": config.model, "data": rows_file, "run": folder, "quantize": config.quantize, "dtype": config.dtype,
         "batch-size": config.batch_size, "max-length": config.max_length, "lora-rank": config.lora_rank,
@@ -61,7 +61,7 @@ def measure_minitune(config, rows_file, folder):
     timed = steps[config.warm_steps :]
     if not timed:
         raise ValueError(
-            f"{len(steps)} steps, of which the first {config.warm_steps} are not timed; give more --examples"
+            f"the run has {len(steps)} steps, of which the first {config.warm_steps} are not timed; give more --examples"
         )
     seconds = sum(step["seconds"] for step in timed)
     return {
@@ -74,7 +74,8 @@ def measure_minitune(config, rows_file, folder):
 
 
 def bench_train(config, say=print):
-    """Run both in turn and print medians and ratios. Returns the record, which is also written to `config.out`."""
+    """Run both systems in turn and print medians and ratios. Returns the results, a dict, which are also written to
+    `config.out`."""
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
         source = config.data

@@ -1,4 +1,4 @@
-"""A command as a whole process, measured: minitune and its peers take turns."""
+"""Runs a command as a process and measures it."""
 
 import json
 import shlex
@@ -7,8 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Starts a command and writes its exit code and peak memory. A process of its own, since Linux counts the memory of the process
-# that starts another into the other's peak.
+# A program that runs a command and writes its exit code and peak memory. It is a process of its own, because on Linux the peak
+# of a process includes the memory of the one that started it.
 STARTER = """
 import os, subprocess, sys
 process = subprocess.Popen(sys.argv[2:])
@@ -19,8 +19,8 @@ with open(sys.argv[1], "w") as file:
 
 
 def run_measured(command):
-    """Run a command to its end. Returns (standard output, peak resident memory in MiB). Raises ValueError with its last lines
-    where it fails."""
+    """Run a command, a list of words. Returns (standard output, peak resident memory in MiB). Raises ValueError with its last
+    lines if it fails."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors, tempfile.NamedTemporaryFile("r") as ended:
         subprocess.run([sys.executable, "-c", STARTER, ended.name, *command], stdout=out, stderr=errors)
         out.seek(0)
@@ -33,7 +33,8 @@ def run_measured(command):
 
 
 def measure_peer(command):
-    """One run of a peer. Its last line that is a JSON object counts."""
+    """Run a peer once. Returns the last line of its output that is a JSON object, as a dict. Raises ValueError if there is
+    none."""
     output, peak_rss_mb = run_measured(shlex.split(command))
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if not lines:

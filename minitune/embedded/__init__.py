@@ -1,1 +1,1 @@
-"""The embedded models and rows, and how they are made from a seed."""
+"""The embedded models and rows, and the code that makes them from a seed."""

@@ -1,10 +1,9 @@
-"""The text that the embedded models learn from: an invented closed world and small word tasks, drawn from a seed.
+"""The text that the embedded models are trained on: an invented closed world and small word tasks, random with a seed.
 
-Two things come out of it. `documents` are plain statements ("The home of Mara is Tarsk.", "7 + 5 = 12."): a base model
-reads nothing else, so it knows the world and has never met a question, an instruction or a template. `rows` are Alpaca
-rows that ask for the same knowledge. Held-out rows ask about facts, sums and lists that no training row asks about, so
-a right answer needs both what the base knew and the format that fine-tuning taught. No torch, no files: pure text.
-"""
+documents() gives plain statements ("The home of Mara is Tarsk.", "7 + 5 = 12."). The base models are trained on nothing else, so
+they know the world but no questions, instructions or templates. rows() gives Alpaca rows that ask for the same knowledge.
+Held-out rows ask about facts, sums and lists that are in no training row, so a right answer needs both the knowledge of the base
+model and the format that fine-tuning teaches."""
 
 import itertools
 import random
@@ -38,7 +37,7 @@ NAMES += MATERIALS + FOODS
 
 @dataclass(frozen=True)
 class Relation:
-    """How one kind of fact is stated in the corpus and asked for in the rows; {s} is the subject, {v} the value."""
+    """The wordings of one kind of fact, in the corpus and in the rows. {s} is the subject, {v} the value."""
 
     statements: tuple[str, ...]
     questions: tuple[str, ...]
@@ -46,6 +45,8 @@ class Relation:
 
 @dataclass(frozen=True)
 class Fact:
+    """One fact of the world, such as ("Mara", "home", "Tarsk")."""
+
     subject: str
     relation: str
     value: str
@@ -169,18 +170,18 @@ RELATIONS = {
 
 
 def world(seed):
-    """Every fact of the closed world, a list of Fact in a fixed order; only who has what depends on the seed."""
+    """All facts of the closed world, a list of Fact. Subjects and their order are fixed; the values depend on the seed."""
     draw = random.Random(f"world {seed}")
 
     def deal(relation, subjects, values):
-        """Each value as often as any other, to within one."""
+        """Facts with random values, in which the values occur equally often, up to a difference of one."""
         values = list(values)
         dealt = [values[i % len(values)] for i in range(len(subjects))]
         draw.shuffle(dealt)
         return [Fact(subject, relation, value) for subject, value in zip(subjects, dealt, strict=True)]
 
     def groups(relation, facts):
-        """The facts read backwards: value -> its subjects in alphabetical order."""
+        """The inverse facts: for each value, its subjects in alphabetical order."""
         members = {}
         for fact in facts:
             members.setdefault(fact.value, []).append(fact.subject)
@@ -201,10 +202,10 @@ def world(seed):
 
 @dataclass(frozen=True)
 class Task:
-    """A task whose answer stands in its own text.
+    """A task whose answer can be found in its own text.
 
-    draw(random): the fields that the strings are filled with, among them `input` and `answer`. An instruction that
-    names {input} itself leaves the row's input empty. `share`: how often it is stated, relative to the others."""
+    draw: function from a random.Random to the fields of the strings, among them `input` and `answer`. If an instruction contains
+    {input}, the input of the row is empty. share: frequency in the corpus, relative to the other tasks."""
 
     draw: Callable
     statements: tuple[str, ...]
@@ -300,10 +301,10 @@ TASKS = {
 
 
 def documents(seed, count, stream=0):
-    """`count` documents of four to seven statements each, parted by a space or a newline. A generator of str.
+    """Yields `count` documents, each of four to seven statements separated by spaces or by newlines.
 
-    Half of the statements are facts of `world(seed)`, half are tasks. Another `stream` states the same world in other
-    documents."""
+    Half of the statements are facts of world(seed), half are tasks. Another `stream` gives other documents about the same
+    world."""
     facts = world(seed)
     draw = random.Random(f"documents {seed} {stream}")
     tasks = [task for task in TASKS.values() for _ in range(task.share)]
@@ -322,10 +323,11 @@ def documents(seed, count, stream=0):
 def rows(seed, task_rows=100, held_out=0.1):
     """(train, test), each a shuffled list of (name of the relation or task, Alpaca row).
 
-    A fact is held out in all its wordings or in none; two wordings of a held-out fact go to the test rows, three of
-    any other to the training rows. Of each task `task_rows` rows with different texts are drawn. A row is
-    {"instruction", "input", "output"}, and no (instruction, input) stands in both parts. An output begins with a space,
-    as the word does in the corpus: its tokens after "### Response:\\n" are then those that the base has learned."""
+    held_out: share of the facts and tasks in the test rows. A fact is held out with all its wordings: two wordings of a
+    held-out fact are in the test rows, three wordings of another fact in the training rows. Each task has `task_rows` rows
+    with different texts. A row is {"instruction", "input", "output"}, and no (instruction, input) is in both parts. An output
+    begins with a space, as words in the corpus do, so that its tokens after "### Response:\\n" are those that the base model
+    has learned."""
     draw = random.Random(f"rows {seed}")
     train, test = [], []
     by_relation = {}

@@ -1,9 +1,8 @@
-"""Makes the embedded models: a tokenizer and a base of 1.5-1.8 M parameters for each family, and the instruction rows.
+"""Makes the embedded models: a tokenizer and a base model of 1.5-1.8 M parameters for each family, and the instruction rows.
 
-Not here: fine-tuning (train.py) and the text itself (corpus.py). The tokenizers are trained on the corpus and on
-the training rows in Alpaca's template, so that a prompt stays short; a tokenizer is no base, and the bases read the
-corpus only. The same seed gives the same rows and tokenizers byte for byte; the weights agree as far as the machine's
-arithmetic does."""
+Not here: fine-tuning (train.py) and the text (corpus.py). The tokenizers are trained on the corpus and on the training rows in
+Alpaca's template, so that prompts stay short. The base models are trained on the corpus only. The same seed gives the same rows
+and tokenizers byte for byte; the weights may differ by the rounding of the machine."""
 
 import io
 import json
@@ -29,27 +28,27 @@ from minitune.formats.rows import segments
 from minitune.models import build
 from minitune.tokenizer import END_OF_TEXT, load_tokenizer
 
-TOKENIZER_DOCUMENTS = 4000  # as much of the corpus as the tokenizers are trained on
-NAME_LINES = 100  # how often they see each name by itself, so that most names are one token
-CURVE_STEPS = 50  # steps that one point of the recorded loss curve is the mean of
+TOKENIZER_DOCUMENTS = 4000  # documents of the corpus that the tokenizers are trained on
+NAME_LINES = 100  # extra lines with each name, so that most names become one token
+CURVE_STEPS = 50  # steps averaged for one point of the recorded loss curve
 
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """How the embedded models are made."""
+    """The options of make_tiny.py."""
 
-    folder: str = arg(str(hub.EMBEDDED_FOLDER), "where the models and the rows are written")
-    families: tuple[str, ...] = arg(hub.EMBEDDED, "the models to make", choices=hub.EMBEDDED)
-    seed: int = arg(0, "seed of the world, the corpus, the rows and the weights")
+    folder: str = arg(str(hub.EMBEDDED_FOLDER), "folder to write the models and the rows to")
+    families: tuple[str, ...] = arg(hub.EMBEDDED, "models to make", choices=hub.EMBEDDED)
+    seed: int = arg(0, "random seed of the world, the corpus, the rows and the weights")
     vocab_size: int = arg(1024, "tokens in each vocabulary")
     steps: int = arg(1800, "steps of base training; 0: write the rows and the tokenizers only")
     batch_size: int = arg(16, "rows of the corpus in a step")
-    row_length: int = arg(128, "tokens in a row; documents run on from row to row")
-    learning_rate: float = arg(3e-3, "peak learning rate; cosine, down to a twentieth")
+    row_length: int = arg(128, "tokens in a row; a document may continue in the next row")
+    learning_rate: float = arg(3e-3, "peak learning rate; cosine decay to a twentieth of it")
     warmup: int = arg(50, "steps of warm-up")
     weight_decay: float = arg(0.1, "AdamW weight decay of the linear layers")
     threads: int = arg(1, "CPU threads of the training")
-    corpus: str | None = arg(None, "file that the training text is written to; not set: it is not kept")
+    corpus: str | None = arg(None, "file to write the training text to; not set: it is not written")
 
     def __post_init__(self):
         positive(self, "vocab_size", "batch_size", "row_length", "learning_rate", "warmup", "threads")
@@ -58,7 +57,7 @@ class TinyConfig:
 
 
 def architecture(family, vocab_size):
-    """config.json of a family as Hugging Face spells it, as a dict. Under 2.0 M parameters, so at most 4 MB in bf16."""
+    """The config.json of a family as a dict, in Hugging Face's spelling. Below 2.0 M parameters, so at most 4 MB in bf16."""
     common = {
         "vocab_size": vocab_size,
         "hidden_size": 128,
@@ -78,7 +77,7 @@ def architecture(family, vocab_size):
             "model_type": "mistral",
             "num_key_value_heads": 2,
             "intermediate_size": 384,
-            "sliding_window": 64,  # shorter than the longest prompts, so that it is at work
+            "sliding_window": 64,  # shorter than the longest prompts, so that it has an effect
             "tie_word_embeddings": False,
             **gated,
         },
@@ -112,9 +111,9 @@ def architecture(family, vocab_size):
 
 
 def make_all(config: TinyConfig, say=print):
-    """Write the rows, and each family's tokenizer and trained base, into config.folder. say: prints one line.
+    """Write the rows, and the tokenizer and base model of each family, to config.folder. say: prints one line.
 
-    Each family's training.json records the seed, steps, tokens, losses, seconds and versions."""
+    The training.json of each family records seed, steps, tokens, losses, seconds and versions."""
     folder = Path(config.folder)
     for part, count in write_rows(folder / "rows", config.seed).items():
         say(f"{folder / 'rows' / part}.json: {count:,} rows")
@@ -133,7 +132,7 @@ def make_all(config: TinyConfig, say=print):
 
 
 def write_rows(folder, seed=0):
-    """Write train.json and test.json, Alpaca rows without the names of their tasks. Returns {part: number of rows}."""
+    """Write train.json and test.json with Alpaca rows. Returns {part: number of rows}."""
     parts = dict(zip(("train", "test"), corpus.rows(seed), strict=True))
     for part, named in parts.items():
         lines = [json.dumps(row, ensure_ascii=False) for _, row in named]
@@ -142,9 +141,10 @@ def write_rows(folder, seed=0):
 
 
 def train_tokenizers(folder, families=hub.EMBEDDED, seed=0, vocab_size=TinyConfig.vocab_size):
-    """Write the tokenizer of each family into folder/FAMILY: tokenizer.model (sentencepiece BPE with byte fallback, as
-    Llama's) or, for phi, tokenizer.json (byte-level BPE that puts a space before a text, as the other one does, so that
-    an answer begins with the tokens that the word has in a sentence). tokenizer_config.json names the special ones."""
+    """Write the tokenizer of each family to folder/FAMILY, with a tokenizer_config.json.
+
+    It is tokenizer.model, a sentencepiece BPE with byte fallback like Llama's, or for phi tokenizer.json, a byte-level BPE. Both
+    put a space before a text, so that the first word of an answer has the same tokens as within a sentence."""
     lines = list(tokenizer_text(seed))
     for family in families:
         target = Path(folder) / family
@@ -172,7 +172,7 @@ def train_tokenizers(folder, families=hub.EMBEDDED, seed=0, vocab_size=TinyConfi
 
 
 def tokenizer_text(seed):
-    """The lines that the tokenizers are trained on."""
+    """Yields the lines that the tokenizers are trained on."""
     for text in corpus.documents(seed, TOKENIZER_DOCUMENTS):
         yield from text.split("\n")
     train, _ = corpus.rows(seed)
@@ -184,7 +184,7 @@ def tokenizer_text(seed):
 
 
 def train_sentencepiece(lines, vocab_size):
-    """tokenizer.model as bytes: ids 0 <unk>, 1 <s>, 2 </s>, then 256 bytes, merges and letters, like Llama's."""
+    """The bytes of a tokenizer.model. As in Llama the ids are 0 <unk>, 1 <s>, 2 </s>, then 256 bytes, merges and characters."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -207,7 +207,7 @@ def train_sentencepiece(lines, vocab_size):
 
 
 def train_byte_level(lines, vocab_size):
-    """A tokenizers.Tokenizer: id 0 is <|endoftext|>, a digit is a token."""
+    """A byte-level BPE, a tokenizers.Tokenizer. Id 0 is <|endoftext|>, and every digit is a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -225,8 +225,8 @@ def train_byte_level(lines, vocab_size):
 
 
 def train_base(family, folder, config: TinyConfig):
-    """Train a base on the corpus and write it, with config.json, generation_config.json and training.json, into
-    `folder`, which holds its tokenizer. Returns what training.json holds, a dict."""
+    """Train a base model on the corpus and write it to `folder`, which has its tokenizer, with config.json,
+    generation_config.json and training.json. Returns the content of training.json, a dict."""
     raw = architecture(family, config.vocab_size)
     write_json(folder / "config.json", raw)
     ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id")}
@@ -256,13 +256,13 @@ def train_base(family, folder, config: TinyConfig):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())  # a number: a tensor that stays would split the memory that the next step reuses
+        losses.append(loss.item())  # a float: keeping the tensors would fragment the memory
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
 
     weights = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.named_parameters()}
     write_whole(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
-    model.load_state_dict(weights, strict=False)  # what was written; a tied head has no weight of its own
+    model.load_state_dict(weights, strict=False)  # the bf16 weights as written; a tied head is not among them
     with torch.no_grad():
         held_out_loss = next_token_loss(model.eval(), held_out).item()
     losses = torch.tensor(losses)
@@ -290,12 +290,14 @@ def train_base(family, folder, config: TinyConfig):
 
 
 def documents_needed(config):
-    """Enough documents to fill all steps: the shortest has more than 20 tokens, the mean about 70."""
+    """A number of documents that fills all steps. The shortest document has more than 20 tokens, the mean is about 70."""
     return 1000 + config.steps * config.batch_size * config.row_length // 40
 
 
 def corpus_rows(tokenizer, config, count, stream=0):
-    """(count, row_length) int64: documents end to end, each after BOS (where the family has one) and before the end."""
+    """Packed documents, (count, row_length) int64. Each has BOS before it, if the family has one, and the end token after it.
+
+    stream: as in corpus.documents()."""
     ids, needed = [], count * config.row_length
     for text in corpus.documents(config.seed, documents_needed(config), stream):
         ids += [*tokenizer.encode(text, allow_special=False), tokenizer.eos_id]
@@ -305,7 +307,8 @@ def corpus_rows(tokenizer, config, count, stream=0):
 
 
 def start(model):
-    """Weights of linear layers and embeddings from N(0, 0.02), biases 0, as Hugging Face starts these families."""
+    """Initialise a model as Hugging Face does for these families: weights of linear layers and embeddings from N(0, 0.02), biases
+    0. Returns the model."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, std=0.02)
@@ -321,7 +324,7 @@ def next_token_loss(model, rows):
 
 
 def curve_points(losses):
-    """(first step, losses) of each stretch of CURVE_STEPS steps."""
+    """[(first step, losses (n,)), ...] for each CURVE_STEPS steps."""
     return [(i * CURVE_STEPS, part) for i, part in enumerate(losses.split(CURVE_STEPS))]
 
 

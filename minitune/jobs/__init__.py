@@ -1,1 +1,1 @@
-"""What a script does: one dataclass of options and one function a module."""
+"""The jobs of the scripts. Each module has one dataclass of options and one function."""

@@ -1,4 +1,5 @@
-"""The demonstration: fine-tune the embedded models with LoRA and QLoRA, and show what it taught them. No network, no GPU."""
+"""The demonstration: fine-tune the embedded models with LoRA and QLoRA, and compare them with their bases. Needs no network and
+no GPU."""
 
 import time
 from dataclasses import dataclass
@@ -20,16 +21,16 @@ RUNS = (("tiny-mistral", "none"), ("tiny-mistral", "nf4"), ("tiny-llama", "none"
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Where the runs go."""
+    """The options of demo.py."""
 
-    runs: str = arg("runs/demo", "folder for the run folders of the demonstration; they are replaced")
+    runs: str = arg("runs/demo", "folder for the run folders of the demonstration; existing ones are replaced")
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
 
 
 def demo(config, say=print):
-    """Fine-tune each of RUNS, print a table with held-out loss and exact match before and after, and one sample answer of each.
+    """Fine-tune each of RUNS. Print a table with held-out loss and exact match before and after, and a sample answer of each.
 
-    Returns the rows of the table, which are also in demo.json of the folder."""
+    Returns the rows of the table, a list of dicts, which are also written to demo.json in the folder."""
     started, table = time.perf_counter(), []
     for name, quantize in RUNS:
         kind = "LoRA" if quantize == "none" else "QLoRA"
@@ -48,12 +49,12 @@ def demo(config, say=print):
         say(f"\n{row['model']}, {row['method']}, asked: {sample['question']!r}")
         say(f"  before: {sample['before']!r}\n  after:  {sample['after']!r}\n  right:  {sample['right'].strip()!r}")
     write_json(Path(config.runs) / "demo.json", table)
-    say(f"\n{time.perf_counter() - started:.0f} s in all. Adapters, curves and logs: {config.runs}/*/")
+    say(f"\n{time.perf_counter() - started:.0f} s in total. Adapters, curves and logs: {config.runs}/*/")
     return table
 
 
 def fine_tune_and_compare(name, quantize, kind, config, say):
-    """One row of the table."""
+    """One row of the table, a dict. name: an embedded model. quantize: as in TrainConfig. kind: "LoRA" or "QLoRA"."""
     started = time.perf_counter()
     run = Path(config.runs) / f"{name}-{kind.lower()}"
     options = TrainConfig(
@@ -90,7 +91,7 @@ def fine_tune_and_compare(name, quantize, kind, config, say):
 
 
 def answer(model, tokenizer, dataset, max_new_tokens):
-    """The greedy answers to every prompt of a dataset, as text."""
+    """Greedy answers to the prompts of a Dataset, a list of texts."""
     prompts = [example.ids[: example.prompt_length] for example in dataset.examples]
     settings = GenerateConfig(max_new_tokens, eos_ids=tuple(tokenizer.eos_ids))
     return [tokenizer.decode(ids) for ids in generate(model, prompts, settings)]

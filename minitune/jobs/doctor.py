@@ -1,4 +1,4 @@
-"""What this machine reaches, what is chosen on it and why, and what is missing: the job of scripts/doctor.py."""
+"""Reports the measured speed of this machine, the choices based on it, and missing parts: the job of scripts/doctor.py."""
 
 import getpass
 import importlib.util
@@ -14,7 +14,7 @@ from minitune import screen
 from minitune.config import arg
 
 LEAST_SPACE = 2 * 10**9  # bytes for a cache that can hold a small model
-OPTIONAL = {  # package: what it is for
+OPTIONAL = {  # package -> its use
     "pyarrow": "rows in Parquet files",
     "triton": "the kernels of NVIDIA GPUs",
 }
@@ -22,14 +22,14 @@ OPTIONAL = {  # package: what it is for
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """What is examined, and how it is shown."""
+    """The options of doctor.py."""
 
-    json: bool = arg(False, "print JSON, for a bug report: without user names and paths of the home folder")
-    again: bool = arg(False, "measure anew, where figures of this machine are kept")
+    json: bool = arg(False, "print JSON for a bug report, without user names and paths of the home folder")
+    again: bool = arg(False, "measure again, instead of using the stored figures of this machine")
 
 
 def doctor(config, say=screen.say):
-    """Print the report. Returns it: {"machine", "versions", "reached", "chosen", "missing", "verdict"}."""
+    """Print the report. Returns it, as examine() does."""
     report = examine(config.again)
     if config.json:
         say(without_names(json.dumps(report, indent=1)))
@@ -40,6 +40,7 @@ def doctor(config, say=screen.say):
 
 
 def examine(again=False):
+    """The report: {"machine", "versions", "settings", "reached", "chosen", "missing", "verdict"}. again: measure again."""
     import torch
     from minitune_kernels import built, measured, nf4
 
@@ -83,7 +84,7 @@ def examine(again=False):
 
 
 def missing_parts(device):
-    """[(what is missing, what it costs and what to do)]."""
+    """[(what is missing, the effect and what to do), ...]. device: the torch.device that minitune would use."""
     import torch
     from minitune_kernels import built, nf4_cpu
 
@@ -104,13 +105,21 @@ def missing_parts(device):
         )
     cache = built.folder()
     if cache == built.scratch():
-        found.append(("the cache folder", "kernels and figures are made anew by every process; a line above says why"))
+        found.append(
+            (
+                "the cache folder",
+                "every process compiles the kernels and measures the machine again; a line above says why",
+            )
+        )
     elif (space := shutil.disk_usage(cache).free) < LEAST_SPACE:
-        found.append(("disk space", f"{space / 1e9:.1f} GB are free beside the cache folder; a 7 B model takes 15 GB"))
+        found.append(
+            ("disk space", f"{space / 1e9:.1f} GB are free on the disk of the cache folder; a 7 B model takes 15 GB")
+        )
     return found
 
 
 def verdict(device, missing):
+    """One or two sentences on whether minitune is ready to run."""
     if device.type == "cuda":
         ready = "Ready: training and decoding run on the GPU."
     elif any(what == "the C kernels" for what, _ in missing):
@@ -121,7 +130,7 @@ def verdict(device, missing):
 
 
 def memory_bytes():
-    """Memory of the machine, 0 where the system does not tell."""
+    """Memory of the machine in bytes, 0 if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -129,7 +138,7 @@ def memory_bytes():
 
 
 def gpus():
-    """[{"name", "capability", "memory_bytes"}] of the GPUs that torch sees."""
+    """[{"name", "capability", "memory_bytes"}, ...] for the GPUs that torch sees."""
     import torch
 
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -137,7 +146,7 @@ def gpus():
 
 
 def as_lines(report):
-    """The report for a person, at most 80 columns."""
+    """The report as lines of text, at most 80 columns wide."""
     machine, reached, chosen = report["machine"], report["reached"], report["chosen"]
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
     yield from section(
@@ -150,26 +159,28 @@ def as_lines(report):
     for name, value in report["settings"].items():
         yield from section("setting", f"{name}={value}")
     yield ""
-    yield f"What one core reaches (measured in {reached['seconds']:.1f} s):"
-    rates = [f"{kind} {rate / 1e9:,.0f}" if rate else f"{kind} not here" for kind, rate in reached["products"].items()]
+    yield f"Speed of one core (measured in {reached['seconds']:.1f} s):"
+    rates = [
+        f"{kind} {rate / 1e9:,.0f}" if rate else f"{kind} not available" for kind, rate in reached["products"].items()
+    ]
     yield from section("products", f"{', '.join(rates)} GFLOP/s")
     rates = [f"{kind} {rate / 1e9:.1f}" for kind, rate in reached["one row"].items()]
     yield from section("one row", f"{', '.join(rates)} billion weights/s: a step of decoding")
     yield from section("memory", f"copy {reached['copy'] / 1e9:.1f} GB/s, read {reached['read'] / 1e9:.1f} GB/s")
     yield ""
-    yield "Few rows by a weight, in billion multiplications/s of C and of torch:"
+    yield "Products of a weight and few rows, in billion multiplications/s of C and of torch:"
     for product, dtypes in reached["few rows"].items():
         for dtype, found in dtypes.items():
             yield from section(f"{product} {dtype}".removeprefix("linear "), few_rows(found))
     yield ""
-    yield "What is chosen:"
+    yield "Chosen:"
     for job in ("training", "decoding"):
         yield from section(job, f"{chosen[job]['dtype']} on {chosen['device']} ({chosen[job]['reason']})")
     yield from section("4 bit", chosen["4-bit kernels"])
     yield from section("cache", chosen["kept in"])
     if report["missing"]:
         yield ""
-        yield "What is missing:"
+        yield "Missing:"
         for what, words in report["missing"]:
             first, *others = screen.wrap(f"{what}: {words}", 74)
             yield from (f"  - {first}", *(f"    {line}" for line in others))
@@ -190,13 +201,13 @@ def few_rows(found):
 
 
 def section(name, text):
-    """Lines of `text` beside its name."""
+    """Lines with a name on the left and `text`, wrapped, on the right."""
     for number, line in enumerate(screen.wrap(text, 66)):
         yield f"  {name if number == 0 else '':<10} {line}"
 
 
 def without_names(text):
-    """The text without the home folder and the names of user and host."""
+    """`text` with placeholders for the home folder and the names of user and host."""
     names = {str(Path.home()): "~"}
     for found, instead in ((user_name(), "USER"), (platform.node(), "HOST"), (socket.gethostname(), "HOST")):
         if found:
@@ -207,7 +218,8 @@ def without_names(text):
 
 
 def user_name():
+    """The name of the user, "" if the system has none."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a user without a name
+    except (KeyError, OSError, ImportError):  # a user id without a name
         return ""

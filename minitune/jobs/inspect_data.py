@@ -1,4 +1,4 @@
-"""A page that shows what a model is trained on: every token of some micro-batches as prompt, supervised or padding."""
+"""Writes a page that shows the tokens a model is trained on: prompt, supervised and padding tokens of some micro-batches."""
 
 import html
 import string
@@ -13,19 +13,19 @@ from minitune.files import write_whole
 from minitune.model_folder import ModelFolder
 from minitune.screen import printable, say
 
-KINDS = {"p": "prompt", "s": "supervised", "x": "padding"}
+KINDS = {"p": "prompt", "s": "supervised", "x": "padding"}  # CSS class of a token -> its kind
 VISIBLE = {" ": "<wbr><i>·</i>", "\n": "<i>↵</i>\n", "\t": "<i>⇥</i>\t", "\r": "<i>\\r</i>"}
 
 
 def as_in_training(name):
-    """The field of TrainConfig with its default and help, so that the page shows what a run would see."""
+    """A field of TrainConfig with its default and help text, so that the page shows what a training run would use."""
     trained = TrainConfig.__dataclass_fields__[name]
     return field(default=trained.default, metadata=trained.metadata)
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What to show. Options that training has too mean the same and have the same defaults."""
+    """The options of inspect_data.py. Options of training have the same meaning and defaults here."""
 
     model: str = as_in_training("model")
     revision: str | None = as_in_training("revision")
@@ -40,14 +40,14 @@ class InspectConfig:
     batch_size: int = as_in_training("batch_size")
     group_by_length: bool = as_in_training("group_by_length")
     seed: int = as_in_training("seed")
-    part: str = arg("train", "rows to show: those trained on, or the held-out ones", choices=("train", "test"))
-    epoch: int = arg(0, "pass over the rows whose order is shown, from 0")
-    rows: int = arg(12, "rows to show, rounded up to whole micro-batches")
+    part: str = arg("train", "rows to show: the training rows, or the held-out rows", choices=("train", "test"))
+    epoch: int = arg(0, "epoch whose order of rows is shown, from 0")
+    rows: int = arg(12, "number of rows to show, rounded up to whole micro-batches")
     out: str = arg("inspect_data.html", "HTML file to write")
 
     @staticmethod
     def recipe(values):
-        """What the recipe of a model's short name says about rows and batches."""
+        """The part of the recipe of values["model"] about rows and batches, {option: default}."""
         known = {f.name for f in fields(InspectConfig)}
         recipe = RECIPES.get(values.get("model", InspectConfig.model), {})
         return {name: value for name, value in recipe.items() if name in known}
@@ -60,14 +60,14 @@ class InspectConfig:
 
 
 def inspect_data(config, say=say):
-    """Write the page that `config` asks for and return its Path. Only the tokenizer of the model is read.
+    """Write the page and return its Path. Of the model only the tokenizer is read.
 
-    Raises ValueError where the rows or the tokenizer cannot be read, as training would."""
+    Raises ValueError if rows or tokenizer cannot be read, with the same messages as training."""
     tokenizer = ModelFolder.open(config.model, config.revision, weights=False).tokenizer
     train, test = data.load_for(config, tokenizer)
     dataset = train if config.part == "train" else test
     if not dataset.examples:
-        raise ValueError(f"there are no {config.part} rows to show; give test_data or a test_size above 0")
+        raise ValueError(f"there are no {config.part} rows to show; set test_data or a test_size above 0")
     shown = []
     for batch in data.batches(
         dataset.examples, config.batch_size, config.seed, config.epoch, config.group_by_length, tokenizer.pad_id
@@ -82,7 +82,7 @@ def inspect_data(config, say=say):
         f"tokenizer of {config.model}: {tokenizer.vocab_size:,} ids, begin token "
         f"{name(tokenizer, tokenizer.bos_id)}, end token {name(tokenizer, tokenizer.eos_id)}",
         f"{config.part} rows in the order of epoch {config.epoch} with seed {config.seed}, "
-        f"{config.batch_size} rows a micro-batch{grouped}; loss on {config.loss_on}",
+        f"{config.batch_size} rows in a micro-batch{grouped}; loss on {config.loss_on}",
     ]
     write_whole(config.out, page(shown, tokenizer, notes))
     for note in notes[:2]:
@@ -92,7 +92,7 @@ def inspect_data(config, say=say):
 
 
 def page(batches, tokenizer, notes):
-    """The page for some Batches, as a str. notes: lines of plain text for its top."""
+    """The page for a list of Batches, as a str. notes: lines of plain text for the top."""
     template = string.Template((Path(__file__).parent / "inspect_data.html").read_text(encoding="utf-8"))
     kinds = [kind for batch in batches for kind in token_kinds(batch)]
     count = {letter: kinds.count(letter) for letter in KINDS}
@@ -109,7 +109,8 @@ def page(batches, tokenizer, notes):
 
 
 def token_kinds(batch):
-    """A letter of KINDS for every token of a batch. The first token of a row is never predicted: not supervised."""
+    """The key in KINDS for each token of a Batch, a list. The first token of a row is never predicted, so it is not
+    supervised."""
     positions, _ = batch.targets()
     supervised = set((positions + 1).tolist())
     real = sum(batch.documents[: len(batch.rows)])
@@ -117,7 +118,7 @@ def token_kinds(batch):
 
 
 def batch_section(number, batch, tokenizer):
-    """One micro-batch: a heading and a box for each document in it."""
+    """HTML of one micro-batch: a heading, and a box for each document in it."""
     kinds, ids, labels = token_kinds(batch), batch.input_ids[0].tolist(), batch.labels[0].tolist()
     boxes = []
     for i, (length, end) in enumerate(zip(batch.documents, accumulate(batch.documents), strict=True)):
@@ -125,7 +126,7 @@ def batch_section(number, batch, tokenizer):
         heading = f"row {batch.rows[i]} · {length:,} tokens" if i < len(batch.rows) else f"padding · {length} tokens"
         if i < len(batch.rows):
             heading += f", {sum(kinds[t] == 's' for t in here):,} supervised"
-            heading += "" if ids[end - 1] == tokenizer.eos_id else " · cut: no end token"
+            heading += "" if ids[end - 1] == tokenizer.eos_id else " · truncated: no end token"
         tokens = "".join(token_span(t, ids[t], labels[t], kinds[t], here.start, tokenizer) for t in here)
         boxes.append(f'<article><h3>{heading}</h3><div class="tokens">{tokens}</div></article>')
     counts = f"{len(ids):,} tokens, {batch.supervised:,} supervised, {kinds.count('x')} padding"
@@ -133,6 +134,7 @@ def batch_section(number, batch, tokenizer):
 
 
 def token_span(t, token_id, label, kind, start, tokenizer):
+    """HTML of one token. t: position in the batch; kind: key in KINDS; start: position of the document's first token."""
     text = tokenizer.piece(token_id)
     place = f"position {t - start} of its row, {t} of the batch"
     hover = f"{printable(repr(text))}  id {token_id}  {place}  label {label}  {KINDS[kind]}"
@@ -140,8 +142,8 @@ def token_span(t, token_id, label, kind, start, tokenizer):
 
 
 def visible(text):
-    """HTML of a token's text, in which white space and control characters can be seen."""
-    hidden = ("Cc", "Cf", "Zs", "Zl", "Zp")  # U+202E, for one, turns around the text after it
+    """HTML of a token's text, with visible signs for white space and control characters."""
+    hidden = ("Cc", "Cf", "Zs", "Zl", "Zp")  # such as U+202E, which reverses the text after it
     return "".join(
         VISIBLE.get(c) or (f"<i>U+{ord(c):04X}</i>" if unicodedata.category(c) in hidden else html.escape(c))
         for c in text
@@ -149,4 +151,5 @@ def visible(text):
 
 
 def name(tokenizer, token_id):
+    """A token's text and id, or "none"."""
     return "none" if token_id is None else tokenizer.name_of(token_id)

@@ -1,4 +1,4 @@
-"""The report: what the results of runs, or of the study's files, say. One HTML file, and Markdown and PNG files beside it."""
+"""Writes the report on the results of runs, or of the study's files: an HTML file, a Markdown file and PNG files."""
 
 import datetime
 import re
@@ -27,22 +27,22 @@ from minitune.screen import short, some
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What to report."""
+    """The options of report.py."""
 
     folders: tuple[str, ...] = arg(
         (),
-        "run folders, or folders with run folders or with the study's files (MODEL_topk50_nb5_t1_score.json, ...) in them",
+        "run folders, or folders that contain run folders or files of the study (MODEL_topk50_nb5_t1_score.json, ...)",
         positional=True,
         metavar="DIR",
     )
     out: str | None = arg(
         None,
-        "HTML file to write; NAME.md, NAME_table.png, NAME_figure.png, ... go beside it; not set: report.html in the run "
-        "folder, or here where it is of several",
+        "HTML file to write; NAME.md, NAME_table.png, NAME_figure.png, ... are written to the same folder; not set: report.html "
+        "in the run folder, or in the working folder for several",
     )
-    answers: int = arg(3, "best and worst answers to show of each model; 0: none")
-    resamples: int = arg(5000, "draws of the bootstrap intervals and tests that are computed here")
-    seed: int = arg(0, "of these draws")
+    answers: int = arg(3, "number of best and of worst answers to show of each model; 0: none")
+    resamples: int = arg(5000, "draws of the bootstrap intervals and tests that the report computes")
+    seed: int = arg(0, "random seed of these draws")
 
     def __post_init__(self):
         check_types(self)
@@ -50,7 +50,7 @@ class ReportConfig:
         if not 10 <= self.resamples <= 1_000_000:
             raise ValueError(f"resamples is {short(self.resamples)}, expected 10 to 1,000,000 for an interval")
         if not self.folders:
-            raise ValueError("no folder is given; name at least one run folder, or a folder with results in it")
+            raise ValueError("no folder is given; name at least one run folder, or a folder with results")
         if self.answers < 0 or self.seed < 0:
             raise ValueError(f"answers is {short(self.answers)} and seed {short(self.seed)}, expected 0 or more")
         if self.out is not None and Path(self.out).suffix.lower() not in (".html", ".htm"):
@@ -58,16 +58,16 @@ class ReportConfig:
 
 
 def default_out(folders):
-    """report.html in the only folder, if that is a run's; else in the working folder."""
+    """Path of the report if --out is not set: in the run folder if there is only one, else in the working folder."""
     run = Path(folders[0])
     is_run = len(folders) == 1 and any((run / name).is_file() for name in ("config.json", "evaluation.json"))
     return (run if is_run else Path()) / "report.html"
 
 
 def report(config, say=screen.say):
-    """Write the report that `config` asks for; returns the Path of the HTML file.
+    """Write the report. Returns the Path of the HTML file.
 
-    Raises ValueError, with the file and the row, where results cannot be read or there are none."""
+    Raises ValueError, with the file and the place, if results cannot be read or there are none."""
     results = read_results(config.folders)
     out = Path(config.out or default_out(config.folders))
     prove_writable(out)
@@ -96,28 +96,30 @@ def report(config, say=screen.say):
     for warning in {str(w.message) for w in caught if "missing from font" not in str(w.message)}:
         say(f"while drawing: {warning}")
     if any("missing from font" in str(w.message) for w in caught):
-        say("the PNG files show boxes for letters that matplotlib's font does not have; the page shows them")
+        say(
+            "the PNG files show boxes for characters that matplotlib's font does not have; the HTML page shows the characters"
+        )
     for note in results.notes:
         say(page.one_line(note).replace("`", ""))
     if results.not_understood:
-        say(f"not understood, left out: {some(results.not_understood)}")
+        say(f"files of an unknown kind, left out: {some(results.not_understood)}")
     say(f"written: {', '.join(map(str, [out, out.with_suffix('.md'), *pictures]))}")
     say(next_command(out, results, missing))
     return out
 
 
 def next_command(out, results, missing):
-    """The last line: what to do next."""
+    """The last line of the output: what to do next."""
     whole = [
         found for line in missing for found in re.findall(r"`(python [^`]*)`", line) if not re.search("DIR|FILE", found)
     ]
     commands = [*results.commands, *whole]
-    more = f", or fill what it lacks: {commands[0]}" if commands else ""
+    more = f", or compute what is missing: {commands[0]}" if commands else ""
     return page.one_line(f"next: open {shlex.quote(str(out))} in a browser{more}")
 
 
 def write_sections(results, config):
-    """(the Sections of the report for some Results, what they lack). What has no data is one line of the last section."""
+    """(list of Sections for some Results, list of sentences on what is missing, which are also the last section)."""
     missing = []
     found = [
         scores_section(results, config, missing),

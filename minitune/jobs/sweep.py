@@ -1,8 +1,8 @@
-"""A grid over decoding options with one load of the model, or over training options with one run folder a point: the job of
-scripts/sweep.py.
+"""Evaluates a grid of decoding options, with the model loaded once, or of training options, with a run folder for each point: the
+job of scripts/sweep.py.
 
-Every point is a folder with evaluation.json; sweep/sweep.json lists them, and is written after every point. What was done is
-not done again: answers, scores and training runs are found by their settings, and so is a training that failed (failed.json)."""
+Each point has a folder with evaluation.json. sweep/sweep.json lists the points and is written after each one. A rerun uses what
+is there with the same settings: answers, scores, training runs, and the error of a training that failed (failed.json)."""
 
 import itertools
 import json
@@ -33,10 +33,10 @@ FIXED = (
     "stop",
     "lookup",
     "eos_ids",
-)  # options of decoding that no axis is made of
+)  # options of decoding that a sweep cannot vary
 AXES = [f for f in OPTIONS if f.name not in FIXED]
-AXES.sort(key=lambda f: list(STUDY).index(f.name) if f.name in STUDY else len(STUDY))  # the study's first
-Grid = make_dataclass(  # generate's options, with a list in place of each value
+AXES.sort(key=lambda f: list(STUDY).index(f.name) if f.name in STUDY else len(STUDY))  # the study's options first
+Grid = make_dataclass(  # the options of generate, with a list in place of each value
     "Grid",
     [
         (f.name, tuple[f.type, ...], arg((CENTRE.get(f.name, f.default),), **f.metadata, **heading))
@@ -44,47 +44,50 @@ Grid = make_dataclass(  # generate's options, with a list in place of each value
     ],
     frozen=True,
 )
-PREFIX_BYTES = 2**29  # of the keys and values of prompts, which all points share
+PREFIX_BYTES = 2**29  # most bytes for the prompts' keys and values, which all points share
 KINDS = {"training", "decoding"}
 MOST_POINTS = 10_000
 ENTRY = {"value": (float, None), "low": (float, None), "high": (float, None), "n": schema.COUNT, "note?": (str, None)}
 SYSTEM = {"name": str, "metrics": {str: ENTRY}, "examples": [{"scores": {str: float}}]}
-POINT = {  # evaluation.json of a point
+POINT = {  # shape of a point's evaluation.json
     "settings": {"decoding": dict, "facts": dict},
     "systems": {"tuned": SYSTEM, "base?": SYSTEM},
     "comparisons": dict,
     "check": str,
 }
+# Shape of sweep.json.
 LISTED = {"points": [{"name": str, "options": dict, "folder": str, "metrics?": {str: ENTRY}}], "kind?": KINDS}
-LISTED["other?"] = dict(LISTED)  # sweep.json
+LISTED["other?"] = dict(LISTED)
 SHOWN = ("bleu", "rouge_l", "bertscore", "perplexity", "exact_match", "ended")  # columns of the table
 
 
 @dataclass(frozen=True)
 class SweepConfig(DecodeConfig, Grid):
-    """What is varied. A list of one value holds for every point."""
+    """The options of sweep.py. A list with one value applies to every point."""
 
     study: bool = arg(
         False,
-        "the study's grid: top_k 30 40 50 60 80, num_beams 2 4 5 6, temperature 0 0.5 0.7 1, 11 points in all",
+        "use the study's grid: top_k 30 40 50 60 80, num_beams 2 4 5 6, temperature 0 0.5 0.7 1; 11 points",
         group="grid",
     )
     grid: str = arg(
         "axes",
-        "axes: vary one option at a time, with the others at their defaults (or the first of their list, where the default "
+        "axes: vary one option at a time, with the others at their defaults (or at the first value of their list, if the default "
         "is not in it); full: every combination",
         choices=("axes", "full"),
     )
-    do_sample: bool = arg(True, "draw tokens, within beam search too, as the study did; a temperature of 0 draws none")
+    do_sample: bool = arg(
+        True, "draw tokens, in beam search too, as in the study; points with temperature 0 do not sample"
+    )
     stop: tuple[str, ...] = arg((), "texts that end an answer")
-    base: bool = arg(False, "let the base model answer at every point too")
+    base: bool = arg(False, "evaluate the base model at every point too")
     train: tuple[str, ...] = arg(
         (),
-        "vary training instead: options of train.py as NAME=V1,V2 (+ between the parts of a list), a run folder for each "
-        "point. The others are those of --run, where it is a run",
+        "vary training instead: options of train.py as NAME=V1,V2 (with + between the items of a list), and a run folder for "
+        "each point. Other options are taken from --run, if it is a run",
     )
     retry_failed: bool = arg(
-        False, "with --train: train again, from the last state, what failed at an earlier start; else it is passed over"
+        False, "with --train: train points that failed earlier again, from their last state; otherwise they are skipped"
     )
 
     def __post_init__(self):
@@ -94,11 +97,11 @@ class SweepConfig(DecodeConfig, Grid):
             raise ValueError("give --run DIR, a run folder of train.py")
         lists = {f.name: getattr(self, f.name) for f in AXES}
         if empty := [name for name, values in lists.items() if not values]:
-            raise ValueError(f"{empty[0]} is an empty list, expected one value or more")
+            raise ValueError(f"{empty[0]} is an empty list, expected at least one value")
         given = [name for name in STUDY if len(lists[name]) > 1 or lists[name][0] != CENTRE[name]]
         if self.study and (given or not self.do_sample or self.grid != "axes"):
             raise ValueError(
-                "--study is a grid of its own; leave out --study, or --do-sample, --grid and the lists of it"
+                "--study defines the whole grid; leave out --study, or leave out --do-sample, --grid and the lists of its options"
             )
         varied = self.study or any(len(set(values)) > 1 for values in lists.values())
         if not varied and not self.train:
@@ -107,16 +110,16 @@ class SweepConfig(DecodeConfig, Grid):
             )
         if varied and self.train:
             raise ValueError(
-                "--train varies training, and a list varies decoding; do one, then the other on the best run"
+                "--train varies training, and a list varies decoding; vary training first, then decoding on the best run"
             )
         if self.retry_failed and not self.train:
-            raise ValueError("--retry-failed is about trainings that failed; it belongs to --train")
+            raise ValueError("--retry-failed is for trainings that failed; use it with --train")
 
 
 def sweep(config, say=screen.say):
-    """Do every point of the grid that is not done yet. Returns what sweep.json holds.
+    """Evaluate all points of the grid that are not done yet. Returns the content of sweep.json.
 
-    Raises ValueError on bad input, KeyboardInterrupt, with what is kept, after Ctrl-C or SIGTERM."""
+    Raises ValueError on bad input, and KeyboardInterrupt, whose text says what is kept, after Ctrl-C or SIGTERM."""
     points, centre = (training_points if config.train else decoding_points)(config)
     folder = Path(config.run) / "sweep"
     run = None if config.train else Run(config, say)
@@ -127,7 +130,7 @@ def sweep(config, say=screen.say):
         except KeyboardInterrupt:
             raise stopped(config, content.kept(run)) from None
     if not content.systems:
-        raise ValueError(f"no point was finished; the first: {content.found[points[0][0]]['error']}")
+        raise ValueError(f"no point was finished; the error of the first: {content.found[points[0][0]]['error']}")
     say("\n".join(table(content.written)))
     say(f"written: {folder / 'sweep.json'}")
     say(next_command(folder.parent))
@@ -135,11 +138,14 @@ def sweep(config, say=screen.say):
 
 
 def do_points(config, points, folder, run, content, say):
-    """Every point, one after the other, into `content`. run: None where training is varied."""
+    """Evaluate the points one after another and add them to `content`.
+
+    points: as returned by decoding_points() or training_points(). folder: of the sweep. run: the loaded Run, or None for a sweep
+    over training."""
     if run is not None:
         run.prefix_room = PREFIX_BYTES
         if config.resume == "auto":
-            for name, _, point in points:  # before the first is decoded: the last may be hours away
+            for name, _, point in points:  # check all before decoding: the last point may be hours away
                 run.check_answers(point, folder / name, config.base, name)
     judges = scoring.Judges(config, say)
     for number, (name, _, point) in enumerate(points, 1):
@@ -153,21 +159,22 @@ def do_points(config, points, folder, run, content, say):
 
 
 class Content:
-    """What sweep.json holds, written anew with every point from the first finished one on: a kill leaves what is done. A
-    sweep over training and one over decoding keep each other's points, as "other"."""
+    """The content of sweep.json. It is written after each point, once one is finished, so that a kill loses nothing.
+
+    A sweep over training and one over decoding keep each other's points, under "other"."""
 
     def __init__(self, config, points, centre, folder):
         self.config, self.points, self.centre, self.folder = config, points, centre, folder
         self.kind = "training" if config.train else "decoding"
-        self.found = {}  # name -> entry of a point that is done, or failed
-        self.systems = {}  # name -> its tuned system, with the examples
-        self.stored = read_list(folder / "sweep.json")  # of a sweep before this one
-        self.earlier = None  # name -> entry of it that stays
+        self.found = {}  # name -> entry of a point that is done or has failed
+        self.systems = {}  # name -> the point's tuned system, with its examples
+        self.stored = read_list(folder / "sweep.json")  # written by an earlier sweep
+        self.earlier = None  # name -> entry of an earlier sweep that is kept
         self.written = None
-        self.working_on = None  # the name of a point
+        self.working_on = None  # name of the current point
 
     def add(self, name, result):
-        """result: what evaluation.json of a point holds, or why it failed."""
+        """Add the result of a point: the content of its evaluation.json, or the error message of a point that failed."""
         entry = {"name": name, "options": next(options for n, options, _ in self.points if n == name), "folder": name}
         if isinstance(result, str):
             self.found[name] = entry | {"error": result}
@@ -180,6 +187,7 @@ class Content:
             self.write()
 
     def write(self):
+        """Write sweep.json: points that are done, failed, still pending, and kept from earlier sweeps."""
         entries = {name: {"name": name, "options": options, "folder": name} for name, options, _ in self.points}
         entries = {name: entry | {"pending": True} for name, entry in entries.items()} | self.earlier | self.found
         for name, entry in entries.items():
@@ -196,7 +204,7 @@ class Content:
         write_json(self.folder / "sweep.json", self.written)
 
     def kept(self, run):
-        """What a stop leaves, in words."""
+        """What is kept after a stop, in words. run: as in do_points()."""
         listed = (self.written or (self.stored if self.config.resume == "auto" else {})).get("points", ())
         done = {entry["name"] for entry in listed if "metrics" in entry} & {name for name, _, _ in self.points}
         words = f"{len(done)} of {len(self.points)} points are done"
@@ -207,39 +215,43 @@ class Content:
 
 
 def read_list(path):
-    """What sweep.json holds, {} where there is none. Raises ValueError where it is no list of points."""
+    """The content of sweep.json, or {} if there is no file. Raises ValueError if it is not a list of points."""
     if not path.exists():
         return {}
     try:
         stored = read_json(path, LISTED)
     except ValueError as error:
         raise ValueError(
-            f"{error}. It is no list of points; remove it: what was done is in the folders beside it"
+            f"{error}. It is not a list of points; remove it, since the results are in the folders of the points"
         ) from None
     for entry in [*stored["points"], *stored.get("other", {}).get("points", [])]:
         if Path(entry["folder"]).name != entry["folder"]:
             raise ValueError(
-                f"{path}: the point {screen.short(entry['name'])} has the folder {screen.short(entry['folder'])}"
+                f"{path}: the point {screen.short(entry['name'])} has the folder {screen.short(entry['folder'])}, expected a "
+                "name without a path"
             )
     return stored
 
 
 def read_point(folder):
-    """What evaluation.json of a point holds. Raises ValueError where it is none of a point, or was changed since."""
+    """The content of a point's evaluation.json. Raises ValueError if it is something else, or was changed after it was
+    written."""
     path = folder / "evaluation.json"
-    anew = "remove it: its answers are scored again"
+    anew = "remove it, and the answers are scored again"
     try:
         stored = read_json(path, POINT)
     except ValueError as error:
-        raise ValueError(f"{error}. It is not what a sweep writes; {anew}") from None
+        raise ValueError(f"{error}. It was not written by a sweep; {anew}") from None
     if stored != sealed(stored):
         raise ValueError(f"{path} was changed after it was written; {anew}")
     return stored
 
 
 def earlier_points(stored, folder, kind, ours):
-    """{name: entry} of the points of an earlier sweep that differ from ours, an entry of this one, in what was varied only:
-    they stay in sweep.json, to be compared with the middle of this sweep."""
+    """{name: entry} of the points of an earlier sweep that can be compared with this one: their settings differ from those of
+    `ours`, an entry of this sweep, only in varied options. They are kept in sweep.json.
+
+    stored: the earlier sweep.json. kind: "training" or "decoding"."""
     kept = {}
     earlier = stored if stored.get("kind") == kind else stored.get("other") or {}
     settings = lambda entry: read_point(folder / entry["folder"])["settings"]
@@ -259,7 +271,9 @@ def earlier_points(stored, folder, kind, ours):
 
 
 def combinations(lists, defaults, grid):
-    """(the points, the one in the middle), each {name: value}. lists: {name: values}, of which some have several."""
+    """(list of the points, the middle point), each {name: value}.
+
+    lists: {name: values}. defaults: {name: value} of the middle point, if it is in the list. grid: as in SweepConfig."""
     lists = {name: list(dict.fromkeys(values)) for name, values in lists.items()}
     middle = {name: defaults[name] if defaults[name] in values else values[0] for name, values in lists.items()}
     if grid == "full":
@@ -273,7 +287,8 @@ def combinations(lists, defaults, grid):
 
 
 def decoding_points(config):
-    """([(name, options, EvaluateConfig)], name of the middle one). Raises ValueError on options that do not go together."""
+    """([(name, varied options, EvaluateConfig), ...], name of the middle point). Raises ValueError on options that exclude each
+    other."""
     lists = {f.name: getattr(config, f.name) for f in AXES} | (STUDY if config.study else {})
     defaults = {f.name: CENTRE.get(f.name, f.default) for f in AXES}
     points, middle = combinations(lists, defaults, config.grid)
@@ -287,8 +302,9 @@ def decoding_points(config):
 
 
 def evaluate_config(config, run, decoding):
-    """The EvaluateConfig of one point: what a sweep shares, with the decoding options of the point. An option that was not
-    given, and is none of the study's, is left to the checkpoint's generation_config.json."""
+    """The EvaluateConfig of one point. decoding: {name: value} of its options of decoding.
+
+    An option that was not given and is not in CENTRE is left to the checkpoint's generation_config.json."""
     shared = {f.name: getattr(config, f.name) for f in fields(DecodeConfig)}
     shared |= {"run": str(run), "base": config.base, "do_sample": config.do_sample, "stop": config.stop}
     left = {f.name for f in AXES if f.name not in CENTRE and getattr(config, f.name) == (f.default,)}
@@ -296,14 +312,14 @@ def evaluate_config(config, run, decoding):
 
 
 def evaluate_point(run, point, folder, config, judges, name=None):
-    """What evaluation.json of a point holds: that on disk where nothing has changed, else answered and scored."""
+    """The content of a point's evaluation.json: the stored one if its settings are the same, else computed."""
     if (stored := stored_result(run, point, folder, config)) is not None:
         return stored
     return run.evaluate(point, folder, judges, config.base, say=lambda line: None, point=name)
 
 
 def stored_result(run, point, folder, config):
-    """The evaluation.json of a point that was finished with these settings, or None."""
+    """The content of the evaluation.json of a point that was finished with these settings, or None."""
     path = folder / "evaluation.json"
     if config.resume == "never" or not path.is_file():
         return None
@@ -319,7 +335,7 @@ def stored_result(run, point, folder, config):
 
 
 def training_points(config):
-    """([(name, options, TrainConfig)], name of the middle one)."""
+    """([(name, varied options, TrainConfig), ...], name of the middle point). Raises ValueError on bad options."""
     folder = Path(config.run)
     stored = {}
     if (folder / "config.json").is_file():
@@ -335,7 +351,7 @@ def training_points(config):
         raise ValueError("--train varies nothing: give one option several values, such as learning_rate=1e-4,2e-4")
     base = TrainConfig(**stored | fixed)
     points, middle = combinations(lists, {name: getattr(base, name) for name in lists}, config.grid)
-    name_of = lambda point: "_".join(  # a folder: the / of a file or a hub id is none of its own
+    name_of = lambda point: "_".join(  # used as the name of a folder, so it must not contain a /
         f"{name}{'+'.join(v) if isinstance(v, tuple) else written(v)}".replace("/", "-") for name, v in point.items()
     )
     made = []
@@ -346,17 +362,15 @@ def training_points(config):
 
 
 def distinct(points):
-    """The points as they are. Raises ValueError where two have one name, which is that of their folder."""
+    """`points`, unchanged. Raises ValueError if two have the same name, because the name is also the folder."""
     names = [name for name, _, _ in points]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(
-            f"two points have the name {twice[0]}, but each has a folder of its own; leave one of them out"
-        )
+        raise ValueError(f"two points have the name {twice[0]}, but each needs its own folder; leave one of them out")
     return points
 
 
 def read_axis(text):
-    """(name, values) of NAME=V1,V2, an option of training."""
+    """(name, list of values) of the text NAME=V1,V2, an option of training. Raises ValueError if it is something else."""
     name, is_given, values = text.partition("=")
     known = {f.name: f for f in fields(TrainConfig) if f.name not in ("run", "resume")}
     if not is_given or name not in known:
@@ -369,7 +383,7 @@ def read_axis(text):
         try:
             one = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            raise ValueError(f"--train {text}: {value!r} is no {kind.__name__}, which {name} is") from None
+            raise ValueError(f"--train {text}: {value!r} is not {schema.words(kind)}, which {name} takes") from None
         one = tuple(value.split("+")) if is_list else one
         if expected := misfit(TrainConfig, known[name], one):
             raise ValueError(f"--train {text}: {value!r} is not {expected}")
@@ -378,8 +392,10 @@ def read_axis(text):
 
 
 def train_point(options, folder, config, judges, say):
-    """Train one run, or find it trained, and evaluate it. Returns what evaluation.json holds, or why the training failed,
-    which failed.json keeps where it was found by training: what is refused before that costs nothing to look at again."""
+    """Train one run, unless it is trained already, and evaluate it. Returns the content of evaluation.json, or the error message
+    if the training failed.
+
+    failed.json keeps the error if it came from the training itself. Options that are refused before are simply tried again."""
     decoding = {f.name: getattr(config, f.name)[0] for f in AXES}
     point = evaluate_config(config, folder, decoding)
     if config.resume == "auto" and (folder / "evaluation.json").is_file() and (folder / "adapter").is_dir():
@@ -389,14 +405,12 @@ def train_point(options, folder, config, judges, say):
                 return stored
     failed = folder / "failed.json"
     if config.resume == "auto" and not config.retry_failed and (error := stored_failure(failed, options)) is not None:
-        say(
-            f"passed over, as it failed at an earlier start: {error}. --retry-failed trains it again (or remove {failed})"
-        )
+        say(f"skipped, because it failed earlier: {error}. --retry-failed trains it again (or remove {failed})")
         return error
     failed.unlink(missing_ok=True)
     try:
         train(options, say)
-    except (FloatingPointError, ValueError) as error:  # too high a rate, a target that is none: others may do well
+    except (FloatingPointError, ValueError) as error:  # such as a learning rate that is too high: other points may work
         say(f"{folder.name} failed: {error}")
         if isinstance(error, FloatingPointError) or isinstance(error.__cause__, torch.OutOfMemoryError):
             write_json(failed, {"error": str(error), "date": date.today().isoformat(), "options": what_trains(options)})
@@ -405,17 +419,17 @@ def train_point(options, folder, config, judges, say):
 
 
 def stored_failure(path, options):
-    """Why a training with these options failed, or None where none did."""
+    """The stored error of a training with these options, or None."""
     if not path.is_file():
         return None
     stored = read_json(path)
     if not isinstance(stored, dict) or not isinstance(stored.get("error"), str):
-        raise ValueError(f"{path} does not say what failed; remove it, and the point is trained again")
+        raise ValueError(f"{path} has no error message; remove it, and the point is trained again")
     return stored["error"] if stored.get("options") == what_trains(options) else None
 
 
 def what_trains(options):
-    """A TrainConfig as JSON holds it, without where it is written."""
+    """A TrainConfig as a JSON value, without the run folder and --resume."""
     stored = json.loads(json.dumps(asdict(options)))
     return {name: value for name, value in stored.items() if name not in ("run", "resume")}
 
@@ -424,7 +438,7 @@ def what_trains(options):
 
 
 def against(system, middle, resamples):
-    """Each metric that is a mean, compared example by example with the middle point. Returns {name: comparison}."""
+    """{metric: comparison} of a point with the middle point, for metrics that are means. Both are compared example by example."""
     found = {}
     for name in system["metrics"]:
         values = [[example["scores"].get(name) for example in side["examples"]] for side in (system, middle)]
@@ -434,11 +448,12 @@ def against(system, middle, resamples):
 
 
 def table(content, width=None):
-    """Lines of text: a point a line. width: as for screen.table_lines()."""
+    """The table of points as lines of text. content: that of sweep.json. width: as in screen.table_lines()."""
     done = [point for point in content["points"] if "metrics" in point]
     if not done:
         return ["no point was finished"]
-    shown = (*SHOWN, "reference_perplexity") if content["kind"] == "training" else SHOWN  # decoding does not change it
+    # Decoding does not change the perplexity of the references.
+    shown = (*SHOWN, "reference_perplexity") if content["kind"] == "training" else SHOWN
     names = [name for name in shown if name in done[0]["metrics"]] or list(done[0]["metrics"])
     rows, tests = [["", *(METRICS[name].title for name in names)]], 0
     for point in content["points"]:

@@ -4,7 +4,7 @@ from minitune.config import TrainConfig as TrainConfig
 
 
 def train(config):
-    """Fine-tune as `config` says; see minitune.train.train. torch is imported here, so that --help need not wait for it."""
+    """Fine-tune with the options of `config`; see minitune.train.train. torch is imported here, so that --help is fast."""
     from minitune.train import train
 
     return train(config)

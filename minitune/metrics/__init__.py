@@ -1,1 +1,1 @@
-"""Scores of generated text: pure functions, one metric a file."""
+"""Metrics of generated text: pure functions, one file for each metric."""

@@ -1,7 +1,7 @@
-"""BERTScore (arXiv 1904.09675) as the bert-score package computes it, over a hand-written encoder.
+"""BERTScore (arXiv 1904.09675) as in the bert-score package, with the encoders of models/roberta.py.
 
-The encoder and its tokenizer come as arguments (checkpoint.load_encoder, tokenizer.load_tokenizer). Texts that occur more than
-once are encoded once, and packed without padding."""
+The encoder and its tokenizer are arguments (see checkpoint.load_encoder and tokenizer.load_tokenizer). A text that occurs several
+times is encoded once, and texts are packed without padding."""
 
 import math
 from collections import Counter
@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-LAYERS = {  # the layer that agrees best with people on WMT16, as bert-score ships it, of the models that load here
+# bert-score's layer for each model that minitune can load: the one with the best correlation with people on WMT16.
+LAYERS = {
     "roberta-base": 10,
     "roberta-large": 17,
     "roberta-large-mnli": 19,
@@ -29,8 +30,8 @@ LAYERS = {  # the layer that agrees best with people on WMT16, as bert-score shi
     "SpanBERT/spanbert-large-cased": 17,
     "ProsusAI/finbert": 10,
 }
-OWNERS = ("FacebookAI/", "google-bert/", "distilbert/", "openai-community/")  # of names that once had none
-PAIRS = 256  # whose embeddings are in memory at once: about 160 MB of 80 tokens x 1024
+OWNERS = ("FacebookAI/", "google-bert/", "distilbert/", "openai-community/")  # new prefixes of names in LAYERS
+PAIRS = 256  # pairs whose embeddings are in memory at once: about 160 MB for 80 tokens x 1024 dims
 
 
 @torch.inference_mode()
@@ -45,32 +46,33 @@ def bert_score(
     prefix_space=False,
     batch_tokens=1024,
 ):
-    """(P, R, F1), fp32 tensors (pairs,) on the CPU: every token is matched with the most similar one of the other text, by
-    the cosine of the hidden states; P is the mean over the candidate's tokens, R over the reference's.
+    """(P, R, F1), fp32 tensors (pairs,) on the CPU.
 
-    references: list of str, or of lists of str: each of P, R and F1 is then the best over a pair's references.
-    candidates: list of str. Both are stripped, and cut to what encoder and tokenizer take.
-    encoder: models.roberta.Encoder. layer: hidden states after so many blocks, or a model's name in LAYERS; None: as
-    LAYERS says for the name that the encoder was loaded by.
-    idf: weight tokens by log((n + 1) / (references with the token + 1)) over the n references. Without it every token
-    weighs 1 but the two around a text, which weigh 0; other tokens may be matched with these all the same.
-    baseline: (P, R, F1) of random pairs, or the path of bert-score's table of them for this model; each score becomes
+    Each token is matched with the most similar token of the other text, by the cosine of the hidden states. P is the mean over
+    the candidate's tokens, R over the reference's.
+
+    references: list of str, or of lists of str; with several references P, R and F1 are each the best over them. candidates: list
+    of str. Texts are stripped, and truncated to the length that encoder and tokenizer take.
+    encoder: a models.roberta.Encoder. tokenizer: its Tokenizer. layer: number of blocks whose output is used, or a model's name
+    in LAYERS; None: the entry in LAYERS for the name that the encoder was loaded by.
+    idf: weight tokens by log((n + 1) / (references with the token + 1)) over the n references. Without idf every token has weight
+    1, except the special tokens around a text, which have weight 0; other tokens may still be matched with them.
+    baseline: (P, R, F1) of random pairs, or the path of bert-score's table for this model. Each score then becomes
     (score - baseline) / (1 - baseline).
-    prefix_space: a space before every text, as a byte-level BPE has before a word. bert-score's published numbers and
-    baselines were made so with RoBERTa, as its slow tokenizers do; with fast ones, and so with transformers 5, bert-score
-    leaves the space out.
-    batch_tokens: packed into one call of the encoder; on a GPU more is faster.
+    prefix_space: put a space before every text, as a byte-level BPE has before a word. bert-score's published numbers and
+    baselines for RoBERTa have it (slow tokenizers); with fast tokenizers, and so with transformers 5, bert-score does not.
+    batch_tokens: tokens packed into one call of the encoder; on a GPU more is faster.
 
-    An empty text scores 0, as in bert-score. Two deviations: where idf gives all tokens of a text weight 0, P or R is 0
-    (NaN in bert-score; F1 is 0 in both); and a similarity below 0 counts as it is, while bert-score takes 0 for it where
-    the text stands in a batch with longer ones. Raises ValueError on NaN."""
+    An empty text scores 0, as in bert-score. Two deviations from bert-score: if idf gives all tokens of a text weight 0, P or R
+    is 0 instead of NaN (F1 is 0 in both); and negative similarities are kept, while bert-score replaces them by 0 if the text is
+    in a batch with longer ones. Raises ValueError on NaN and on lists of different lengths."""
     if len(references) != len(candidates):
-        raise ValueError(f"got {len(references)} references and {len(candidates)} candidates, expected as many")
+        raise ValueError(f"got {len(references)} references and {len(candidates)} candidates, expected equal numbers")
     layer = choose_layer(encoder, layer)
     rescale = None if baseline is None else read_baseline(baseline, layer)
     groups = [[group] if isinstance(group, str) else list(group) for group in references]
     if empty := [i for i, group in enumerate(groups) if not group]:
-        raise ValueError(f"pair {empty[0]} has no reference, expected one or more")
+        raise ValueError(f"pair {empty[0]} has no reference, expected at least one")
     if not groups:
         return tuple(torch.zeros(0) for _ in range(3))
 
@@ -82,7 +84,8 @@ def bert_score(
     frame = [token for part in tokenizer.frame for token in part]
     if (highest := max(max(text) for pair in pairs for text in pair)) >= encoder.config.vocab_size:
         raise ValueError(
-            f"a text has the token {highest}, but the encoder has {encoder.config.vocab_size}; its tokenizer is of another model"
+            f"a text has the token {highest}, but the encoder has {encoder.config.vocab_size} tokens; the tokenizer belongs to "
+            "another model"
         )
     weights, default = idf_weights([ref for ref, _ in pairs]) if idf else (dict.fromkeys(frame, 0.0), 1.0)
     scores = match_all(pairs, encoder, layer, weights, default, len(frame), batch_tokens)
@@ -96,7 +99,7 @@ def bert_score(
 
 
 class Encoding:
-    """Text to a tuple of ids, each text once."""
+    """A function from a text to a tuple of ids, which remembers the texts that it has seen."""
 
     def __init__(self, tokenizer, longest, prefix_space):
         self.tokenizer, self.longest, self.prefix = tokenizer, longest, " " if prefix_space else ""
@@ -111,8 +114,8 @@ class Encoding:
 
 
 def idf_weights(references):
-    """({token id: weight}, the weight of other tokens) from the ids of all references, a reference counted as often as
-    it occurs. The tokens around a text are in all of them and weigh 0."""
+    """({token id: weight}, weight of all other tokens) from the ids of the references. Equal references all count. The special
+    tokens around a text are in every reference, so their weight is 0."""
     n, found = len(references), Counter()
     for ids in references:
         found.update(set(ids))
@@ -120,7 +123,7 @@ def idf_weights(references):
 
 
 def choose_layer(encoder, layer):
-    """The number of blocks. layer: as in bert_score. Raises ValueError where the table does not say."""
+    """The number of blocks to use. layer: as in bert_score(). Raises ValueError if LAYERS has no entry."""
     blocks = encoder.config.num_hidden_layers
     name = layer
     if layer is None:
@@ -130,8 +133,8 @@ def choose_layer(encoder, layer):
     if isinstance(name, str):
         if name not in LAYERS:
             raise ValueError(
-                f"no layer is known for {name or 'this encoder'!r}; give layer=N (0 to {blocks}), or the name of the model "
-                f"that it is, such as {', '.join(list(LAYERS)[:3])}"
+                f"no layer is known for {name or 'this encoder'!r}; give layer=N (0 to {blocks}), or the name of a known model, "
+                f"such as {', '.join(list(LAYERS)[:3])}"
             )
         layer = LAYERS[name]
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= blocks:
@@ -140,7 +143,8 @@ def choose_layer(encoder, layer):
 
 
 def read_baseline(baseline, layer):
-    """(3,) fp32. baseline: three numbers, or the path of a table with the columns LAYER, P, R, F."""
+    """Baselines of P, R and F1 as a tensor (3,) fp32. baseline: three numbers, or the path of a table with the columns LAYER, P,
+    R, F. Raises ValueError if there are no such numbers."""
     if isinstance(baseline, str | Path):
         path = Path(baseline)
         try:
@@ -156,7 +160,7 @@ def read_baseline(baseline, layer):
             raise ValueError(f"{path} has a row that is not four numbers; expected LAYER,P,R,F") from None
         if layer not in found:
             raise ValueError(
-                f"{path} has no row for layer {layer}; it has {len(found)} rows and may be of another model"
+                f"{path} has no row for layer {layer}; it has {len(found)} rows and may be for another model"
             )
         baseline = found[layer]
     numbers = torch.tensor([float(number) for number in baseline])
@@ -166,10 +170,10 @@ def read_baseline(baseline, layer):
 
 
 def match_all(pairs, encoder, layer, weights, default, frame, batch_tokens):
-    """(pairs, 3) fp32: P, R, F1 of pairs of id tuples (reference, candidate), equal pairs once.
+    """(pairs, 3) fp32: P, R and F1 of pairs of id tuples (reference, candidate). Equal pairs are computed once.
 
-    Pairs of like length come together, so that neither packing nor matching wastes work, and the embeddings of a text
-    go when its last pair is done. frame: the number of tokens of an empty text."""
+    Pairs are sorted by length, so that little padding is needed. The embeddings of a text are freed after its last pair.
+    weights, default: as idf_weights() returns them. frame: number of tokens of an empty text."""
     unique = sorted(set(pairs), key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
     last = {text: i for i, pair in enumerate(unique) for text in pair}
     embedded, scores = {}, {}
@@ -188,6 +192,7 @@ def match_all(pairs, encoder, layer, weights, default, frame, batch_tokens):
 
 
 def batches(texts, batch_tokens):
+    """Lists of consecutive texts, tuples of ids, with at most `batch_tokens` tokens together, or one longer text."""
     calls, size = [], 0
     for text in texts:
         if not calls or size + len(text) > batch_tokens:
@@ -199,7 +204,7 @@ def batches(texts, batch_tokens):
 
 
 def embed(texts, encoder, layer):
-    """{text: unit vectors (T, C)} of texts, tuples of ids, packed into one row."""
+    """{text: unit vectors (T, C)} for texts, tuples of ids, which are packed into one row."""
     device = next(encoder.parameters()).device
     lengths = [len(text) for text in texts]
     ids = torch.tensor([token for text in texts for token in text], device=device)[None]
@@ -208,10 +213,12 @@ def embed(texts, encoder, layer):
 
 
 def match(pairs, embedded, weights, default, frame):
-    """{pair: (P, R, F1)} of pairs of id tuples (reference, candidate), all in one product."""
+    """{pair: (P, R, F1)} for pairs of id tuples (reference, candidate), computed in one batched product.
+
+    embedded: {text: (T, C)}. Other arguments as in match_all()."""
     ref, cand = (pad_sequence([embedded[pair[side]] for pair in pairs], batch_first=True) for side in (0, 1))
-    here = []  # (B, T) bool of each side: whether there is a token
-    share = []  # (B, T) the weights, which sum to 1 over a text, or to 0
+    here = []  # for each side: (B, T) bool, False on padding
+    share = []  # for each side: (B, T) weights that sum to 1 over a text, or to 0 if all are 0
     for side, padded in ((0, ref), (1, cand)):
         rows = [torch.tensor([weights.get(token, default) for token in pair[side]]) for pair in pairs]
         w = pad_sequence(rows, batch_first=True).to(padded.device)
@@ -223,6 +230,6 @@ def match(pairs, embedded, weights, default, frame):
     precision = similar.masked_fill(~here[0][:, None, :], -torch.inf).amax(2).masked_fill(~here[1], 0)
     recall = similar.masked_fill(~here[1][:, :, None], -torch.inf).amax(1).masked_fill(~here[0], 0)
     P, R = (precision * share[1]).sum(1), (recall * share[0]).sum(1)
-    F1 = (2 * P * R / (P + R)).nan_to_num(nan=0.0)  # 0 / 0; P and R keep a NaN of the encoder's
+    F1 = (2 * P * R / (P + R)).nan_to_num(nan=0.0)  # for 0 / 0; a NaN of the encoder stays in P and R
     is_empty = torch.tensor([min(map(len, pair)) <= frame for pair in pairs], device=P.device)
     return dict(zip(pairs, torch.stack((P, R, F1), dim=1).masked_fill(is_empty[:, None], 0).tolist(), strict=True))

@@ -1,8 +1,8 @@
-"""BLEU (Papineni et al. 2002) in its two dialects, without their libraries.
+"""BLEU (Papineni et al. 2002) as in nltk and as in sacrebleu, without these libraries.
 
-`sentence_bleu` gives nltk's numbers from 0 to 1 on str.split tokens, with the smoothing methods of Chen and Cherry (WMT 2014);
-the study averages it over answers. `corpus_bleu` and `segment_bleu` give sacrebleu's numbers from 0 to 100, with its tokenisers
-(bleu_tokens.py). The rows of `bleu_statistics` can be summed over any choice of answers: resampling a corpus needs no text."""
+sentence_bleu() equals nltk's sentence BLEU, 0 to 1, on str.split tokens, with the smoothing methods of Chen and Cherry (WMT
+2014); the study averages it over answers. corpus_bleu() and segment_bleu() equal sacrebleu's, 0 to 100, with its tokenisers
+(bleu_tokens.py). The rows of bleu_statistics() can be summed over any selection of answers, so the bootstrap needs no texts."""
 
 import math
 import sys
@@ -14,20 +14,20 @@ from minitune.metrics.bleu_tokens import signature_of, tokens
 from minitune.metrics.ngrams import ngrams, overlap, overlaps
 from minitune.metrics.pairs import as_list, check_pairs, number_of_references
 
-MAX_ORDER = 4  # of n-grams, where nothing else is asked for
+MAX_ORDER = 4  # default order of the longest n-grams
 HIGHEST_ORDER = 20
-SACREBLEU = "2.6.0+minitune"  # the release whose numbers these are, and who computed them
+SACREBLEU = "2.6.0+minitune"  # version in signatures: the sacrebleu release with the same numbers, and the program
 SMOOTHING_VALUES = {"exp": None, "floor": 0.1, "add-k": 1, "none": None}
 SMOOTHING_METHODS = tuple(f"method{k}" for k in range(8))
-EPSILON, ALPHA, K = 0.1, 5, 5  # nltk's, of methods 1, 6 and 4
+EPSILON, ALPHA, K = 0.1, 5, 5  # nltk's constants of methods 1, 6 and 4
 
 
 def sentence_bleu(reference, candidate, smoothing="method1", weights=None, tokenize=None):
-    """nltk's sentence BLEU of two texts, split at white space. Returns 0 to 1 (methods 5 and 7 can exceed 1, as nltk's do).
+    """nltk's sentence BLEU of two texts, split at white space. Returns 0 to 1; methods 5 and 7 can exceed 1, as in nltk.
 
-    reference: str, or a list of str of which each n-gram may match any. smoothing: method0 (none) to method7. weights: of the
-    orders 1, 2, ..., as many as there are to be; None: four times 0.25. tokenize: a tokeniser of corpus_bleu, in place of the
-    split. Raises ValueError with method6 where no trigram matches, which it is not defined for."""
+    reference: str, or a list of str; an n-gram may match any of them. smoothing: method0 (none) to method7. weights: weights of
+    the n-grams of orders 1, 2, ...; None: four times 0.25. tokenize: name of a tokeniser of corpus_bleu(); None: str.split.
+    Raises ValueError on bad options, and with method6 if no trigram matches, where it is not defined."""
     if smoothing not in SMOOTHING_METHODS:
         raise ValueError(f"smoothing is {smoothing!r}, expected one of {', '.join(SMOOTHING_METHODS)}")
     weights = check_weights(MAX_ORDER, weights)
@@ -37,14 +37,15 @@ def sentence_bleu(reference, candidate, smoothing="method1", weights=None, token
 
 
 def sentence_statistics(references, words, orders, smoothing="method1"):
-    """[words of the candidate, words of the closest reference, matches of each order ...]; methods 5 and 7 read one order more,
-    the fifth. All texts are lists of words."""
+    """[words of the candidate, words of the closest reference, matching n-grams of each order ...]. Texts are lists of words.
+
+    orders: order of the longest n-grams; methods 5 and 7 need order 5 too."""
     matches = matches_in_any(references, words, max(orders, 5) if smoothing in ("method5", "method7") else orders)
     return [len(words), closest_length(len(words), map(len, references)), *matches]
 
 
 def sentence_score(statistics, weights, smoothing="method1"):
-    """BLEU from 0 to 1 of sentence_statistics()."""
+    """Sentence BLEU, 0 to 1, from sentence_statistics()."""
     length, closest, *matches = statistics
     if not matches[0]:
         return 0.0
@@ -55,19 +56,22 @@ def sentence_score(statistics, weights, smoothing="method1"):
 
 
 def check_weights(orders, weights):
-    """The weight of each order of n-grams: `weights` as floats, or 1 / orders each. Raises ValueError where there is none, or
-    too many, or one is no number from 0 to 1."""
+    """The weights of the n-grams of each order, a list of floats: `weights`, or 1 / orders each if it is None.
+
+    Raises ValueError if there are none or too many, or one is not a number from 0 to 1."""
     if weights is None:
         weights = [1 / orders] * orders if isinstance(orders, int) and 1 <= orders <= HIGHEST_ORDER else []
     if not 1 <= len(weights) <= HIGHEST_ORDER:
-        raise ValueError(f"BLEU has n-grams of 1 to {HIGHEST_ORDER} orders, not of {len(weights) or orders}")
+        raise ValueError(f"BLEU has {len(weights) or orders} orders of n-grams, expected 1 to {HIGHEST_ORDER}")
     if not all(isinstance(w, (int, float)) and 0 <= w <= 1 for w in weights) or not any(weights):
         raise ValueError(f"the weights of BLEU are {list(weights)}, expected numbers from 0 to 1, such as 0.5 0.5")
     return [float(w) for w in weights]
 
 
 def smooth(matches, totals, length, method, orders=MAX_ORDER):
-    """Precisions of orders 1 to `orders` from counts; methods 5 and 7 read the fifth as well. length: words of the candidate."""
+    """Smoothed precisions of orders 1 to `orders`, a list.
+
+    matches, totals: matching n-grams and n-grams of the candidate, by order. length: words of the candidate."""
     precisions = [m / t for m, t in zip(matches, totals, strict=True)]
     zeros = [n for n in range(orders) if not matches[n]]
     if method == "method0":
@@ -80,17 +84,17 @@ def smooth(matches, totals, length, method, orders=MAX_ORDER):
     elif method == "method3":
         for k, n in enumerate(zeros, 1):
             precisions[n] = 1 / (2**k * totals[n])
-    if method in ("method4", "method7") and length > 1:  # of one word, nltk leaves the zeros, and then leaves them out
+    if method in ("method4", "method7") and length > 1:  # for one word nltk keeps the zeros, and later skips them
         for k, n in enumerate(zeros, 1):
             precisions[n] = math.log(length) / (2**k * K) / totals[n]
     if method in ("method5", "method7"):
-        after = [*precisions[1:orders], matches[4] / totals[4]]  # behind the last one always comes the fifth
+        after = [*precisions[1:orders], matches[4] / totals[4]]  # after the last order comes order 5, as in nltk
         before = precisions[0] + 1
         for n in range(orders):
             before = precisions[n] = (before + precisions[n] + after[n]) / 3
     elif method == "method6":
         if len(matches) < 3 or not matches[2]:
-            raise ValueError("smoothing method6 needs a matching trigram, and there is none; take method1 or method4")
+            raise ValueError("smoothing method6 needs a matching trigram, and there is none; use method1 or method4")
         for n in range(2, orders):
             prior = precisions[n - 1] ** 2 / precisions[n - 2] if precisions[n - 2] else 0
             precisions[n] = (matches[n] + ALPHA * prior) / (max(0, length - n) + ALPHA)
@@ -98,9 +102,11 @@ def smooth(matches, totals, length, method, orders=MAX_ORDER):
 
 
 class BleuScore(NamedTuple):
+    """A sacrebleu score with its parts."""
+
     score: float  # 0 to 100
-    counts: tuple  # matching n-grams of orders 1, 2, ..., after add-k
-    totals: tuple  # n-grams of the candidates, after add-k
+    counts: tuple  # matching n-grams of orders 1, 2, ..., after add-k smoothing
+    totals: tuple  # n-grams of the candidates, after add-k smoothing
     precisions: tuple  # 0 to 100, smoothed
     brevity_penalty: float
     candidate_length: int  # tokens
@@ -112,8 +118,8 @@ def corpus_bleu(references, candidates, tokenize="13a", smoothing="exp", smoothi
     """sacrebleu's corpus BLEU, 0 to 100.
 
     references: for each candidate a str, or a list of str. tokenize: a name in bleu_tokens.TOKENIZERS. smoothing: exp, floor
-    (value 0.1 where not given), add-k (1) or none. max_order: of n-grams, sacrebleu's max_ngram_order. weights: of the orders
-    1, 2, ..., in place of max_order; sacrebleu has equal ones only. Raises ValueError where the lists do not fit together."""
+    (default value 0.1), add-k (default value 1) or none. max_order: longest n-grams, sacrebleu's max_ngram_order. weights:
+    weights of orders 1, 2, ..., in place of max_order (not in sacrebleu). Raises ValueError if the lists do not fit together."""
     orders = len(check_weights(max_order, weights))
     statistics = bleu_statistics(references, candidates, tokenize, lowercase, orders)
     return bleu_score(statistics.sum(0), smoothing, smoothing_value, weights=weights).score
@@ -121,15 +127,18 @@ def corpus_bleu(references, candidates, tokenize="13a", smoothing="exp", smoothi
 
 def segment_bleu(reference, candidate, tokenize="13a", smoothing="exp", smoothing_value=None, lowercase=False,
                  effective_order=True, max_order=MAX_ORDER, weights=None):  # fmt: skip
-    """sacrebleu's BLEU of one answer, 0 to 100. effective_order: leave out the orders that the answer is too short for."""
+    """sacrebleu's BLEU of one answer, 0 to 100. effective_order: leave out orders for which the answer is too short. Other
+    arguments as in corpus_bleu()."""
     orders = len(check_weights(max_order, weights))
     row = segment_statistics(as_list(reference), candidate, tokenize, lowercase, orders)
     return bleu_score(row, smoothing, smoothing_value, effective_order, weights).score
 
 
 def bleu_statistics(references, candidates, tokenize="13a", lowercase=False, max_order=MAX_ORDER):
-    """What BLEU needs of each answer: int64 (answers, 2 + 2 * max_order), tokens of the candidate and of its closest reference,
-    of each order the matching n-grams, of each order the n-grams of the candidate."""
+    """The counts from which BLEU is computed: int64 (answers, 2 + 2 * max_order).
+
+    The columns are: tokens of the candidate, tokens of its closest reference, matching n-grams of each order, n-grams of the
+    candidate of each order."""
     check_pairs(references, candidates)
     check_weights(max_order, None)
     if any(not isinstance(r, str) and len(r) != 1 for r in references):
@@ -144,7 +153,7 @@ def bleu_statistics(references, candidates, tokenize="13a", lowercase=False, max
 
 
 def segment_statistics(references, candidate, tokenize, lowercase, max_order=MAX_ORDER):
-    """One row of `bleu_statistics`, against any number of references."""
+    """One row of bleu_statistics(), as a list, for any number of references."""
     ours, theirs = tokens(candidate, tokenize, lowercase), [tokens(text, tokenize, lowercase) for text in references]
     totals = [max(len(ours) - n, 0) for n in range(max_order)]
     closest = closest_length(len(ours), map(len, theirs))
@@ -152,7 +161,7 @@ def segment_statistics(references, candidate, tokenize, lowercase, max_order=MAX
 
 
 def bleu_score(statistics, smoothing="exp", smoothing_value=None, effective_order=False, weights=None):
-    """BLEU of one row, or of a sum of rows, of `bleu_statistics`. Returns a BleuScore. weights: of the orders; None: equal."""
+    """The BleuScore of a row, or of a sum of rows, of bleu_statistics(). weights: weights of the orders; None: equal ones."""
     if smoothing not in SMOOTHING_VALUES:
         raise ValueError(f"smoothing is {smoothing!r}, expected one of {', '.join(SMOOTHING_VALUES)}")
     added = SMOOTHING_VALUES[smoothing] if smoothing_value is None else smoothing_value
@@ -176,13 +185,13 @@ def bleu_score(statistics, smoothing="exp", smoothing_value=None, effective_orde
             precisions[n] = 100.0 / (halvings * totals[n])
         elif smoothing == "floor":
             precisions[n] = 100.0 * added / totals[n]
-    # sacrebleu's logarithm of zero is -9999999999, so that the score is zero
+    # sacrebleu uses -9999999999 as the logarithm of zero, so that the score becomes zero.
     logs = [math.log(p) if p else -9999999999 for p in precisions[:orders]]
     if weights is None:
         mean = sum(logs) / orders
     else:
         used = check_weights(max_order, weights)[:orders]
-        share = 1 if orders == max_order else sum(used) or 1  # of the weights that are left where orders are left out
+        share = 1 if orders == max_order else sum(used) or 1  # sum of the remaining weights, if orders are left out
         mean = sum(w * log for w, log in zip(used, logs, strict=True)) / share
     score = penalty * math.exp(mean)
     return BleuScore(score, tuple(counts), tuple(totals), tuple(precisions), penalty, ours, theirs)
@@ -190,8 +199,9 @@ def bleu_score(statistics, smoothing="exp", smoothing_value=None, effective_orde
 
 def bleu_signature(references, tokenize="13a", smoothing="exp", smoothing_value=None, lowercase=False,
                    effective_order=False, max_order=MAX_ORDER, weights=None):  # fmt: skip
-    """How a score was made, in sacrebleu's words: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0+minitune. Another
-    order or weights, which sacrebleu's signature leaves out, are named: order:2, weights:0.7,0.3."""
+    """sacrebleu's signature of a score: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0+minitune.
+
+    A max_order or weights other than the defaults are added, as order:2 or weights:0.7,0.3; sacrebleu leaves them out."""
     value = SMOOTHING_VALUES[smoothing] if smoothing_value is None else smoothing_value
     shown = smoothing + (f"[{value:.2f}]" if SMOOTHING_VALUES[smoothing] is not None else "")
     case, effective = "lc" if lowercase else "mixed", "yes" if effective_order else "no"
@@ -206,11 +216,12 @@ def bleu_signature(references, tokenize="13a", smoothing="exp", smoothing_value=
 
 
 def closest_length(length, lengths):
+    """The number in `lengths` that is closest to `length`; the smaller one of two."""
     return min(lengths, key=lambda other: (abs(other - length), other))
 
 
 def matches_in_any(references, candidate, max_order):
-    """Matching n-grams a candidate has in the union of its references, orders 1 .. max_order. All are lists of words."""
+    """Number of the candidate's n-grams that match any reference, a list for orders 1 to max_order. Texts are lists of words."""
     if len(references) == 1:
         return overlap(references[0], candidate, max_order)
     found = []

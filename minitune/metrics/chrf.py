@@ -1,7 +1,7 @@
-"""chrF (Popovic 2015) and chrF++ (Popovic 2017), sacrebleu's numbers from 0 to 100.
+"""chrF (Popovic 2015) and chrF++ (Popovic 2017), with sacrebleu's numbers, 0 to 100.
 
-The F score, with recall beta times as important, of the character n-grams of orders 1 to 6; chrF++ adds words and pairs of words
-(word_order=2). The rows of `chrf_statistics` can be summed over any choice of answers, as those of BLEU."""
+F score of character n-grams of orders 1 to 6, in which recall is beta times as important as precision. chrF++ adds n-grams of
+words (word_order=2). The rows of chrf_statistics() can be summed over any selection of answers, as those of BLEU."""
 
 import numpy as np
 
@@ -9,16 +9,18 @@ from minitune.metrics.ngrams import overlaps
 from minitune.metrics.pairs import as_list, check_pairs, number_of_references
 
 PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-SACREBLEU = "2.6.0+minitune"  # the release whose numbers these are, and who computed them
+SACREBLEU = "2.6.0+minitune"  # version in signatures: the sacrebleu release with the same numbers, and the program
 NEARLY_ZERO = 1e-16
 
 
 def corpus_chrf(references, candidates, char_order=6, word_order=0, beta=2, lowercase=False, whitespace=False,
                 eps_smoothing=False):  # fmt: skip
-    """chrF of many answers, 0 to 100. references: for each candidate a str, or a list of str of which the best one counts.
+    """chrF of many answers, 0 to 100.
 
-    whitespace: it counts as characters do. eps_smoothing: the mean of the F scores of all orders, as chrF++.py and Moses have it;
-    otherwise the F of the mean precision and recall of the orders that both texts have."""
+    references: for each candidate a str, or a list of str of which the best one counts. char_order, word_order: longest n-grams
+    of characters and of words. whitespace: count white space as characters. eps_smoothing: the mean of the F scores of all
+    orders, as in chrF++.py and Moses; otherwise the F score of mean precision and mean recall over the orders that both texts
+    have. Raises ValueError if the lists do not fit together."""
     options = (char_order, word_order, beta, lowercase, whitespace, eps_smoothing)
     return chrf_score(chrf_statistics(references, candidates, *options).sum(0), beta, eps_smoothing)
 
@@ -30,8 +32,10 @@ def segment_chrf(reference, candidate, **options):
 
 def chrf_statistics(references, candidates, char_order=6, word_order=0, beta=2, lowercase=False, whitespace=False,
                     eps_smoothing=False):  # fmt: skip
-    """What chrF needs of each answer: int64 (answers, 3 * (char_order + word_order)); for each order the n-grams of the candidate
-    and of the reference, and the matching ones. Raises ValueError where the lists do not fit together."""
+    """The counts from which chrF is computed: int64 (answers, 3 * (char_order + word_order)).
+
+    For each order there are three columns: n-grams of the candidate, of the reference, and matching ones. Arguments and errors as
+    in corpus_chrf()."""
     check_pairs(references, candidates)
     several = [as_list(r) for r in references]
     theirs = [text.lower() if lowercase else text for texts in several for text in texts]
@@ -51,7 +55,8 @@ def chrf_statistics(references, candidates, char_order=6, word_order=0, beta=2, 
 
 
 def counts_of_orders(references, candidates, max_order):
-    """int64 (pairs, 3 * max_order). Where a reference has no n-gram of an order, sacrebleu counts none of the candidate's."""
+    """int64 (pairs, 3 * max_order), as in chrf_statistics(). If a reference has no n-gram of an order, the candidate's are
+    counted as 0, as in sacrebleu."""
     orders = np.arange(max_order)
     ours, theirs = (
         np.maximum(np.array([len(s) for s in side])[:, None] - orders, 0) for side in (candidates, references)
@@ -61,7 +66,7 @@ def counts_of_orders(references, candidates, max_order):
 
 
 def split_words(text):
-    """Words, with one punctuation mark cut off: the last character, or else the first."""
+    """The words of a text. One punctuation mark of a word is split off: its last character, or else its first."""
     words = []
     for word in text.split():
         if len(word) > 1 and word[-1] in PUNCTUATION:
@@ -74,7 +79,7 @@ def split_words(text):
 
 
 def chrf_score(statistics, beta=2, eps_smoothing=False):
-    """chrF of one row, or of a sum of rows, of `chrf_statistics`. Returns 0 to 100."""
+    """chrF, 0 to 100, of a row, or of a sum of rows, of chrf_statistics()."""
     counts = statistics.tolist() if isinstance(statistics, np.ndarray) else statistics
     factor, scores, precisions, recalls = beta**2, 0.0, 0.0, 0.0
     orders = len(counts) // 3
@@ -95,7 +100,7 @@ def chrf_score(statistics, beta=2, eps_smoothing=False):
 
 
 def chrf_signature(references, char_order=6, word_order=0, lowercase=False, whitespace=False, eps_smoothing=False):
-    """How a score was made, in sacrebleu's words: nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0+minitune."""
+    """sacrebleu's signature of a score: nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0+minitune."""
     case, effective = "lc" if lowercase else "mixed", "no" if eps_smoothing else "yes"
     space = "yes" if whitespace else "no"
     number = number_of_references(references)

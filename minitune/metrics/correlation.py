@@ -1,4 +1,5 @@
-"""Whether a metric ranks answers as people do: Spearman's rho and Kendall's tau-b, with intervals, from few and tied grades."""
+"""Rank correlation of a metric with human grades: Spearman's rho and Kendall's tau-b, with intervals that also work for few
+grades with ties."""
 
 import itertools
 import math
@@ -7,16 +8,20 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-BOOTSTRAP_LIMIT = 1000  # examples; above, both intervals agree and Kendall's bootstrap would want (n, n) numbers
-EXACT_LIMIT = 8  # examples up to which every order is tried
-FISHER_VARIANCE = {  # of atanh(value): Bonett and Wright 2000; Fieller, Hartley and Pearson 1957
+BOOTSTRAP_LIMIT = (
+    1000  # most examples for the bootstrap; above, both intervals agree and Kendall's needs (n, n) numbers
+)
+EXACT_LIMIT = 8  # most examples for the exact p-value, which tries every order
+FISHER_VARIANCE = {  # variance of atanh(value): Bonett and Wright 2000; Fieller, Hartley and Pearson 1957
     "spearman": lambda value, n: (1 + value**2 / 2) / (n - 3),
     "kendall": lambda value, n: 0.437 / (n - 4),
 }
 
 
 class Correlation(NamedTuple):
-    value: float | None  # -1 to 1; None where there is none; `note` says why
+    """A rank correlation with its interval and p-value."""
+
+    value: float | None  # -1 to 1; None if it is not defined, and `note` says why
     low: float | None
     high: float | None
     p_value: float | None  # two-sided, of no correlation
@@ -27,8 +32,9 @@ class Correlation(NamedTuple):
 def correlate(metric, human, method="spearman", interval=None, level=0.95, resamples=5000, seed=0):
     """Rank correlation of a metric with human grades over the same n examples. Returns a Correlation.
 
-    method: spearman or kendall (tau-b). interval: bootstrap (percentiles over drawn examples), fisher (normal on the atanh
-    scale), or None: bootstrap up to 1000 examples, then fisher. Raises ValueError on lists of different length and on NaN."""
+    method: spearman or kendall (tau-b). interval: bootstrap (percentiles), fisher (normal distribution of atanh), or None for
+    bootstrap up to 1000 examples and fisher above. level: of the interval. Raises ValueError on lists of different lengths and on
+    NaN."""
     x, y = np.asarray(metric, np.float64), np.asarray(human, np.float64)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"got {x.shape} metric values and {y.shape} grades, expected two lists of the same length")
@@ -42,7 +48,7 @@ def correlate(metric, human, method="spearman", interval=None, level=0.95, resam
         )
     n = len(x)
     if n < 3:
-        return Correlation(None, None, None, None, n, f"{n} examples have no correlation worth the name; 3 are needed")
+        return Correlation(None, None, None, None, n, f"{n} examples are too few for a correlation; 3 are needed")
     constant = [name for name, values in (("the metric", x), ("the grade", y)) if np.ptp(values) == 0]
     if constant:
         return Correlation(None, None, None, None, n, f"{' and '.join(constant)} is the same in all {n} examples")
@@ -58,7 +64,8 @@ def correlate(metric, human, method="spearman", interval=None, level=0.95, resam
 
 
 def exact_p_value(x, y, value, method):
-    """How many of all orders of y give a correlation as large, either way: for few examples, where approximations fail."""
+    """Two-sided p-value: the share of all orders of y that give a correlation at least as large. For few examples, where
+    approximations fail."""
     orders = np.array(list(itertools.permutations(range(len(y)))))
     if method == "spearman":
         x, y = (stats.rankdata(v) - (len(v) + 1) / 2 for v in (x, y))
@@ -71,15 +78,17 @@ def exact_p_value(x, y, value, method):
 
 
 def fisher(x, y, value, method, level, resamples, seed):
+    """(low, high, note) of the interval by Fisher's transformation. Takes the arguments of bootstrap()."""
     n = len(x)
     if n < 5 or abs(value) > 1 - 1e-12:
-        why = f"{n} examples are too few" if n < 5 else "the two rank all examples alike"
+        why = f"{n} examples are too few" if n < 5 else "the correlation is perfect"
         return None, None, f"no Fisher interval: {why}"
     width = stats.norm.ppf((1 + level) / 2) * math.sqrt(FISHER_VARIANCE[method](value, n))
     return math.tanh(math.atanh(value) - width), math.tanh(math.atanh(value) + width), ""
 
 
 def bootstrap(x, y, value, method, level, resamples, seed):
+    """(low, high, note) of the percentile bootstrap interval."""
     n, rng = len(x), np.random.default_rng(seed)
     replicates = []
     signs = [np.sign(v[:, None] - v) for v in (x, y)] if method == "kendall" else None
@@ -90,23 +99,24 @@ def bootstrap(x, y, value, method, level, resamples, seed):
     usable = replicates[np.isfinite(replicates)]
     notes = [f"only {n} examples"] if n < 10 else []
     if len(usable) < resamples:
-        notes.append(f"{resamples - len(usable)} of {resamples} draws had one value only and do not count")
+        notes.append(f"{resamples - len(usable)} of {resamples} draws have only one value and are left out")
     if len(usable) < resamples / 2 or np.ptp(usable) < 1e-12:
-        return None, None, "; ".join([*notes, "no interval: drawing again shows too little"])
+        return None, None, "; ".join([*notes, "no interval: too few different values"])
     low, high = np.quantile(usable, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high), "; ".join(notes)
 
 
 def spearman_of(x, y):
-    """Spearman's rho of each row of x and y, (draws, n). Returns (draws,), NaN where a row has one value only."""
+    """Spearman's rho of each row of x and y, (draws, n). Returns (draws,), with NaN for a row with only one value."""
     x, y = (stats.rankdata(v, axis=1) - (v.shape[1] + 1) / 2 for v in (x, y))
     return ratio((x * y).sum(1), (x * x).sum(1) * (y * y).sum(1))
 
 
 def kendall_of(draws, x_signs, y_signs):
-    """Kendall's tau-b of each draw, (draws, n) places. signs: (n, n), of the difference of two values.
+    """Kendall's tau-b of each draw. draws: (draws, n) indices of examples. x_signs, y_signs: (n, n), signs of the differences of
+    two values. Returns (draws,).
 
-    A pair of examples counts as often as one was drawn times as often as the other was."""
+    A pair of examples counts (times the first was drawn) x (times the second was drawn)."""
     count, n = draws.shape
     places = (draws + n * np.arange(count)[:, None]).ravel()
     times = np.bincount(places, minlength=count * n).reshape(count, n).astype(np.float64)
@@ -115,5 +125,6 @@ def kendall_of(draws, x_signs, y_signs):
 
 
 def ratio(above, below_squared):
+    """above / sqrt(below_squared), NaN where it is 0 / 0."""
     below = np.sqrt(below_squared)
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)

@@ -1,4 +1,4 @@
-"""References beside candidates: one text each, or several references for a candidate. Checked here, scored elsewhere."""
+"""Checks lists of references and candidates. A candidate has one reference, a str, or several, a list of str."""
 
 
 def as_list(reference):
@@ -12,7 +12,7 @@ def check_pairs(references, candidates):
         raise ValueError("references and candidates must be lists of texts, got one text; wrap it in a list")
     if len(references) != len(candidates) or not len(candidates):
         raise ValueError(
-            f"got {len(references)} references and {len(candidates)} candidates, expected as many, at least one"
+            f"got {len(references)} references and {len(candidates)} candidates, expected equal numbers above 0"
         )
     for row, (reference, candidate) in enumerate(zip(references, candidates, strict=True)):
         if not isinstance(candidate, str):
@@ -23,6 +23,6 @@ def check_pairs(references, candidates):
 
 
 def number_of_references(references):
-    """How many references each candidate has, as a signature says it: a number, or var."""
+    """The number of references of each candidate for a signature: a number, or "var" if it varies."""
     numbers = {len(as_list(r)) for r in references}
     return numbers.pop() if len(numbers) == 1 else "var"

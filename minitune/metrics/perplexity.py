@@ -1,8 +1,8 @@
-"""Perplexity: exp of the mean cross-entropy of the next token, in nats, of a model over texts.
+"""Perplexity of a model on texts: exp of the mean cross-entropy, in nats, of the next token.
 
-Two uses: perplexity() of a trained model over held-out answers or long text, and judge_perplexity() of a judge (GPT-2) over
-generated text. The model comes as an argument: model.model(ids, documents=lengths) gives hidden states and model.lm_head
-logits, as in minitune.models. Texts are packed without padding; the logits of a few tokens at a time are all that exists."""
+perplexity() is for a trained model on held-out answers or long texts. judge_perplexity() is for another model, the judge (GPT-2),
+on generated texts. The model is an argument: model.model(ids, documents=lengths) gives hidden states and model.lm_head
+logits, as in minitune.models. Texts are packed without padding, and logits are computed for a few tokens at a time."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from minitune_kernels import ops
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of a sequence that the model reads at once: ids[start:stop], of which ids[first:stop] are scored."""
+    """A part of a sequence that the model reads at once: ids[start:stop], of which ids[first:stop] are scored. sequence: its
+    index."""
 
     sequence: int
     start: int
@@ -22,18 +23,18 @@ class Window:
 
 
 def perplexity(model, tokenizer, texts, prompts=None, context=None, stride=None, batch_tokens=2048):
-    """Of a model over texts, all their tokens weighted alike. Returns a dict:
+    """Perplexity of a model on texts; every token has the same weight. Returns a dict with:
 
-    perplexity (per token), word_perplexity (per str.split() word: comparable between tokenizers; None without a word),
-    bits_per_byte (of UTF-8; None without a byte), mean_nll (nats a token), and what they are means over: nll, tokens,
-    words, bytes.
+    perplexity (per token), word_perplexity (per str.split() word, which can be compared between tokenizers; None without a word),
+    bits_per_byte (of UTF-8; None without a byte), mean_nll (nats per token), nll (nats in all), and the numbers of tokens, words
+    and bytes.
 
-    texts: list of str. prompts: list of str as long; a text then goes on from its prompt, which is read and not scored.
-    Every token of a text is scored, after BOS or its prompt; without both, a text's first token has nothing before it
-    and is not scored, while its bytes count. context, stride, batch_tokens: as in sequence_nll. Raises ValueError where
-    there is nothing to score, and on NaN."""
+    texts: list of str. prompts: list of str of the same length, or None; each text follows its prompt, which is read but not
+    scored. All tokens of a text are scored. Without BOS and prompt, the first token is not scored, because nothing precedes it,
+    but its bytes count. context, stride, batch_tokens: as in sequence_nll(). Raises ValueError if there is nothing to score,
+    and on NaN."""
     if prompts is not None and len(prompts) != len(texts):
-        raise ValueError(f"got {len(prompts)} prompts and {len(texts)} texts, expected as many")
+        raise ValueError(f"got {len(prompts)} prompts and {len(texts)} texts, expected equal numbers")
     sequences, starts = [], []
     for i, text in enumerate(texts):
         before = tokenizer.encode(prompts[i] if prompts is not None else "")
@@ -57,24 +58,23 @@ def perplexity(model, tokenizer, texts, prompts=None, context=None, stride=None,
 
 
 def judge_perplexity(model, tokenizer, texts, add_start_token=False, context=None, stride=None, batch_tokens=2048):
-    """Of a judge over generated texts. Returns a dict with, under Hugging Face evaluate's names:
+    """Perplexity of a judge on generated texts. Returns a dict; the first two names are those of Hugging Face evaluate:
 
-    perplexities: exp(mean loss) of each text; mean_perplexity: their mean, the study's number; and token_perplexity:
-    exp of the mean loss over all tokens of all texts; tokens, their number; unscored, the places of the texts without
-    a loss; and losses, (nats, tokens) of each text.
+    perplexities: exp(mean loss) of each text. mean_perplexity: their mean, which the study reports. token_perplexity: exp of the
+    mean loss over all tokens of all texts. tokens: their number. unscored: indices of the texts without a loss. losses: (nats,
+    tokens) of each text.
 
-    The two means differ, and the study's is the weaker: in mean_perplexity a one-sentence answer weighs as much as a
-    page, and as exp grows fast the few oddest answers make most of it; a text without a loss counts as 0, which is better
-    than any real perplexity, so a system that answers nothing gains. token_perplexity weighs tokens alike and leaves
-    such texts out.
+    The two means differ, and mean_perplexity is less reliable. In it a sentence has the same weight as a page, and because exp
+    grows fast, a few unusual answers dominate. A text without a loss counts as 0, which is better than any real perplexity, so
+    a system gains from empty answers. token_perplexity gives all tokens the same weight and leaves such texts out.
 
-    Without a loss is an empty text, and without a start token also a text of one token, from which nothing is
-    predicted. add_start_token: score the first token too, after the judge's BOS or, as GPT-2 has none, its
-    <|endoftext|> (what evaluate does by default; the study did not). Longer texts than the judge's context are read in
-    windows: context, stride, batch_tokens as in sequence_nll. Raises ValueError on NaN."""
+    An empty text has no loss. Without a start token a text of one token has none either, because nothing is predicted.
+    add_start_token: score the first token too, after the judge's BOS, or after <|endoftext|> for GPT-2, which has no BOS (the
+    default of evaluate; the study did not do it). Texts longer than the judge's context are read in windows; context, stride,
+    batch_tokens: as in sequence_nll(). Raises ValueError on NaN."""
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if add_start_token and start is None:
-        raise ValueError("add_start_token is set, but the judge's tokenizer has neither BOS nor EOS; leave it out")
+        raise ValueError("add_start_token is set, but the judge's tokenizer has neither BOS nor EOS; do not set it")
     before = [start] if add_start_token else []
     sequences = [before + tokenizer.encode(text, add_bos=False) for text in texts]
     scored = sequence_nll(model, sequences, [len(before)] * len(texts), context, stride, batch_tokens)
@@ -92,14 +92,14 @@ def judge_perplexity(model, tokenizer, texts, add_start_token=False, context=Non
 
 @torch.inference_mode()
 def sequence_nll(model, sequences, starts=None, context=None, stride=None, batch_tokens=2048):
-    """[(sum of -ln p in nats, tokens scored)] of sequences of token ids.
+    """[(sum of -ln p in nats, number of scored tokens), ...] of sequences of token ids.
 
-    sequences: lists of ids, BOS included where the model wants it. starts: the place of the first token scored in each
-    (0 counts as 1: nothing predicts a first token). context: tokens read at once, the model's own where None. A longer
-    sequence is read in windows that begin `stride` tokens apart, positions from 0 in each; every token is scored once, in
-    the first window that has it, so all but the first window score their last `stride` tokens, each after at least
-    context - stride others. A smaller stride costs time and gives a lower, truer number; None: half a context.
-    batch_tokens: tokens packed into one call of the model, unless one window is longer.
+    sequences: lists of ids, including BOS if the model expects it. starts: index of the first scored token of each sequence (0
+    counts as 1, because nothing predicts the first token). context: tokens that the model reads at once; None: the model's own.
+    A longer sequence is read in windows that begin `stride` tokens apart, each with positions from 0. Every token is scored
+    once, in the first window that has it. So each window but the first scores its last `stride` tokens, each after at least
+    context - stride others. A smaller stride takes more time and gives a lower, more accurate number; None: half a context.
+    batch_tokens: tokens packed into one call of the model; a longer window has a call of its own.
     Raises ValueError on a token that the model does not have, a stride that does not fit, and NaN."""
     own = model.config.max_position_embeddings
     context = own if context is None else context
@@ -115,8 +115,8 @@ def sequence_nll(model, sequences, starts=None, context=None, stride=None, batch
     for i, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
         if ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
             raise ValueError(
-                f"text {i} has the token {max(ids)}, but the model has {model.config.vocab_size} tokens; the tokenizer is of "
-                "another model"
+                f"text {i} has the token {max(ids)}, but the model has {model.config.vocab_size} tokens; the tokenizer belongs "
+                "to another model"
             )
         windows += cut(i, len(ids), max(1, start), context, stride)
     nll, tokens = [0.0] * len(sequences), [0] * len(sequences)
@@ -134,12 +134,14 @@ def sequence_nll(model, sequences, starts=None, context=None, stride=None, batch
             nll[w.sequence] += part.sum().item()
             tokens[w.sequence] += len(part)
     if broken := [i for i, value in enumerate(nll) if not math.isfinite(value)]:
-        raise ValueError(f"the loss of text {broken[0]} is {nll[broken[0]]}, as of {len(broken)} of {len(nll)} texts")
+        raise ValueError(
+            f"the loss of {len(broken)} of {len(nll)} texts is not finite; that of text {broken[0]} is {nll[broken[0]]}"
+        )
     return list(zip(nll, tokens, strict=True))
 
 
 def cut(sequence, length, first, context, stride):
-    """The windows of one sequence that score each of its tokens from `first` on once."""
+    """The Windows of one sequence of `length` tokens. Together they score each token from index `first` on once."""
     windows, start = [], 0
     while first < length:
         stop = min(start + context, length)
@@ -151,7 +153,7 @@ def cut(sequence, length, first, context, stride):
 
 
 def pack(windows, batch_tokens):
-    """Lists of windows of at most `batch_tokens` tokens together, or of one longer window, in order."""
+    """Lists of consecutive windows with at most `batch_tokens` tokens together, or of one longer window."""
     calls, size = [], 0
     for window in windows:
         length = window.stop - window.start
@@ -164,5 +166,5 @@ def pack(windows, batch_tokens):
 
 
 def exp(x):
-    """e**x, infinity where that is beyond a float (a loss above 709 nats a token or a word)."""
+    """e**x, or infinity if that exceeds a float (a loss above 709 nats per token or word)."""
     return math.exp(x) if x < 709 else math.inf

@@ -1,9 +1,9 @@
-"""ROUGE-N, ROUGE-L and ROUGE-Lsum (Lin 2004), rouge_score's numbers: (precision, recall, fmeasure), each from 0 to 1.
+"""ROUGE-N, ROUGE-L and ROUGE-Lsum (Lin 2004), with rouge_score's numbers: (precision, recall, fmeasure), each 0 to 1.
 
-Words are runs of a-z and 0-9 after lowercasing, so that text in another script has none and scores zero; tokenize="characters"
-counts every character but white space instead. Of several references (a list of str) the one with the best fmeasure counts, as in
-rouge_score's score_multi. The longest common subsequence comes from bit vectors (Hyyro 2004): a row of the table is one integer,
-updated by one addition."""
+Words are runs of a-z and 0-9 after lowercasing, so text in another script has no words and scores 0. With tokenize="characters"
+every character except white space is a word. Of several references (a list of str) the one with the best fmeasure counts, as in
+rouge_score's score_multi. The longest common subsequence uses bit vectors (Hyyro 2004): a row of the table is one integer, and
+the next row needs one addition."""
 
 import functools
 import itertools
@@ -18,7 +18,9 @@ TOKENIZERS = ("words", "characters")
 
 
 def rouge_n(reference, candidate, n, use_stemmer=True, tokenize="words"):
-    """ROUGE-N of two texts: shared n-grams of words, n from 1 up. Returns (precision, recall, fmeasure)."""
+    """ROUGE-N of two texts: shared n-grams of words, n from 1 up. Returns (precision, recall, fmeasure).
+
+    use_stemmer, tokenize: as in words()."""
     if n < 1:
         raise ValueError(f"n is {n}, expected 1 or more")
     ours = ngrams(words(candidate, use_stemmer, tokenize), n)
@@ -32,7 +34,9 @@ def rouge_n(reference, candidate, n, use_stemmer=True, tokenize="words"):
 
 
 def rouge_l(reference, candidate, use_stemmer=True, tokenize="words"):
-    """ROUGE-L of two texts: the longest common subsequence of words. Returns (precision, recall, fmeasure)."""
+    """ROUGE-L of two texts: longest common subsequence of words. Returns (precision, recall, fmeasure).
+
+    use_stemmer, tokenize: as in words()."""
     ours = words(candidate, use_stemmer, tokenize)
 
     def against(text):
@@ -43,9 +47,10 @@ def rouge_l(reference, candidate, use_stemmer=True, tokenize="words"):
 
 
 def rouge_lsum(reference, candidate, use_stemmer=True, tokenize="words"):
-    """ROUGE-L of whole summaries, one sentence a line: each line of the reference against all lines of the candidate.
+    """ROUGE-L of summaries with one sentence per line: each line of the reference is compared with all lines of the candidate.
 
-    Returns (precision, recall, fmeasure). A word counts no more often than either text has it."""
+    Returns (precision, recall, fmeasure). A word counts at most as often as it occurs in either text. use_stemmer, tokenize: as
+    in words()."""
     lines = lambda text: [words(line, use_stemmer, tokenize) for line in text.split("\n") if line]
     ours = lines(candidate)
     return best(lambda text: summary_scores(lines(text), ours), reference)
@@ -79,8 +84,10 @@ def scores(shared, ours, theirs):
 
 
 def words(text, use_stemmer=True, tokenize="words"):
-    """The words of a text as ROUGE counts them; use_stemmer: by Porter's stem where longer than three letters. tokenize
-    "characters": each character but white space, in lowercase."""
+    """The words of a text for ROUGE, a list of str.
+
+    use_stemmer: replace words longer than three letters by their Porter stem. tokenize: "words", or "characters" for each
+    character except white space, in lowercase."""
     if tokenize == "characters":
         return list("".join(text.lower().split()))
     if tokenize != "words":
@@ -107,8 +114,8 @@ def stemmer():
 
 
 def lcs_rows(reference, candidate):
-    """One integer for each word of the reference: row i of the table of lengths, where bit j is 0 if the length grows from
-    column j to j + 1. Bits above len(candidate) are to be ignored."""
+    """Yields, for each word of the reference, a row of the table of lengths as one integer. Bit j is 0 if the length increases
+    from column j to j + 1. Bits from len(candidate) on are to be ignored."""
     places = {}
     for j, word in enumerate(candidate):
         places[word] = places.get(word, 0) | 1 << j
@@ -122,6 +129,7 @@ def lcs_rows(reference, candidate):
 
 
 def lcs_length(reference, candidate):
+    """Length of the longest common subsequence of two lists of words."""
     row = (1 << len(candidate)) - 1
     for row in lcs_rows(reference, candidate):  # noqa: B007  the last one
         pass
@@ -129,8 +137,9 @@ def lcs_length(reference, candidate):
 
 
 def lcs_places(reference, candidate):
-    """Which words of the reference are in one longest common subsequence: that of rouge_score, walked back from the end."""
-    length = lambda i, j: j - (rows[i] & (1 << j) - 1).bit_count()  # of the first i and the first j words
+    """Indices of the words of the reference in one longest common subsequence, the one that rouge_score finds: it goes back from
+    the end of the table."""
+    length = lambda i, j: j - (rows[i] & (1 << j) - 1).bit_count()  # LCS of the first i and the first j words
     rows = [(1 << len(candidate)) - 1, *lcs_rows(reference, candidate)]
     i, j, found = len(reference), len(candidate), []
     while i and j:

@@ -1,8 +1,8 @@
-"""How much of a score, or of the difference of two systems, is the chance of which examples were drawn.
+"""Intervals of a score and tests of the difference between two systems, by resampling the examples.
 
-Everything works on rows: one value an example (the score is their mean), or what a corpus metric sums, such as a row of
-`bleu_statistics` (the score is a function of the sum). Drawing a corpus again is then one product of matrices and no text is
-read twice. The examples are what is drawn; nothing here knows of the chance in decoding or in training."""
+All functions take rows: one value for each example (the score is their mean), or the counts that a corpus metric sums, such as
+rows of bleu_statistics() (the score is a function of the sum). A resampled corpus is then a matrix product, and no text is read
+again. Only the choice of examples is random here, not decoding or training."""
 
 from typing import NamedTuple
 
@@ -10,66 +10,73 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 from scipy.stats import t as student
 
-FEW = 10  # examples below which an interval is given with a warning
-BLOCK = 2**21  # drawn examples held at once
+FEW = 10  # with fewer examples an interval has a warning
+BLOCK = 2**21  # drawn examples in memory at once
 
 
 class Interval(NamedTuple):
+    """A score with its interval over n examples."""
+
     value: float
-    low: float | None  # None where the examples show no spread, or there is one only; `note` says which
+    low: float | None  # None if all examples are equal, or there is only one; `note` says which
     high: float | None
     n: int
     note: str
 
 
 class Comparison(NamedTuple):
+    """The difference between the scores of two systems over n examples."""
+
     difference: float  # score of a minus score of b
     low: float | None
     high: float | None
-    p_value: float  # two-sided, of no difference
+    p_value: float  # two-sided test of no difference
     n: int
     note: str
 
 
 def bootstrap_interval(rows, score=None, of_rows=False, level=0.95, resamples=5000, seed=0, method="bca", widen=True):
-    """The interval of a score over examples. rows: (n,), or (n, k) with `score`. Returns an Interval.
+    """The bootstrap Interval of a score over examples.
 
-    score: a function of the sum of the rows, a float or (k,), to a float; None: the mean. With of_rows it gets the drawn rows
-    (n,) or (n, k) themselves, so any function will do. method: bca (bias-corrected and accelerated, Efron 1987) or percentile.
-    widen: the quantiles move outward as from the normal to Student's distribution with n - 1 degrees, times sqrt(n / (n - 1))
-    (Hesterberg 2015, section 4.1): without it (as scipy does) a 95 % interval of 27 examples holds the truth 92-94 % of the time.
-    Raises ValueError on an empty list and on a value that is not finite, with its row."""
+    rows: (n,), or (n, k) with `score`. score: function from the sum of the rows, a float or (k,), to a float; None: the mean.
+    of_rows: `score` gets the drawn rows, (n,) or (n, k), instead of their sum, so it can be any function. level: of the interval.
+    method: bca (bias-corrected and accelerated, Efron 1987) or percentile. widen: use the quantiles of Student's distribution
+    with n - 1 degrees of freedom, times sqrt(n / (n - 1)), instead of the normal ones (Hesterberg 2015, section 4.1). Without it,
+    as in scipy, a 95 % interval of 27 examples holds the true value only 92-94 % of the time.
+    Raises ValueError on an empty list, and on a value that is not finite, with its row."""
     rows = checked(rows, "rows")
     value, replicates, left_out = resample(rows, score, of_rows, resamples, seed)
     return Interval(value, *limits(value, replicates, left_out, len(rows), level, method, widen))
 
 
 def paired_bootstrap(rows_a, rows_b, score=None, level=0.95, resamples=5000, seed=0, method="bca", widen=True):
-    """Two systems on the same examples: the interval of score(a) - score(b), and how often a drawn difference is as far from
-    the measured one, to either side, as that is from zero (Koehn 2004, two-sided).
+    """The Comparison of two systems on the same examples: the interval of score(a) - score(b), and a two-sided p-value.
 
-    sacrebleu's paired bootstrap asks something else: it takes each drawn difference without its sign, subtracts the mean of
-    these over all draws, and counts the draws where that is above the measured difference without its sign. That is one side of
-    a spread around another centre. Where all draws have one sign it is the upper side of ours; where they do not, no factor leads
-    from one p to the other. Its permutation test asks what ours does.
+    The p-value is the share of draws whose difference is at least as far from the measured one, to either side, as that one is
+    from zero (Koehn 2004, two-sided). rows_a, rows_b, score and the options: as in bootstrap_interval().
 
-    rows and score: as for `bootstrap_interval`. Returns a Comparison."""
+    sacrebleu's paired bootstrap computes another number. It takes the absolute value of each drawn difference, subtracts their
+    mean over all draws, and counts the draws above the absolute measured difference. If all drawn differences have the same sign,
+    this is the upper side of our test; otherwise there is no simple relation. sacrebleu's permutation test is the same as
+    ours."""
     both, difference_of = side_by_side(rows_a, rows_b, score)
     difference, replicates, left_out = resample(both, difference_of, False, resamples, seed)
     extreme = np.abs(replicates - difference) >= abs(difference) - rounding(replicates, difference)
     low, high, n, note = limits(difference, replicates, left_out, len(both), level, method, widen)
     p_value = (int(extreme.sum()) + 1) / (len(replicates) + 1) if n > 1 else 1.0
     if low is None and n > 1 and difference:
-        p_value = None  # the same difference in every example: drawing them again says nothing of chance
+        p_value = None  # the difference is the same in every example, so resampling shows no variation
     return Comparison(difference, low, high, p_value, n, note)
 
 
 def paired_permutation(rows_a, rows_b, score=None, resamples=9999, seed=0):
-    """Two systems on the same examples: how often the difference is as large when each example's two answers change sides at
-    random. Exact, over all 2**n ways, where there are no more of them than `resamples`. Returns a Comparison without limits."""
+    """The Comparison, without an interval, of two systems on the same examples by a permutation test.
+
+    The p-value is the share of draws with a difference at least as large, where each draw swaps the two answers of each example
+    at random. If there are at most `resamples` ways to swap, 2**n, all are tried, and the test is exact."""
     both, difference_of = side_by_side(rows_a, rows_b, score)
     n, width = both.shape
-    turned = np.roll(both, width // 2, axis=1) - both  # what changing sides adds to the sums
+    turned = np.roll(both, width // 2, axis=1) - both  # change of the sums if an example is swapped
     total, difference = both.sum(0), float(difference_of(both.sum(0)))
     exact = 2**n <= resamples
     draws = 2**n if exact else resamples
@@ -84,18 +91,18 @@ def paired_permutation(rows_a, rows_b, score=None, resamples=9999, seed=0):
         found += [difference_of(sums) for sums in total + sides @ turned]
     extreme = int((np.abs(found) >= abs(difference) - rounding(found, difference)).sum())
     p_value = extreme / draws if exact else (extreme + 1) / (draws + 1)
-    note = "one example cannot show a difference" if n == 1 else ""
+    note = "one example is too few for a test" if n == 1 else ""
     if not turned.any():
         note = "both systems have the same score in every example"
     return Comparison(difference, None, None, p_value, n, note)
 
 
 def checked(rows, name):
-    """rows as float64 (n,) or (n, k). Raises ValueError where there is none, or one is not finite."""
+    """`rows` as float64, (n,) or (n, k). Raises ValueError if there are none, or one is not finite."""
     rows = np.asarray(rows, np.float64)
     if rows.ndim not in (1, 2) or not rows.size:
         raise ValueError(
-            f"{name} has the shape {rows.shape}, expected (examples,) or (examples, numbers), and one at least"
+            f"{name} has the shape {rows.shape}, expected (examples,) or (examples, numbers) with at least one example"
         )
     if not np.isfinite(rows).all():
         row = int(np.argwhere(~np.isfinite(rows))[0][0])
@@ -104,7 +111,7 @@ def checked(rows, name):
 
 
 def side_by_side(rows_a, rows_b, score):
-    """Both systems as one (n, 2k), and the difference of their scores as a function of its sum."""
+    """(rows of both systems in one array (n, 2k), function from their sum (2k,) to the difference of the scores)."""
     a, b = checked(rows_a, "rows_a"), checked(rows_b, "rows_b")
     if a.shape != b.shape:
         raise ValueError(f"rows_a has the shape {a.shape} and rows_b {b.shape}, expected the same examples in both")
@@ -112,23 +119,23 @@ def side_by_side(rows_a, rows_b, score):
     both = np.concatenate([a.reshape(n, width), b.reshape(n, width)], axis=1)
     if score is None:
         if a.ndim != 1:
-            raise ValueError(f"rows_a has the shape {a.shape}; give `score`, or one value an example")
+            raise ValueError(f"rows_a has the shape {a.shape}; give `score`, or one value for each example")
         return both, lambda sums: (sums[0] - sums[1]) / n
     part = lambda sums: sums[0] if a.ndim == 1 else sums
     return both, lambda sums: score(part(sums[:width])) - score(part(sums[width:]))
 
 
 def rounding(found, value):
-    """Differences this close are equal: sums of floats depend on their order."""
+    """Tolerance for equal differences, since sums of floats depend on their order."""
     return 1e-12 * max(np.abs(found).max(initial=0), abs(value))
 
 
 def resample(rows, score, of_rows, resamples, seed):
-    """Returns (score of all rows, scores of as many drawn with replacement (resamples,), scores without one of them (n,))."""
+    """(score of all rows, scores of n rows drawn with replacement (resamples,), scores of all rows but one (n,))."""
     n = len(rows)
     if score is None:
         if rows.ndim != 1:
-            raise ValueError(f"rows has the shape {rows.shape}; give `score`, or one value an example")
+            raise ValueError(f"rows has the shape {rows.shape}; give `score`, or one value for each example")
         score = (lambda drawn: drawn.sum() / n) if of_rows else lambda total: total / n
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, expected 1 or more")
@@ -155,7 +162,7 @@ def resample(rows, score, of_rows, resamples, seed):
 
 
 def limits(value, replicates, left_out, n, level, method, widen):
-    """Returns (low, high, n, note) from what `resample` gave."""
+    """(low, high, n, note) of an interval, from the results of resample()."""
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, expected a share between 0 and 1, such as 0.95")
     if method not in ("bca", "percentile"):
@@ -176,9 +183,9 @@ def limits(value, replicates, left_out, n, level, method, widen):
             acceleration = (pull**3).sum() / (6 * spread**1.5) if spread else 0.0
             bias = ndtri(below)
             moved = bias + ndtri(tails).clip(-8, 8)
-            room = 1 - acceleration * moved  # none: the limit is the last of all drawn scores
+            room = 1 - acceleration * moved  # if it is not positive, the limit is the lowest or highest drawn score
             tails = ndtr(np.where(room > 0, bias + moved / np.where(room > 0, room, 1), np.sign(moved) * np.inf))
         else:
-            notes.append("the score is outside of all drawn scores, so the interval is a plain percentile one")
+            notes.append("the score is outside of the range of the drawn scores, so this is a percentile interval")
     low, high = np.quantile(replicates, tails)
     return float(low), float(high), n, "; ".join(notes)

@@ -1,4 +1,4 @@
-"""Token F1, as SQuAD 2.0 scores an answer: words that both texts have, without case, punctuation and articles."""
+"""Token F1 as in SQuAD 2.0: F1 of the words that two texts share, ignoring case, punctuation and articles."""
 
 import re
 import string
@@ -8,14 +8,14 @@ WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalized_words(text):
-    """Lowercase words without ASCII punctuation and without a, an, the: a list of str."""
+    """The lowercase words of a text without ASCII punctuation and without a, an, the: a list of str."""
     return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(WITHOUT_PUNCTUATION)).split()
 
 
 def token_f1(reference, candidate):
     """F1 of two texts, 0 to 1. reference: str, or a list of str of which the best one counts.
 
-    Where a text has no word left, the score is 1 if the other has none either."""
+    If a text has no word left, the score is 1 if the other has none either, else 0."""
     if not isinstance(reference, str):
         return max(token_f1(text, candidate) for text in reference)
     ours, theirs = normalized_words(candidate), normalized_words(reference)

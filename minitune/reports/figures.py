@@ -1,12 +1,12 @@
-"""Charts of a report as matplotlib Figures, and a Figure as PNG or as SVG that takes its colours from the page around it."""
+"""Charts of a report as matplotlib Figures, and conversion to PNG, or to SVG that uses the colours of the page around it."""
 
 import io
 import re
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a6d00", "#4477aa")  # Okabe and Ito's, the light ones darkened
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a6d00", "#4477aa")  # Okabe and Ito, with darker light colours
 MARKERS = ("o", "s", "^", "D", "v", "P")
-DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (9, 2), (1, 1))  # on and off, in line widths; () is solid
-INKS = {  # what a Figure draws in: what the page has for it, see page.html
+DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (9, 2), (1, 1))  # lengths on and off, in line widths; () is solid
+INKS = {  # colour in a Figure -> colour in the page, see page.html
     "#000000": "currentColor",
     "#ffffff": "var(--card)",
     "#b0b0b0": "var(--line)",
@@ -19,15 +19,15 @@ INKS = {  # what a Figure draws in: what the page has for it, see page.html
 
 
 def style(number):
-    """(colour, marker, dashes) of the line of this number: lines differ in all three, for those who see no colours."""
+    """(colour, marker, dashes) of line `number`. Lines differ in all three, so that colour alone is not needed."""
     return PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
 
 
 def sweep_figure(lines, metrics, parameters, legend=True):
-    """A grid of axes, a row a metric and a column a parameter, one line a model. Returns a Figure.
+    """A Figure with a grid of axes: one row for each metric, one column for each parameter, one line for each model.
 
-    lines: [(label, {parameter: [(x, {metric: Interval})]})]; metrics, parameters: {name: title}. A column has the scale of
-    the whole grid, so columns drawn alone can be compared."""
+    lines: [(label, {parameter: [(x, {metric: Interval}), ...]}), ...]. metrics, parameters: {name: title}. The scale of a metric
+    depends on all parameters of the lines, so that columns drawn as separate figures can be compared."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(0.4 + 2.9 * len(parameters), 0.9 + 1.75 * len(metrics)), layout="constrained")
@@ -35,7 +35,7 @@ def sweep_figure(lines, metrics, parameters, legend=True):
     scores = [score for _, along in lines for row in along.values() for _, found in row for score in found.values()]
     has_intervals = any(
         score.low is not None for score in scores
-    )  # then lines step aside, so that bars can be told apart
+    )  # then lines are shifted, so that bars do not overlap
     for column, (parameter, title) in enumerate(parameters.items()):
         values = sorted({x for _, along in lines for x, _ in along[parameter]})
         for row, (metric, heading) in enumerate(metrics.items()):
@@ -56,7 +56,7 @@ def sweep_figure(lines, metrics, parameters, legend=True):
         handles, labels = [], []
         for number, (label, _) in enumerate(lines):
             handles.append(draw_line(grid[0][0], [], number))
-            labels.append(label.replace("$", r"\$"))  # else matplotlib reads a formula
+            labels.append(label.replace("$", r"\$"))  # matplotlib reads text between two $ as a formula
         figure.legend(
             handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False, handlelength=3.5
         )
@@ -64,7 +64,7 @@ def sweep_figure(lines, metrics, parameters, legend=True):
 
 
 def draw_line(axes, shown, number):
-    """One model's points [(x, Interval)] with their intervals, and the line between them."""
+    """Draw the points of one model, [(x, Interval), ...], with their intervals and a line. Returns the line."""
     colour, marker, dashes = style(number)
     x, scores = [x for x, _ in shown], [score for _, score in shown]
     for at, score in shown:
@@ -78,7 +78,7 @@ def draw_line(axes, shown, number):
 
 
 def span(lines, metric):
-    """The limits of a metric's axis: all its values and intervals, with some room."""
+    """(low, high) limits of a metric's axis: all values and intervals, with a margin."""
     scores = [scores[metric] for _, along in lines for row in along.values() for _, scores in row if metric in scores]
     ends = [end for s in scores for end in (s.value, s.low, s.high) if end is not None]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
@@ -87,7 +87,7 @@ def span(lines, metric):
 
 
 def table_figure(header, rows, caption):
-    """A table as a picture. header: [str]; rows: [[str]], a cell may have several lines. Returns a Figure."""
+    """A table as a Figure. header: [str]. rows: [[str]]; a cell may have several lines."""
     from matplotlib.figure import Figure
 
     wide = [max(len(part) for row in [header, *rows] for part in row[i].split("\n")) for i in range(len(header))]
@@ -107,7 +107,7 @@ def table_figure(header, rows, caption):
             for k, part in enumerate(cell.split("\n")):
                 axes.text(
                     *(x if i == 0 else right, y + pad / 2 + k * line),
-                    part.replace("$", r"\$"),  # else matplotlib reads a formula
+                    part.replace("$", r"\$"),  # matplotlib reads text between two $ as a formula
                     ha="left" if i == 0 else "right",
                     va="top",
                     fontsize=9 if k == 0 else 8,
@@ -122,21 +122,23 @@ def table_figure(header, rows, caption):
 
 
 def wrap(text, width):
+    """`text` wrapped at `width` characters, at least 30."""
     import textwrap
 
     return "\n".join(textwrap.wrap(text, max(30, width)))
 
 
 def png(figure):
-    """The bytes of a PNG, 150 dots an inch, on white."""
+    """A Figure as the bytes of a PNG, 150 dots per inch, on white."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     return image.getvalue()
 
 
 def inline_svg(figure, prefix, alt):
-    """An <svg> element for a page: text as text, the page's colours (INKS), ids that begin with `prefix`, no address in it.
-    alt: its description, already escaped."""
+    """A Figure as an <svg> element for a page: with text as text, the page's colours (INKS), and no URLs.
+
+    prefix: beginning of all ids, unique on the page. alt: its description, already escaped."""
     import matplotlib
 
     image = io.StringIO()
@@ -146,7 +148,7 @@ def inline_svg(figure, prefix, alt):
     text = image.getvalue()
     text = re.sub(r"<(metadata|style)\b.*?</\1>|<style[^>]*/>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.S)
     view = re.search(r'viewBox="([^"]+)"', text)[1]
-    widest = round(1.6 * float(view.split()[2]))  # else a chart that has a row to itself would shout
+    widest = round(1.6 * float(view.split()[2]))  # limits the size of a chart that has a row to itself
     start = f'<svg viewBox="{view}" role="img" aria-label="{alt}" style="max-width: {widest}px">'
     text = start + text[text.index(">") + 1 :]
     text = re.sub(r'\bid="', f'id="{prefix}', text)
@@ -156,4 +158,5 @@ def inline_svg(figure, prefix, alt):
 
 
 def family(found):
+    """The replacement for a match of a font in an SVG: the system's font."""
     return f"font: {found[1]}system-ui, sans-serif" if found[1] else "font-family: system-ui, sans-serif"

@@ -1,6 +1,6 @@
-"""A page of sections with text, tables, charts and answers, as one HTML file that opens offline, and as Markdown.
+"""A page of sections with text, tables, charts and answers, as one HTML file that works offline, and as Markdown.
 
-Nothing here knows what the page is about. Every text is escaped here: answers of models may hold HTML or Markdown."""
+This module knows nothing of the content. It escapes every text, because answers of models may contain HTML or Markdown."""
 
 import html
 import re
@@ -11,64 +11,80 @@ from typing import NamedTuple
 from minitune.reports import figures
 from minitune.screen import printable
 
-LONG = 700  # characters of an answer that are shown at once
-MOST = 100  # rows of a table in a picture
-SHORT = 20  # rows of a table that a phone shows one below the other
+LONG = 700  # characters of an answer that are shown without unfolding
+MOST = 100  # most rows of a table in a PNG
+SHORT = 20  # most rows of a table that a phone shows as a list
 
 
 class Cell(NamedTuple):
+    """A cell of a table."""
+
     text: str
-    value: float | None = None  # the number behind `text`, kept with all its digits
-    below: tuple = ()  # smaller lines under it
+    value: float | None = None  # the number with all its digits
+    below: tuple = ()  # smaller lines under the text
 
 
 class Table(NamedTuple):
+    """A table; the first column has the names of the rows."""
+
     caption: str
-    header: list  # of str; the first column names the rows
-    rows: list  # of lists of Cell or str
-    note: str = ""  # how it was made, under it
-    picture: str = ""  # it is also a PNG, whose name ends so
-    has_words: bool = False  # in its cells, not numbers
+    header: list  # [str, ...]
+    rows: list  # [[Cell or str, ...], ...]
+    note: str = ""  # text under the table
+    picture: str = ""  # end of the name of its PNG; "" for no PNG
+    has_words: bool = False  # whether the cells have words rather than numbers
 
 
 class Chart(NamedTuple):
+    """One or several drawings with a caption."""
+
     caption: str
-    alt: str  # what it shows, for those who do not see it
-    drawings: list  # Figures side by side, one below the other on a phone
+    alt: str  # description for people who do not see it
+    drawings: list  # [Figure, ...], side by side, or one below the other on a phone
     titles: tuple = ()  # of the drawings
-    legend: tuple = ()  # labels, in the order of figures.style
-    picture: str = ""  # the name of its PNG ends so
-    whole: object = None  # the Figure of this PNG, where the drawings are parts of it
+    legend: tuple = ()  # labels, in the order of figures.style()
+    picture: str = ""  # end of the name of its PNG
+    whole: object = None  # Figure of the PNG, if the drawings are parts of it
 
 
 class Part(NamedTuple):
+    """A labelled text on a Card, such as a prompt or an answer."""
+
     label: str
     text: str
-    faint: str = ""  # scores, a comment
+    faint: str = ""  # less important text, such as scores
 
 
 class Card(NamedTuple):
+    """One answer with its prompt."""
+
     title: str
-    parts: list  # of Part
+    parts: list  # [Part, ...]
 
 
 class Cards(NamedTuple):
-    columns: list  # of (heading, [Card]), side by side
+    """Columns of cards, side by side."""
+
+    columns: list  # [(heading, [Card, ...]), ...]
 
 
 class Folded(NamedTuple):
+    """Blocks that can be folded away under a title."""
+
     title: str
-    blocks: list
+    blocks: list  # as in Section
     is_open: bool = False
 
 
 class Section(NamedTuple):
+    """A part of the page with a heading."""
+
     title: str
-    blocks: list  # of str (a paragraph; `code` in it), Table, Chart, Cards, Folded
+    blocks: list  # [str, Table, Chart, Cards or Folded, ...]; a str is a paragraph, with `code` in backticks
 
 
 def as_html(title, summary, sections):
-    """The page as a str. summary: paragraphs for its top."""
+    """The page as HTML, a str. summary: list of paragraphs for the top. sections: list of Sections."""
     frame = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     counter = iter(range(10**6))
     shown = []
@@ -88,6 +104,7 @@ def as_html(title, summary, sections):
 
 
 def block_html(block, counter):
+    """HTML of a block of a Section. counter: iterator of numbers for unique ids."""
     if isinstance(block, str):
         return f"<p>{inline(block)}</p>"
     if isinstance(block, Folded):
@@ -106,8 +123,8 @@ def block_html(block, counter):
 
 
 def table_html(table):
-    """A table that scrolls sideways by itself; a short one becomes a list of its rows on a phone, where the roles keep it a
-    table for those who listen."""
+    """HTML of a Table that scrolls sideways if it is wide. On a phone a short table is shown as a list of its rows; the ARIA
+    roles keep it a table for screen readers."""
     head = "".join(f'<th scope="col" role="columnheader">{inline(name)}</th>' for name in table.header)
     body = []
     for first, *rest in table.rows:
@@ -151,7 +168,7 @@ def chart_html(chart, counter):
 
 
 def sample(number):
-    """A piece of the line of this number, for a legend."""
+    """HTML of a sample of line `number`, for a legend."""
     _, marker, dashes = figures.style(number)
     shapes = {
         "o": '<circle cx="20" cy="7" r="4"/>',
@@ -190,7 +207,7 @@ def long_html(text):
 
 
 def visible(text):
-    """text with what cannot be written or would disturb the page as its escape, as on a terminal."""
+    """`text` with escapes in place of control characters, as on a terminal."""
     return printable(text.replace("\r", ""))
 
 
@@ -203,16 +220,17 @@ def escape(text):
 
 
 def inline(text):
-    """Escaped, with `code` in backticks."""
+    """HTML of a line of text, with <code> for text in backticks."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def slug(title):
+    """A title as the id of an HTML element."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def pictures(sections):
-    """{end of the name: Figure} of the tables and charts that want a PNG beside the page."""
+    """{end of the file name: Figure} of the tables and charts that are also written as PNG."""
     found = {}
     for block in (block for section in sections for block in section.blocks):
         if isinstance(block, Table) and block.picture:
@@ -223,7 +241,7 @@ def pictures(sections):
                 ]
                 for row in [block.header, *block.rows[:MOST]]
             ]
-            more = f" {len(block.rows) - MOST} more rows are in the page." if len(block.rows) > MOST else ""
+            more = f" The page has {len(block.rows) - MOST} more rows." if len(block.rows) > MOST else ""
             words = one_line(f"{block.caption}. {block.note}{more}")
             found[block.picture] = figures.table_figure(header, rows, words)
         if isinstance(block, Chart) and block.picture:
@@ -232,7 +250,7 @@ def pictures(sections):
 
 
 def as_markdown(title, summary, sections, stem):
-    """The page as Markdown, a str. stem: the names of the PNG files begin with it, as in STEM_table.png."""
+    """The page as Markdown, a str. stem: beginning of the names of the PNG files, as in STEM_table.png."""
     parts = [f"# {mark(title)}", *[mark_code(line) for line in summary]]
     for section in sections:
         parts.append(f"## {mark_code(section.title)}")
@@ -241,6 +259,7 @@ def as_markdown(title, summary, sections, stem):
 
 
 def block_markdown(block, stem):
+    """Markdown of a block of a Section."""
     if isinstance(block, str):
         return mark_code(block)
     if isinstance(block, Folded):
@@ -267,16 +286,16 @@ def cell_markdown(cell):
 
 
 def in_cell(text):
-    return re.sub(r"(?<!\\)\|", r"\|", mark_code(text))  # a bar in `code` would end the cell
+    return re.sub(r"(?<!\\)\|", r"\|", mark_code(text))  # a | in `code` would end the cell too
 
 
 def mark(text):
-    """One line of Markdown without markup of its own."""
+    """One line of text as Markdown, with all markup escaped."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
 def mark_code(text):
-    """As mark(), with `code` in backticks."""
+    """As mark(), but text in backticks stays code."""
     parts = re.split(r"`([^`]+)`", str(text))
     return "".join(f"`{one_line(part)}`" if i % 2 else mark_spaced(part) for i, part in enumerate(parts))
 
@@ -287,6 +306,6 @@ def mark_spaced(text):
 
 
 def fenced(text):
-    """text in a fence that is longer than any run of backticks in it."""
+    """`text` as a code block, in a fence that is longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{fence}text\n{visible(text)}\n{fence}"

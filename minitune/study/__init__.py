@@ -1,1 +1,1 @@
-"""The names and files of the study that this project grew from."""
+"""Names and files of the study that minitune grew from."""

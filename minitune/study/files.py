@@ -1,11 +1,11 @@
-"""The JSON files of the study that this project grew from: answers, scores, human grades. Reading only; nothing is scored.
+"""Reads the JSON files of the study that minitune grew from: answers, scores, human grades. Nothing is computed here.
 
     MODEL_topk50_nb5_t1.json           list of answers
-    MODEL_topk50_nb5_t1_score.json     {"Perplexity", "BLEU", "ROUGE-L", "BERTScore"}: means, no value an example
+    MODEL_topk50_nb5_t1_score.json     {"Perplexity", "BLEU", "ROUGE-L", "BERTScore"}: means, without values of the examples
     MODEL_topk50_nb5_t1_HE.json        list of {"index", the three of GRADES, "comment"}
-    MODEL_topk50_nb5_t1_HE_score.json  the averages of these grades
-    instructions27.json                list of prompts, one for each answer of every file below its folder
-The name is the only place where these files keep the decoding options, so it is read strictly."""
+    MODEL_topk50_nb5_t1_HE_score.json  averages of these grades
+    instructions27.json                list of prompts, for the answer files in its folder and below
+The decoding options are only in the name of a file, so names are read strictly."""
 
 import re
 from dataclasses import dataclass
@@ -17,57 +17,60 @@ from minitune.screen import short
 from minitune.study.names import SCORES
 
 PROMPTS = re.compile(r"instructions\d*\.json")
-SCORE = Number(-1e100, 1e100)  # a score or a grade: its square is finite too
+SCORE = Number(-1e100, 1e100)  # a score or a grade, bounded so that its square is finite
 GRADES = ("grammatical_correctness", "coherence", "correctness_of_answer")
 AVERAGES = tuple(f"average_{name}" for name in GRADES) + ("human_evaluation_average",)
 
 
 @dataclass
 class Grades:
-    """Human grades of one model's answers, in their order."""
+    """Human grades of the answers of one model, in the order of the answers."""
 
     path: Path
-    rows: list  # of {grade: number}
-    comments: list  # of str, empty where there is none
-    published: dict | None = None  # what _HE_score.json says, by AVERAGES
+    rows: list  # [{name in GRADES: number}, ...]
+    comments: list  # [str, ...], "" for no comment
+    published: dict | None = None  # {name in AVERAGES: number} of _HE_score.json, if there is one
 
     def averages(self):
-        """{name of AVERAGES: float}: the mean of each grade, and the mean of these three, in the study's order of sums."""
+        """{name in AVERAGES: float}: the mean of each grade and the mean of the three means, summed in the study's order."""
         means = [sum(row[name] for row in self.rows) / len(self.rows) for name in GRADES]
         return dict(zip(AVERAGES, [*means, sum(means) / len(means)], strict=True))
 
     def of_examples(self):
-        """The mean of the three grades of each answer, (n,)."""
+        """The mean of the three grades of each answer, a list."""
         return [sum(row[name] for name in GRADES) / len(GRADES) for row in self.rows]
 
 
 def read_texts(path):
-    """The list of texts in a JSON file: answers or prompts, one at least."""
+    """The list of texts in a JSON file, answers or prompts. Raises ValueError if it is empty or not such a list."""
     return not_empty(read_json(path, [str]), path)
 
 
 def not_empty(values, path):
     if not values:
-        raise ValueError(f"{path} is an empty list, expected one entry at least")
+        raise ValueError(f"{path} is an empty list, expected at least one entry")
     return values
 
 
 def read_scores(path):
-    """{metric: float} of a _score.json, by minitune's names, without those that are null: they were not computed."""
+    """{minitune's name of a metric: float} of a _score.json, without metrics that are null (not computed)."""
     stored = read_json(path, {key: (SCORE, None) for key in SCORES})
     return {name: stored[key] for key, name in SCORES.items() if stored[key] is not None}
 
 
 def read_grades(path):
-    """The Grades in a _HE.json, with what the _HE_score.json beside it publishes. The index counts up by 1 from any number:
-    two files of the study start at 1 and one at 0."""
+    """The Grades in a _HE.json, with the averages in the _HE_score.json of the same folder.
+
+    The indices must count up by 1, from any number: two files of the study start at 1 and one at 0. Raises ValueError if the
+    files are wrong."""
     path = Path(path)
     stored = not_empty(read_json(path, [{"index": SCORE, **dict.fromkeys(GRADES, SCORE)}]), path)
     for row, record in enumerate(stored):
         expected = stored[0]["index"] + row
         if record["index"] != expected:
             raise ValueError(
-                f"{path}: [{row}].index is {short(record['index'])}, expected {short(expected)}: one grade an answer, in order"
+                f"{path}: [{row}].index is {short(record['index'])}, expected {short(expected)}: one grade for each answer, in "
+                "their order"
             )
     rows = [{name: record[name] for name in GRADES} for record in stored]
     comments = [record["comment"] if isinstance(record.get("comment"), str) else "" for record in stored]

@@ -1,5 +1,5 @@
-"""The study's names: of a decoding (topk50_nb5_t1), of its files, of its scores, and the grid of its sweep. Written here and read
-here."""
+"""The names that the study uses: of a decoding (topk50_nb5_t1), of its files and of its scores, and the grid of its sweep. They
+are written and read here."""
 
 import re
 from dataclasses import fields
@@ -7,7 +7,7 @@ from dataclasses import fields
 from minitune.decoding.options import GenerateConfig
 
 SHORT = {"top_k": "topk", "num_beams": "nb", "temperature": "t"}
-NAMED = (  # options that change answers and are named where they are not at their default
+NAMED = (  # options that change answers; in a name if they differ from their default
     "top_p",
     "min_p",
     "typical_p",
@@ -21,10 +21,10 @@ NAMED = (  # options that change answers and are named where they are not at the
 
 
 def point_name(config, others=()):
-    """The name of a decoding: the study's, topk50_nb5_t1, where tokens are drawn; greedy or beam5 where none are. Behind it is
-    what is not at its default, topk50_nb1_t1_topp0.9, and what `others` names: options that are varied.
+    """The name of a decoding. config: a GenerateConfig. others: names of options that are varied, and so always in the name.
 
-    The longest answer is not in it: two files of one name are never mixed, since a file says its settings."""
+    With sampling it is the study's name, topk50_nb5_t1; without, greedy or beam5. Options in NAMED that differ from their default
+    follow, as in topk50_nb1_t1_topp0.9. max_new_tokens is not in the name; the files themselves name all settings."""
     named = SHORT if config.do_sample else {}
     words = [f"{short_name}{written(getattr(config, name))}" for name, short_name in named.items()]
     if not config.do_sample:
@@ -50,8 +50,8 @@ PARAMETERS = ("top_k", "num_beams", "temperature")
 
 
 def parse_name(name):
-    """(model, {top_k, num_beams, temperature}, kind) of a file name, kind one of "", _score, _HE, _HE_score; None where it
-    is no name of the study's."""
+    """(model, {"top_k", "num_beams", "temperature"}, kind) of the name of a file of the study, or None for another name. kind:
+    "", "_score", "_HE" or "_HE_score"."""
     found = NAME.fullmatch(name)
     if not found:
         return None
@@ -63,6 +63,6 @@ def parse_name(name):
     return found["model"], options, found["kind"]
 
 
-# The study drew tokens within beam search: its answers change with top_k, and its two runs of one point differ.
+# The study used beam sampling: its answers depend on top_k, and its two runs of one point differ.
 STUDY = {"top_k": (30, 40, 50, 60, 80), "num_beams": (2, 4, 5, 6), "temperature": (0.0, 0.5, 0.7, 1.0)}
-CENTRE = {"top_k": 50, "num_beams": 5, "temperature": 1.0, "max_new_tokens": 128}  # the study's, in place of generate's
+CENTRE = {"top_k": 50, "num_beams": 5, "temperature": 1.0, "max_new_tokens": 128}  # the study's defaults, used by sweep
