@@ -353,9 +353,8 @@ def _fetch(file, storage, folder):
     from huggingface_hub.utils import WeakFileLock
 
     part = storage / "blobs" / f"{_key(file)}.incomplete"
-    lock = (
-        storage.parent / ".locks" / storage.name / f"{_key(file)}.lock"
-    )  # the one that huggingface_hub uses for this blob
+    # the lock that huggingface_hub uses for this blob
+    lock = storage.parent / ".locks" / storage.name / f"{_key(file)}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if (folder / file.name).exists():

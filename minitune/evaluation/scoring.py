@@ -107,9 +107,9 @@ def check_bleu(config):
             f"bleu_weights has {len(config.bleu_weights)} weights and bleu_order is {short(config.bleu_order)}; give one of "
             "them, or as many weights as the order"
         )
-    bleu_weights(config)
+    bleu_weights(config)  # raises on bad weights
     if config.bleu_tokenize is not None:
-        tokens("", config.bleu_tokenize)
+        tokens("", config.bleu_tokenize)  # raises if a dictionary or model is not installed
 
 
 def asked_metrics(config):

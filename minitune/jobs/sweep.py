@@ -27,13 +27,8 @@ from minitune.screen import table_lines, wrap
 from minitune.study.names import CENTRE, STUDY, point_name, written
 from minitune.train import train
 
-FIXED = (
-    "do_sample",
-    "num_return_sequences",
-    "stop",
-    "lookup",
-    "eos_ids",
-)  # options of decoding that a sweep cannot vary
+# Options of decoding that a sweep cannot vary.
+FIXED = ("do_sample", "num_return_sequences", "stop", "lookup", "eos_ids")
 AXES = [f for f in OPTIONS if f.name not in FIXED]
 AXES.sort(key=lambda f: list(STUDY).index(f.name) if f.name in STUDY else len(STUDY))  # the study's options first
 Grid = make_dataclass(  # the options of generate, with a list in place of each value

@@ -61,9 +61,8 @@ class EncoderConfig:
         # transformers 5 no longer reads this key: a value other than absolute is reported as without effect.
         if read.raw.get("position_embedding_type") in ("absolute", None):
             read.ignore("position_embedding_type")
-        read.ignore(
-            "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"
-        )  # used in training only
+        # used in training only
+        read.ignore("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         read.ignore("gradient_checkpointing", "tie_word_embeddings", "_num_labels", "output_past")
         read.ignore("directionality", "pooler_type", "pooler_fc_size", "pooler_num_attention_heads")  # of heads
         read.ignore("pooler_num_fc_layers", "pooler_size_per_head")

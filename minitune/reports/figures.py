@@ -33,9 +33,8 @@ def sweep_figure(lines, metrics, parameters, legend=True):
     figure = Figure(figsize=(0.4 + 2.9 * len(parameters), 0.9 + 1.75 * len(metrics)), layout="constrained")
     grid = figure.subplots(len(metrics), len(parameters), squeeze=False, sharey="row", sharex="col")
     scores = [score for _, along in lines for row in along.values() for _, found in row for score in found.values()]
-    has_intervals = any(
-        score.low is not None for score in scores
-    )  # then lines are shifted, so that bars do not overlap
+    # With intervals the lines are shifted, so that the bars do not overlap.
+    has_intervals = any(score.low is not None for score in scores)
     for column, (parameter, title) in enumerate(parameters.items()):
         values = sorted({x for _, along in lines for x, _ in along[parameter]})
         for row, (metric, heading) in enumerate(metrics.items()):

@@ -86,14 +86,8 @@ NOT_COMPARED = {  # settings that say what is scored and not how, or that are sh
     *("adapter (sha256)", "model files (sha256)", "held-out rows (sha256)"),
     *("lookup", "eos_ids", "num_return_sequences"),
 }
-OF_DRAWING = {
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "seed",
-}  # options without effect if nothing is sampled
+# Options without effect if nothing is sampled.
+OF_DRAWING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "seed"}
 OF_BEAMS = {"length_penalty", "early_stopping"}  # options without effect with one beam
 
 

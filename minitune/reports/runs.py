@@ -22,13 +22,8 @@ from minitune.study.files import GRADES
 
 ON_A_CARD = (*FIGURE, "exact_match", "length_ratio")  # scores that are shown with an answer
 MOST_AXES = 12  # most columns of the figure
-RANKING = (
-    "bertscore",
-    "rouge_l",
-    "token_f1",
-    "chrf",
-    "bleu",
-)  # answers without grades are sorted by the first one available
+# Answers without grades are sorted by the first of these metrics that is available.
+RANKING = ("bertscore", "rouge_l", "token_f1", "chrf", "bleu")
 
 
 def differences_section(results):
