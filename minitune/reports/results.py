@@ -70,19 +70,8 @@ SWEEP = {**POINTS, "other?": (POINTS, None)}  # sweep.json
 STEP = {"loss?": MAYBE, "lr?": MAYBE, "eval_loss?": MAYBE}  # a line of metrics.jsonl, in addition to runs.folder.STEPS
 
 NOT_COMPARED = {  # settings that say what is scored and not how, or that are shown elsewhere in the report
-    *(
-        "model",
-        "adapter",
-        "data",
-        "decoding",
-        "facts",
-        "metrics",
-        "examples",
-        "signatures",
-        "resamples",
-        "seed",
-        "limit",
-    ),
+    *("model", "adapter", "data", "decoding", "facts", "metrics"),
+    *("examples", "signatures", "resamples", "seed", "limit"),
     *("adapter (sha256)", "model files (sha256)", "held-out rows (sha256)"),
     *("lookup", "eos_ids", "num_return_sequences"),
 }
