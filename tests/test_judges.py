@@ -164,7 +164,7 @@ def test_gpt2_says_that_a_text_is_longer_than_its_positions(tmp_path):
 
 def test_a_judge_is_neither_trained_nor_quantised(tmp_path):
     gpt2(tmp_path)
-    with pytest.raises(ValueError, match="does not train it"):
+    with pytest.raises(ValueError, match="for perplexity and does not train"):
         ModelFolder(tmp_path).default_targets()
     with pytest.raises(ValueError, match="which minitune does not quantise"):
         load_model(tmp_path, quantize="nf4")
