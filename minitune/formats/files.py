@@ -42,6 +42,7 @@ def read_filled(path):
 
 
 def read_json_rows(path):
+    """The rows of a .json file. Raises ValueError if it is not a list."""
     try:
         rows = parse_json(read_filled(path), path)
     except ValueError as error:
@@ -53,6 +54,7 @@ def read_json_rows(path):
 
 
 def read_jsonl(path):
+    """The rows of a .jsonl file, one JSON value in each line. Raises ValueError with the line."""
     rows = []
     for number, line in enumerate(read_filled(path).split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
         if line.strip():
@@ -64,6 +66,7 @@ def read_jsonl(path):
 
 
 def read_csv(path):
+    """The rows of a .csv file as dicts of texts, with the header as keys. Raises ValueError with the line."""
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         reader = csv.reader(io.StringIO(read_filled(path), newline=""), strict=True)
@@ -86,6 +89,7 @@ def read_csv(path):
 
 
 def read_parquet(path):
+    """The rows of a .parquet file. Raises ValueError if it is damaged or pyarrow is not installed."""
     try:
         import pyarrow.parquet
     except ImportError:

@@ -46,6 +46,7 @@ def cut(text):
 
 @functools.cache
 def intl_rules():
+    """The rules of tokens_intl(): [(pattern, replacement), ...]."""
     import regex  # re has no Unicode classes; unicodedata may have another Unicode version than sacrebleu, which uses regex
 
     return [

@@ -57,6 +57,7 @@ def rouge_lsum(reference, candidate, use_stemmer=True, tokenize="words"):
 
 
 def summary_scores(theirs, ours):
+    """(precision, recall, fmeasure) of ROUGE-Lsum. theirs, ours: lines of reference and candidate, each a list of words."""
     left_ours, left_theirs = (Counter(itertools.chain.from_iterable(lines)) for lines in (ours, theirs))
     hits = 0
     for line in theirs:

@@ -85,6 +85,8 @@ class Conv1D(nn.Module):
 
 
 class GPT2Attention(nn.Module):
+    """Self-attention with one product for queries, keys and values."""
+
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -99,6 +101,8 @@ class GPT2Attention(nn.Module):
 
 
 class GPT2MLP(nn.Module):
+    """MLP: c_proj(gelu(c_fc(x)))."""
+
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -111,6 +115,8 @@ class GPT2MLP(nn.Module):
 
 
 class GPT2Block(nn.Module):
+    """Pre-norm block: attention, then MLP, each added to the residual stream."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.hidden_size, config.layer_norm_eps, whole_texts=True)

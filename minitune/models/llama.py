@@ -67,6 +67,8 @@ class LlamaConfig:
 
 
 class LlamaAttention(nn.Module):
+    """Grouped-query self-attention with RoPE."""
+
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
@@ -91,6 +93,8 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
+    """Gated MLP: down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
     def __init__(self, config):
         super().__init__()
         C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -104,6 +108,8 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
+    """Pre-norm block: attention, then MLP, each added to the residual stream."""
+
     def __init__(self, config):
         super().__init__()
         self.self_attn = LlamaAttention(config)

@@ -73,6 +73,8 @@ class MistralConfig:
 
 
 class MistralAttention(nn.Module):
+    """Grouped-query self-attention with RoPE."""
+
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
@@ -97,6 +99,8 @@ class MistralAttention(nn.Module):
 
 
 class MistralMLP(nn.Module):
+    """Gated MLP: down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
     def __init__(self, config):
         super().__init__()
         C, inner = config.hidden_size, config.intermediate_size
@@ -110,6 +114,8 @@ class MistralMLP(nn.Module):
 
 
 class MistralBlock(nn.Module):
+    """Pre-norm block: attention, then MLP, each added to the residual stream."""
+
     def __init__(self, config):
         super().__init__()
         self.self_attn = MistralAttention(config)

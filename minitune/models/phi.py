@@ -79,6 +79,8 @@ class PhiConfig:
 
 
 class PhiAttention(nn.Module):
+    """Self-attention with partial RoPE and biases."""
+
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
@@ -105,6 +107,8 @@ class PhiAttention(nn.Module):
 
 
 class PhiMLP(nn.Module):
+    """MLP: fc2(gelu(fc1(x)))."""
+
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -117,6 +121,8 @@ class PhiMLP(nn.Module):
 
 
 class PhiBlock(nn.Module):
+    """Attention and MLP in parallel after one LayerNorm, both added to the residual stream."""
+
     def __init__(self, config):
         super().__init__()
         self.self_attn = PhiAttention(config)

@@ -89,6 +89,8 @@ class EncoderConfig:
 
 
 class Embeddings(nn.Module):
+    """Sum of the embeddings of tokens, positions and token types, and a LayerNorm."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -106,6 +108,8 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Bidirectional self-attention, without its output projection."""
+
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -147,6 +151,8 @@ class Output(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention with output projection, residual and LayerNorm."""
+
     def __init__(self, config):
         super().__init__()
         self.self = SelfAttention(config)
@@ -158,6 +164,8 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
+    """First layer of the MLP, with its activation."""
+
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -169,6 +177,8 @@ class Intermediate(nn.Module):
 
 
 class Block(nn.Module):
+    """Post-norm block: attention, then MLP."""
+
     def __init__(self, config):
         super().__init__()
         self.attention = Attention(config)
@@ -182,6 +192,8 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
+    """The list of blocks, under Hugging Face's name `layer`."""
+
     def __init__(self, config):
         super().__init__()
         self.layer = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

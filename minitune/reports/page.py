@@ -154,6 +154,7 @@ def cell_html(cell):
 
 
 def chart_html(chart, counter):
+    """HTML of a Chart."""
     drawings = []
     for number, drawing in enumerate(chart.drawings):
         alt = chart.alt if len(chart.drawings) == 1 else f"{chart.alt} Part {number + 1} of {len(chart.drawings)}."
@@ -196,6 +197,7 @@ def card_html(card):
 
 
 def long_html(text):
+    """HTML of an answer; a long one can be unfolded."""
     if not text.strip():
         return '<span class="faint">(empty)</span>'
     if len(text) <= LONG + 100:

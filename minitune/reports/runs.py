@@ -216,6 +216,7 @@ def ranking(system):
 
 
 def answer_card(row, system, base):
+    """The Card of answer `row` of a System, with the answer of its base, a System or None."""
     example = system.examples[row]
     parts = [Part("Prompt", example["prompt"])] if example.get("prompt") else []
     parts += [Part("Input", example["input"])] if example.get("input") else []
