@@ -10,7 +10,7 @@ IN_FILE = {"is_option": False}  # set by Python code and generation_config.json 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How an answer is decoded."""
+    """The options of decoding an answer. Raises ValueError on values that exclude each other."""
 
     max_new_tokens: int = arg(64, "longest answer, in tokens", low=1)
     min_new_tokens: int = arg(0, "shortest answer, in tokens")

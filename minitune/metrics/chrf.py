@@ -26,7 +26,7 @@ def corpus_chrf(references, candidates, char_order=6, word_order=0, beta=2, lowe
 
 
 def segment_chrf(reference, candidate, **options):
-    """chrF of one answer, 0 to 100. Takes the options of `corpus_chrf`."""
+    """chrF of one answer, 0 to 100. Takes the options of corpus_chrf()."""
     return corpus_chrf([reference], [candidate], **options)
 
 

@@ -72,7 +72,7 @@ def summary_scores(theirs, ours):
 
 
 def best(against, reference):
-    """The scores against the reference, or the first of its list, with the highest fmeasure."""
+    """against(reference), or for a list the result with the highest fmeasure; the first one of equal results."""
     return max(map(against, as_list(reference)), key=lambda found: found[2])
 
 

@@ -35,7 +35,7 @@ FILE_OF_GRADES = (  # see study/files.py
 
 
 def scores_section(results, config, missing):
-    """The study's table: one line a model, base beside tuned. Models that answered other prompts have a table of their own."""
+    """The study's table: one row for each model, with its base. Models that answered other prompts have a separate table."""
     groups = by_prompts(table_lines(results.systems))
     tables, there, pictures = [], set(), 0
     for prompts, lines in groups:
