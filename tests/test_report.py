@@ -339,7 +339,7 @@ def test_where_nothing_says_which_adapter_it_was_that_is_said_and_shown(run):
     shutil.rmtree(run / "adapter")
     (run / "best").mkdir()
     found = read_results([run])
-    assert any("has no adapter that the scores" in note for note in found.notes) and len(found.systems) == 2
+    assert any("has no adapter, so it is not known whether the scores" in note for note in found.notes) and len(found.systems) == 2
 
 
 def test_a_folder_that_is_named_twice_is_read_once(run, tmp_path):
@@ -377,7 +377,7 @@ def test_models_that_answered_other_prompts_have_tables_of_their_own(run, tmp_pa
     markdown = write([other_run(run, 5)], tmp_path)[1]
     tables = re.findall(r"^Scores of the answers to (.*?) \\\(|^Scores of the answers to (.*?) \(", markdown, re.M)
     assert len(tables) == 2 and "8 prompts" in tables[0][1] and "5 prompts" in tables[1][1]
-    assert "do not compare a score of one with a score of another" in markdown
+    assert "do not compare scores across tables" in markdown
     assert (tmp_path / "out" / "r_table_2.png").exists()
     stored = json.loads((run.parent / "other" / "evaluation.json").read_text())
     for system in stored["systems"].values():
@@ -406,7 +406,7 @@ def test_a_row_says_what_sets_it_apart(change, word, run):
     [table] = tables_of_scores(other_run(run, **change))
     cells = [row[0] for row in table.rows]
     assert any(word in line for line in cells[1].below) and len(cells) == 2, cells
-    assert "say how it was answered or scored" in table.note
+    assert "give settings of decoding and scoring" in table.note
 
 
 def test_points_of_other_prompts_are_no_line_of_one_sweep(run, tmp_path):

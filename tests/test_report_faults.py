@@ -102,7 +102,7 @@ BAD_STUDIES = {
     "a missing score": ({SCORED: {"BLEU": 0.1}}, "m_topk50_nb5_t1_score.json", "Perplexity is missing"),
     "NaN": ({SCORED: {"Perplexity": math.nan, "BLEU": 0.1, "ROUGE-L": 0, "BERTScore": 0}}, "Perplexity is nan"),
     "an answer that is a number": ({"m_topk50_nb5_t1.json": ["a", 3]}, "m_topk50_nb5_t1.json", "[1] is 3"),
-    "no answers": ({"m_topk50_nb5_t1.json": []}, "m_topk50_nb5_t1.json", "one entry at least"),
+    "no answers": ({"m_topk50_nb5_t1.json": []}, "m_topk50_nb5_t1.json", "at least one entry"),
     "other prompts": ({"m_topk50_nb5_t1.json": ["a", "b"], "instructions3.json": ["a", "b", "c"]}, "2 answers", "3 prompts"),
     "nothing": ({}, "has no results", "evaluation.json"),
     "nothing understood": ({"other.json": {}}, "has no results", "_score.json"),
