@@ -339,7 +339,10 @@ def test_where_nothing_says_which_adapter_it_was_that_is_said_and_shown(run):
     shutil.rmtree(run / "adapter")
     (run / "best").mkdir()
     found = read_results([run])
-    assert any("has no adapter, so it is not known whether the scores" in note for note in found.notes) and len(found.systems) == 2
+    assert (
+        any("has no adapter, so it is not known whether the scores" in note for note in found.notes)
+        and len(found.systems) == 2
+    )
 
 
 def test_a_folder_that_is_named_twice_is_read_once(run, tmp_path):

@@ -62,7 +62,9 @@ def check_weights(orders, weights):
     if weights is None:
         weights = [1 / orders] * orders if isinstance(orders, int) and 1 <= orders <= HIGHEST_ORDER else []
     if not 1 <= len(weights) <= HIGHEST_ORDER:
-        raise ValueError(f"BLEU has {len(weights) or orders} orders of n-grams, expected 1 to {HIGHEST_ORDER}")
+        raise ValueError(
+            f"BLEU with n-grams of {len(weights) or orders} orders is not possible, expected 1 to {HIGHEST_ORDER} orders"
+        )
     if not all(isinstance(w, (int, float)) and 0 <= w <= 1 for w in weights) or not any(weights):
         raise ValueError(f"the weights of BLEU are {list(weights)}, expected numbers from 0 to 1, such as 0.5 0.5")
     return [float(w) for w in weights]
