@@ -208,7 +208,7 @@ REFUSED = {
     "prompt 1 has no tokens": lambda: generate(MODEL(), [[1], []], GenerateConfig()),
     "prompt 0 has 256 tokens, but the model's context is 256": lambda: generate(MODEL(), [[1] * 256], GenerateConfig()),
     "prompt 0 has the token 61, but the model has 61 tokens": lambda: generate(MODEL(), [[61]], GenerateConfig()),
-    "stop is given, but no tokenizer": lambda: generate(MODEL(), [[1]], GenerateConfig(stop=("x",))),
+    "stop is given without a tokenizer": lambda: generate(MODEL(), [[1]], GenerateConfig(stop=("x",))),
     "streaming needs a single answer without beams": lambda: decode(
         MODEL(), [[1]], GenerateConfig(num_beams=2), on_token=print
     ),
