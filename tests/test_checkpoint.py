@@ -206,7 +206,7 @@ PASSED = {  # name: (options of the config, what happens to the tensors, what th
     "bias": (
         {},
         lambda t: t | {Q_BIAS: torch.ones(64)},
-        f"warning: .*no place for some tensors of the files: {Q_BIAS}.*will be wrong",
+        f"warning: .*no place for some tensors: {Q_BIAS}.*will be wrong",
     ),
     "more-layers": (
         {},
