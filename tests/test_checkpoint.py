@@ -211,7 +211,7 @@ PASSED = {  # name: (options of the config, what happens to the tensors, what th
     "more-layers": (
         {},
         lambda t: t | {n.replace("layers.1", "layers.2"): v.clone() for n, v in t.items() if "layers.1" in n},
-        r"no place for some tensors .*\.weight and 6 more",
+        r"no place for some tensors.*\.weight and 6 more",
     ),
     "float64": ({}, lambda t: {n: v.double() + 1e-12 for n, v in t.items()}, None),
     "an-escape": ({}, lambda t: t | {"\x1b[31m" + "x" * 500: torch.ones(1)}, r"tensors \\x1b\[31mxxx.*\.\.\."),
