@@ -168,7 +168,7 @@ def as_lines(report):
     yield from section("one row", f"{', '.join(rates)} billion weights/s: a step of decoding")
     yield from section("memory", f"copy {reached['copy'] / 1e9:.1f} GB/s, read {reached['read'] / 1e9:.1f} GB/s")
     yield ""
-    yield "Products of a weight and few rows, in billion multiplications/s of C and of torch:"
+    yield "Products with few rows, in billion multiplications/s of C and of torch:"
     for product, dtypes in reached["few rows"].items():
         for dtype, found in dtypes.items():
             yield from section(f"{product} {dtype}".removeprefix("linear "), few_rows(found))
