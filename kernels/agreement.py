@@ -8,12 +8,14 @@ in a running process is seen too. An edit that matters for other sizes or values
 The comparison runs in a thread of its own, so that autograd, autocast, the modes of torch and the tape of the caller do not see
 it; its numbers come from a generator of its own. README.md has the time that it takes."""
 
+import functools
 import math
 
 import torch
 from minitune_kernels import built, formulas, ops_cpu, ops_torch
 from minitune_kernels.direct import apart
 from torch.compiler import is_compiling
+from torch.linalg import vector_norm as norm
 
 # The largest difference as a share of the formula's values, both as root mean squares. In fp32 a sum in another order differs by
 # 1e-7; in 16 bits two roundings fall apart here and there. Four times this for gradients, which are rounded more often.
@@ -84,16 +86,16 @@ def is_any_set_aside():
 def difference(operation, version, dtype, device, has_gradient):
     """How a version differs from its formula, in words, or None."""
     formula, fast = called(operation, getattr(formulas, operation)), VERSIONS[operation, version]
+    limit = LIMITS.get(dtype, FP32_LIMIT)
     for arguments in EXAMPLES[operation](Numbers(dtype, device), version):
         try:
-            expected = outcome(formula, arguments, has_gradient)
+            expected, found = outcomes((formula, fast), arguments, has_gradient)
         except Exception as error:  # raised again where the operation is called
-            return f"cannot be compared, as the formula fails with {type(error).__name__}"
-        found = outcome(fast, arguments, has_gradient)
+            return f"cannot be compared, as the formula or this version fails with {type(error).__name__}"
         for number, pair in enumerate(zip(found, expected, strict=True)):
-            limit = LIMITS.get(dtype, FP32_LIMIT) * (4 if has_gradient and number else 1)
-            if share := distance(*pair, limit):
-                return f"differs {'in its gradient ' if has_gradient and number else ''}by {share} of the values"
+            is_gradient = has_gradient and number > 0
+            if share := distance(*pair, 4 * limit if is_gradient else limit):
+                return f"differs {'in its gradient ' if is_gradient else ''}by {share} of the values"
     return None
 
 
@@ -104,21 +106,31 @@ def called(operation, formula):
     return lambda hidden, weight, targets: formula(hidden, Head(weight), targets).sum()
 
 
-def outcome(function, arguments, has_gradient):
-    """[the results of function(*arguments), and the gradients of its arguments that ask for one]."""
-    given = [a.detach().clone().requires_grad_(has_gradient and a.requires_grad) if torch.is_tensor(a) else a
-             for a in arguments]  # fmt: skip
+def outcomes(functions, arguments, has_gradient):
+    """For each of the functions: [its results, and the gradients of its arguments that ask for one]. All gradients come from one
+    backward pass, which takes longer than the arithmetic."""
+    found, sums, leaves = [], [], []
     with torch.set_grad_enabled(has_gradient):
-        results = function(*given)
-    results = list(results) if isinstance(results, tuple) else [results]
-    if not has_gradient:
-        return results
-    wanted = [t for t in given if torch.is_tensor(t) and t.requires_grad]
-    grad = torch.arange(results[0].numel(), device=results[0].device).cos().view_as(results[0])
-    weighted = (
-        results[0] * grad.to(results[0].dtype)
-    ).sum()  # a gradient as an argument would make torch import sympy, in 0.6 s
-    return [results[0].detach(), *torch.autograd.grad(weighted, wanted)]
+        for function in functions:
+            own = [t.detach().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for t in arguments]
+            results = function(*own)
+            found.append(list(results) if isinstance(results, tuple) else [results])
+            if has_gradient:
+                [result] = found[-1]
+                sums.append((result * weights(result.numel(), result.device).view_as(result).to(result.dtype)).sum())
+                leaves += [t for t in own if torch.is_tensor(t) and t.requires_grad]
+    if has_gradient:
+        # of a sum, since a gradient that is passed to torch.autograd.grad makes torch import sympy, in 0.6 s
+        gradients = torch.autograd.grad(sum(sums), leaves)
+        count = len(gradients) // len(functions)
+        found = [[results[0].detach(), *gradients[i * count : (i + 1) * count]] for i, results in enumerate(found)]
+    return found
+
+
+@functools.cache
+def weights(count, device):
+    """The gradient of `count` results."""
+    return torch.arange(count, device=device).cos()
 
 
 def distance(found, expected, limit):
@@ -127,10 +139,9 @@ def distance(found, expected, limit):
         return "all"
     if not found.is_floating_point():
         return None if torch.equal(found, expected) else f"{(found != expected).double().mean().item():.0%}"
-    found, expected = found.double(), expected.double()
-    gap, size = found - expected, expected.square().mean().sqrt().item()
-    share = gap.square().mean().sqrt().item() / (size or 1.0)
-    most = gap.abs().max().item() / (expected.abs().max().item() or 1.0)
+    expected = expected.double()
+    gap = found - expected
+    share, most = (norm(gap, order).item() / (norm(expected, order).item() or 1.0) for order in (2, math.inf))
     if share <= limit and most <= FAR * limit:  # false for NaN
         return None
     return f"{share:.2g}" if math.isfinite(share) else "all"
@@ -140,11 +151,19 @@ class Numbers:
     """numbers(*shape): random values in a dtype on a device, the same in every process; they ask for a gradient."""
 
     def __init__(self, dtype, device):
-        self.dtype, self.device, self.generator = dtype, device, torch.Generator().manual_seed(0)
+        self.dtype, self.device, self.used = dtype, device, 0
 
     def __call__(self, *shape, scale=1.0, dtype=None):
-        values = torch.randn(*shape, generator=self.generator, dtype=torch.float32, device="cpu") * scale
-        return values.to(self.device, dtype or self.dtype).requires_grad_()
+        start, count = self.used, math.prod(shape)
+        self.used += count
+        drawn = draws(max(4096, 1 << (self.used - 1).bit_length()))
+        return (drawn[start : self.used].view(shape) * scale).to(self.device, dtype or self.dtype).requires_grad_()
+
+
+@functools.cache
+def draws(count):
+    """Random numbers that all examples share."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
 
 
 class Head:
@@ -183,11 +202,8 @@ def lora_examples(numbers, version):
     return [(numbers(3, 19, scale=8), numbers(3, 70), A, B, 0.5)]
 
 
-PROMPT, NEW, NOW = (
-    3,
-    2,
-    2,
-)  # keys of a prompt, of new tokens before this call, of this call: in the examples over a cache
+# Keys of a prompt, of new tokens before this call, of this call: in the examples over a cache.
+PROMPT, NEW, NOW = 3, 2, 2
 
 
 def attention_examples(numbers, version):

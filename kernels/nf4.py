@@ -412,10 +412,11 @@ def gradient_apart(dtype, device):
     weight = nf4_reference.dequantize(packed, absmax, torch.empty_like(weight))
     numbers = agreement.Numbers(dtype, device)
     given = numbers(3, shape[1]), numbers(shape[0])
-    found = agreement.outcome(
-        lambda x, bias: torch.ops.minitune.nf4_matmul(x, packed, [absmax], shape, bias), given, True
+    functions = (
+        lambda x, bias: torch.ops.minitune.nf4_matmul(x, packed, [absmax], shape, bias),
+        lambda x, bias: formulas.linear(x, weight, bias),
     )
-    expected = agreement.outcome(lambda x, bias: formulas.linear(x, weight, bias), given, True)
+    found, expected = agreement.outcomes(functions, given, True)
     limit = 4 * agreement.LIMITS.get(dtype, agreement.FP32_LIMIT)
     for pair in zip(found, expected, strict=True):
         if share := agreement.distance(*pair, limit):
