@@ -1,12 +1,13 @@
 """The check behind the doors ops.py and nf4.py: a fast version of an operation is used only after it agreed with the formula.
 
-On the first use of a version for a dtype and a kind of device in a process it is compared with its formula on a small input,
-and where a gradient is recorded its gradient too. A version that differs by more than the rounding of the dtype is set aside,
-and the first one of an operation is said in a line. A verdict holds while the formula's code is the same object, so that an edit
-in a running process is seen too. An edit that matters for other sizes or values than those of EXAMPLES only is not noticed.
+The first use of a version in a process, for a dtype and a kind of device, compares it with its formula on a small input. If a
+gradient is recorded, the gradients are compared too. A version that differs by more than the rounding of the dtype is set aside
+in this process. The first such version of an operation is reported in one line. A verdict holds while the formula's code is the
+same object, so an edit in a running process is seen too. An edit that changes nothing for the sizes and values of EXAMPLES is not
+noticed.
 
-The comparison runs in a thread of its own, so that autograd, autocast, the modes of torch and the tape of the caller do not see
-it; its numbers come from a generator of its own. README.md has the time that it takes."""
+The comparison runs in a thread of its own (direct.apart), so the caller's autograd, autocast, torch modes and tape do not see it.
+Its random numbers come from a generator of its own. README.md says how long it takes."""
 
 import functools
 import math
@@ -18,14 +19,15 @@ from torch.compiler import is_compiling
 from torch.linalg import vector_norm as norm
 
 # The largest difference as a share of the formula's values, both as root mean squares. In fp32 a sum in another order differs by
-# 1e-7; in 16 bits two roundings fall apart here and there. Four times this for gradients, which are rounded more often.
+# 1e-7. In 16 bits some values are rounded to the neighbouring number. Gradients, which are rounded more often, may differ four
+# times as much.
 LIMITS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 FP32_LIMIT = 2**-17
 FAR = 16  # times the limit, as a share of the largest value: the limit for each single value
 
 _verdicts = {}  # key -> (the formula's code, whether the version agrees); a key begins with the name of the operation
 _aside = set()  # keys of versions that are set aside
-_said = set()  # (operation, the formula's code) of which a line was said
+_said = set()  # (operation, the formula's code) that a line reported
 
 
 def agrees(operation, version, x):
@@ -42,7 +44,7 @@ def agrees(operation, version, x):
     if key[3] == "meta" or torch._C._are_functorch_transforms_active():
         return False
     has_gradient = key[4] and version in RECORDED
-    compare = lambda: difference(operation, version, x.dtype, x.device, has_gradient)  # noqa: E731
+    compare = functools.partial(difference, operation, version, x.dtype, x.device, has_gradient)
     return judge(key, formula, compare, words_of(operation, version))
 
 
@@ -53,8 +55,9 @@ def known(key, formula):
 
 
 def judge(key, formula, compare, version):
-    """Whether compare() finds no difference between a version and its formula, kept for the key. compare: returns the difference
-    in words, or None. version: in words, for the line on the screen."""
+    """Whether compare() finds no difference between a version and its formula. The verdict is kept for the key.
+
+    compare: returns the difference in words, or None. version: in words, for the line on the screen."""
     code = formula.__code__
     fault = apart(compare)
     _verdicts[key] = code, fault is None
@@ -73,7 +76,7 @@ def judge(key, formula, compare, version):
 def is_any_set_aside():
     """Whether a version is set aside in this process. No step is replayed then (replay.py).
 
-    A verdict on a formula that was put back meanwhile does not count."""
+    A verdict counts only while its formula is the present one."""
     if not _aside:
         return False
     current = {key: getattr(formulas, key[0], None) for key in _aside}
@@ -167,7 +170,7 @@ def draws(count):
 
 
 class Head:
-    """What a formula asks a language model's head for."""
+    """A language model's head, as far as formulas.cross_entropy uses it."""
 
     def __init__(self, weight):
         self.weight = weight
@@ -185,7 +188,7 @@ def norm_examples(numbers, version):
 
 
 def rope_examples(numbers, version):
-    rest = 0 if version == "Triton" else 6  # dims of a head that do not turn
+    rest = 0 if version == "Triton" else 6  # dims of a head that are not rotated
     angles = numbers(2, 1, 5, 11, dtype=torch.float32).detach() * 3
     tables = angles.cos().to(numbers.dtype), angles.sin().to(numbers.dtype)
     heads = numbers(2, 5, 3, 22 + rest).detach().transpose(1, 2).requires_grad_()  # (B, H, T, D), as a projection lies
@@ -282,7 +285,7 @@ EXAMPLES = {
 
 
 def in_one_pass(activation, approximation):
-    """oneDNN's product with an activation, of a product that changes nothing."""
+    """An activation by oneDNN, which has it as the end of a product: here with the identity matrix."""
     return lambda x: one_dnn(x, torch.eye(x.shape[-1]), torch.zeros(x.shape[-1]), activation, approximation)
 
 

@@ -1,4 +1,5 @@
-/* Attention over the key-value cache: pairs of a prompt and a key-value head. See ops_cpu.py's attend(). */
+/* Attention over the key-value cache: one job for each pair of a prompt and a key-value head. See ops_cpu.py's
+ * attention_over_cache(). */
 
 #include "common.h"
 #include "vectors.h"

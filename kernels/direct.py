@@ -14,7 +14,8 @@ PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_direct(tensor):
-    """False while a compiler, tracer, fake tensor or transform is active: they understand torch's operators only."""
+    """Whether C may read the memory of `tensor`. False while a compiler, tracer, fake tensor or transform is active: they only
+    understand torch's operators."""
     return (
         type(tensor) in PLAIN_TENSORS
         and not is_compiling()

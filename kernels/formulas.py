@@ -1,7 +1,7 @@
 """The operations of a model's block, one plain PyTorch function each: the law of the house.
 
-Who edits a function here has edited the operation everywhere: in training and decoding, on every device. ops.py, the door that
-models call, uses a faster version only while it agrees with the formula (agreement.py); the gradient of a formula is autograd's.
+An edit of a function here changes the operation everywhere: in training and decoding, on every device. Models call ops.py, which
+uses a faster version only while it agrees with the formula (agreement.py). The gradient of a formula is autograd's.
 
 Letters: B batch, T tokens, C hidden, H heads, H_kv key-value heads, D head dim, S keys, N supervised tokens, V vocabulary.
 Functions take any device and float dtype, and return the dtype of their first argument unless they say otherwise."""
@@ -27,7 +27,7 @@ def layer_norm(x, weight, bias, eps):
 
 
 def rope(x, cos, sin):
-    """Rotate x (B, H, T, D) by its positions: dim i goes with dim i + d/2, for the first d dims; the others stay as they are
+    """Rotate x (B, H, T, D) by its positions: dim i together with dim i + d/2, for the first d dims. The others stay as they are
     (arXiv 2104.09864, Hugging Face's half-split layout; Phi rotates a part of a head). cos, sin: (B or 1, 1, T, d/2)."""
     half = cos.shape[-1]
     low, high, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)

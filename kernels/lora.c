@@ -81,7 +81,7 @@ INLINE void go_down(const LoRA *j, int64_t begin, int64_t end, int dtype) {
 }
 EACH_DTYPE(go_down, LoRA)
 
-/* Transposes: each pass separates half as many neighbours as the one before. */
+/* Transposes 16 vectors of 16 numbers. Each pass exchanges blocks of half the size of the pass before. */
 INLINE void transpose_16(Float16 v[16]) {
   Float16 t[16];
 #define PASS(from, to, apart, low, high) \

@@ -1,11 +1,11 @@
 """The door to the operations of a model's block: callers pass tensors and get tensors.
 
-Each function computes its formula in formulas.py. Where it may, it takes a faster version: C (ops_cpu.py) on a CPU in fp32 and
-bf16 where no gradient is recorded, Triton (ops_triton.py), or PyTorch with fused functions and gradients written by hand
-(ops_torch.py). A version is taken only while it agrees with the formula (agreement.py); otherwise the formula itself runs.
+Each function computes its formula in formulas.py, by a faster version where there is one: C (ops_cpu.py) on a CPU in fp32 and
+bf16 if no gradient is recorded, Triton (ops_triton.py), or PyTorch with fused functions and gradients written by hand
+(ops_torch.py). A version is used only while it agrees with the formula (agreement.py). Otherwise the formula itself runs.
 
-MINITUNE_KERNELS: torch takes no C; triton takes the Triton versions, on CUDA from compute capability 8.0 on. They are not taken
-unasked: no measurement says yet that they are faster than PyTorch. Letters as in formulas.py, and R sequences."""
+MINITUNE_KERNELS=torch uses no C. MINITUNE_KERNELS=triton uses the Triton versions, on CUDA from compute capability 8.0 on. They
+are not the default: nobody has measured yet whether they are faster than PyTorch. Letters as in formulas.py, and R sequences."""
 
 import functools
 import importlib.util
@@ -64,7 +64,7 @@ def rms_norm(x, weight, eps):
 
 
 def layer_norm(x, weight, bias, eps, whole_texts=False):
-    """See formulas.layer_norm. whole_texts: of a judge, whose figures have the bits of torch's function: C is not taken."""
+    """See formulas.layer_norm. whole_texts: for a judge, whose figures keep the bits of torch's function. C is not used."""
     if (
         not whole_texts
         and ops_cpu.takes(x)
@@ -129,7 +129,7 @@ def linear(x, weight, bias=None, whole_texts=False):
 
 
 def linears(x, *layers):
-    """[linear(x, weight, bias) for weight, bias in layers], at most three: in one call of C where all of them allow it."""
+    """[linear(x, weight, bias) for weight, bias in layers], at most three. One call of C if it can multiply all of them."""
     if all(ops_cpu.fits(x, *layer) for layer in layers) and agrees("linear", "C", x):
         return ops_cpu.linears(x, *layers)
     return [linear(x, *layer) for layer in layers]
@@ -138,8 +138,8 @@ def linears(x, *layers):
 def linear_activation(x, weight, bias, activation=None):
     """linear(), then gelu or gelu_tanh by name, of whole texts in an encoder.
 
-    In fp32 on a CPU by oneDNN, which torch has beside MKL: on AMD Zen 4 it multiplies 1.1 times as fast (one core, 512
-    to 2048 rows of 768 and 3072), and gelu costs a fifth where the product is still in the cache."""
+    In fp32 on a CPU by oneDNN, which is in torch beside MKL. On AMD Zen 4 it multiplies 1.1 times as fast (one core, 512 to 2048
+    rows of 768 and 3072), and gelu takes a fifth of the time, as its input is still in the cache."""
     if has_one_dnn() and x.is_cpu and x.dtype is torch.float32 and not torch.is_grad_enabled():
         if agrees("linear", "oneDNN", x) and (activation is None or agrees(activation, "oneDNN", x)):
             name, approximation = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}[
@@ -174,7 +174,7 @@ def lora(y, x, A, B, scaling):
 
 
 def causal_mask(T, S, window, device):
-    """(1, 1, T, S) bool: the last T of S positions look at themselves and back, at most window - 1 tokens (None: at all)."""
+    """(1, 1, T, S) bool: each of the last T of S positions sees itself and the window - 1 tokens before it (None: all)."""
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
     mask = distance >= 0
     return (mask & (distance < window) if window else mask)[None, None]
@@ -205,7 +205,7 @@ def cache_form(k):
     if ops_cpu.takes(k) and agrees("attention", "C, over a cache", k):
         return CacheForm("C", k.dtype, True)
     if agrees("attention", "torch, over a cache", k):
-        # torch multiplies in fp32 there, and on a CPU would convert all keys at every step
+        # ops_torch multiplies in fp32: a cache in 16 bits would be converted at every step
         return CacheForm("torch", torch.float32 if k.is_cpu else k.dtype, False)
     return CacheForm("formula", k.dtype, False)
 
@@ -274,10 +274,10 @@ def most_likely(logits, count):
 
 
 def steady_rows(x, operations, weights):
-    """Largest number of rows of x for which each row's result is bit-identical to that of the row alone; 1 where it is not known.
+    """Largest number of rows of x for which each row's result is bit-identical to that of the row alone; 1 if it is not known.
 
-    operations: names of formulas; weights: of products; x: a tensor like the rows. 1 where a library multiplies, as its order of
-    summation depends on the number of rows, and where torch computes gelu or a formula, which may treat the end of a vector
+    operations: names of formulas; weights: of products; x: a tensor like the rows. 1 if a library multiplies, as its order of
+    summation depends on the number of rows, and if torch computes gelu or a formula, which may treat the end of a vector
     differently."""
     versions = {"attention": "C, over a cache"}
     if "gelu" in operations or not ops_cpu.takes(x) or ("linear" in operations and not ops_cpu.max_rows(x.dtype)):

@@ -1,7 +1,7 @@
 """The operations of formulas.py on a CPU, in C (attend.c, linear.c, lora.c, rows.c), in one call each.
 
-A step of a 110 M model reads its weights in 7 ms; the overhead of torch's small calls took as long again. Used in fp32 and bf16
-where no gradient is recorded (`takes`); elsewhere torch computes the same. Letters: R sequences, B prompts, n
+A step of a 110 M model reads its weights in 7 ms. The overhead of torch's small calls took as long again. Used in fp32 and bf16
+if no gradient is recorded (`takes`). Otherwise torch computes the same. Letters: R sequences, B prompts, n
 sequences of each, H heads, H_kv key-value heads, T tokens of this call, D head dim."""
 
 import ctypes
@@ -12,7 +12,7 @@ import torch
 from minitune_kernels import built, measured
 from minitune_kernels.direct import is_direct
 
-MAX_ROWS = 128  # of x in linear() and add_lora(): for more rows torch's products are as fast
+MAX_ROWS = 128  # of x in add_lora(), and the most that measured.max_rows() gives for linear()
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 
 
