@@ -1,4 +1,4 @@
-/* What nf4.c and linear.c share where the CPU has AVX-512 bf16. */
+/* Shared by nf4.c and linear.c, for CPUs with AVX-512 bf16. */
 
 #include <immintrin.h>
 

@@ -1,9 +1,9 @@
-"""What is built on first use and kept: the C kernels, as one shared library for this CPU's instruction set, and the cubins
-of nvrtc.py.
+"""Builds the C kernels on first use, as one shared library for this CPU's instruction set, and keeps built files in a cache
+folder. nvrtc.py keeps its cubins there too.
 
-A kept file is code that runs as this user. So the cache folder has to be this user's alone, and the name of a file in it
-ends with a digest of its content, which is checked before it is loaded: one that was cut short, altered or planted by
-somebody else is never run."""
+A kept file is code that runs with this user's rights. So the cache folder must belong to this user, with no write access for
+others. The name of a file in it ends with a digest of its content, which is checked before the file is loaded: a file that was
+cut short, or altered or planted by somebody else, is never run."""
 
 import atexit
 import ctypes
@@ -20,12 +20,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch  # noqa: F401 - before the library, which then finds the OpenMP that torch loaded
+import torch  # noqa: F401 - loads OpenMP; our library, loaded later, then shares it
 
 HERE = Path(__file__).parent
 HEADERS = ("common.h", "vectors.h", "bf16.h")
-# Each file with the flags that it needs for its speed. -O3 takes 15 s for attend.c and brings nothing there; -fpeel-loops
-# unrolls loops of a known length, which keeps their sums in registers.
+# Each file with its flags for speed. -O3 compiles attend.c for 15 s and makes it no faster; -fpeel-loops unrolls loops of a
+# known length, so that their sums stay in registers.
 SOURCES = {
     "attend.c": ("-O2", "-fpeel-loops"),
     "lora.c": ("-O2", "-fpeel-loops"),
@@ -34,16 +34,17 @@ SOURCES = {
     "rows.c": ("-O3",),
     "tape.c": ("-O2",),
 }
-FLAGS = ("-fopenmp", "-fPIC", "-Wno-psabi")  # vectors of 64 bytes pass between inlined functions only
+# -Wno-psabi: the warning is about vectors of 64 bytes as arguments, which only inlined functions take here.
+FLAGS = ("-fopenmp", "-fPIC", "-Wno-psabi")
 LEVELS = ("portable C", "AVX2", "AVX-512", "AVX-512 with bf16", "AMX")  # each includes the ones before it
-LEVEL_FLAGS = (  # what a level adds to the one before
+LEVEL_FLAGS = (  # the compiler's flags that a level adds to the one before
     (),
     ("-mavx2", "-mfma", "-mf16c"),
     ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
     ("-mavx512bf16",),
     ("-mamx-tile", "-mamx-bf16"),
 )
-CPU_FLAGS = (  # /proc/cpuinfo's words for them
+CPU_FLAGS = (  # the same in the words of /proc/cpuinfo
     (),
     ("avx2", "fma", "f16c"),
     ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -52,13 +53,16 @@ CPU_FLAGS = (  # /proc/cpuinfo's words for them
 )
 
 
+INT, POINTER, SIZE = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
+
+
 class NoCompiler(Exception):
-    """Why there is no library, in words."""
+    """The C kernels cannot be built or loaded. The text says why."""
 
 
 @functools.cache
 def tell(line):
-    """Write one line for the user to stderr, once in a process, with escapes for what would steer a terminal."""
+    """Write a line for the user to stderr, once in a process. Control characters are escaped."""
     if sys.stderr is not None:
         print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"minitune: {line}"), file=sys.stderr)
 
@@ -68,15 +72,16 @@ def tell(line):
 
 @functools.cache
 def scratch():
-    """A private folder of this process, which goes away with it."""
+    """A private folder of this process, deleted when it ends."""
     folder = tempfile.mkdtemp(prefix="minitune-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
 def folder():
-    """Where built kernels are kept: minitune in XDG_CACHE_HOME or ~/.cache, made with mode 0700. Where others may write
-    there, or it cannot be made, that is said, and it is a private folder of this process."""
+    """The cache folder: minitune in XDG_CACHE_HOME or ~/.cache, made with mode 0700.
+
+    If it cannot be made, or others may write there, a line says so and a private folder of this process serves instead."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minitune"
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -91,13 +96,12 @@ def folder():
 
 
 def is_own(found):
-    """Whether a file of this os.stat() is this user's. Windows has no numbers of users: a folder there is the user's own
-    unless its access list says otherwise."""
+    """Whether a file with this os.stat() belongs to this user. Windows has no user ids, so the answer there is True."""
     return not hasattr(os, "getuid") or found.st_uid == os.getuid()
 
 
 def others_may_write(found):
-    """Whether another user may write a file of this os.stat(). Windows' st_mode does not tell."""
+    """Whether other users may write a file with this os.stat(). Windows' st_mode does not show it: False there."""
     return hasattr(os, "getuid") and bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
@@ -107,20 +111,22 @@ def instead_of(path, why):
 
 
 def kept(name, suffix):
-    """The path of the whole file in the cache whose name begins with `name`, or None. A damaged one is said and removed."""
+    """The path of the undamaged file NAME-DIGEST.SUFFIX in the cache, or None. A damaged one is reported and deleted."""
     for path in sorted(folder().glob(f"{name}-*{suffix}")):
         found = path.lstat()
         is_trusted = stat.S_ISREG(found.st_mode) and is_own(found) and not others_may_write(found)
         if is_trusted and path.name == file_name(name, suffix, path.read_bytes()):
             return path
-        tell(f"{path} is damaged or of somebody else; it is built again")
+        tell(f"{path} is damaged or belongs to somebody else; it is built again")
         path.unlink(missing_ok=True)
     return None
 
 
 def keep(name, suffix, content):
-    """Write bytes to the cache in one step, under a name that holds their digest; returns the path. Where the cache cannot
-    be written, that is said, and it is a private folder of this process. Raises OSError where that cannot be, either."""
+    """Write bytes to the cache, under a name with their digest, and return the path. The file appears whole or not at all.
+
+    If the cache cannot be written, a line says so and a private folder of this process serves instead. Raises OSError if
+    that cannot be written either."""
     path = folder() / file_name(name, suffix, content)
     try:
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{name}.", suffix=".part")
@@ -147,7 +153,7 @@ def file_name(name, suffix, content):
 
 
 def highest_level():
-    """The highest of LEVELS that this CPU has; 0 where the system does not tell."""
+    """The highest of LEVELS that this CPU has; 0 if the system does not say."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return 0
     try:
@@ -159,7 +165,7 @@ def highest_level():
 
 
 def compiler():
-    """The command of CC, else cc. Raises NoCompiler where there is none."""
+    """The compiler's command, as a list: CC, else cc. Raises NoCompiler if it is not installed."""
     try:
         command = shlex.split(os.environ.get("CC") or "cc") or ["cc"]
     except ValueError as error:
@@ -170,7 +176,7 @@ def compiler():
 
 
 def build(level, extra=()):
-    """Path of the library for one of LEVELS, built unless it is kept. extra: flags of every file. Raises NoCompiler."""
+    """The path of the library for one of LEVELS, built unless the cache has it. extra: more flags. Raises NoCompiler."""
     command = compiler()
     flags = [*FLAGS, f"-DLEVEL={level}", *(flag for added in LEVEL_FLAGS[: level + 1] for flag in added), *extra]
     try:
@@ -189,7 +195,7 @@ def build(level, extra=()):
 
 
 def compile_all(command, flags, work):
-    """The object files of SOURCES, compiled side by side. Raises NoCompiler with the last line of the first that fails."""
+    """The paths of the object files of SOURCES, compiled in parallel. Raises NoCompiler, which quotes the first failure."""
     started, waiting = [], list(SOURCES.items())
     try:
         while waiting or any(process.poll() is None for _, process in started):
@@ -197,9 +203,7 @@ def compile_all(command, flags, work):
             if waiting and running < (os.cpu_count() or 1):
                 name, own = waiting.pop(0)
                 line = [*command, *own, *flags, "-c", str(HERE / name), "-o", f"{work}/{name}.o"]
-                # /dev/null: a compiler that asks for input must not wait for the terminal
-                started.append((name, subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                                       stderr=open(f"{work}/{name}.err", "wb"))))  # fmt: skip
+                started.append((name, start(line, f"{work}/{name}.err")))
             else:
                 time.sleep(0.01)
     finally:
@@ -209,29 +213,39 @@ def compile_all(command, flags, work):
             process.wait()
     for name, process in started:
         if process.returncode:
-            raise NoCompiler(
-                said(command, name, Path(work, f"{name}.err").read_text(errors="replace"), process.returncode)
-            )
+            text = Path(work, f"{name}.err").read_text(errors="replace")
+            raise NoCompiler(failure(command, name, text, process.returncode))
     return [f"{work}/{name}.o" for name in SOURCES]
 
 
+def start(line, errors):
+    """Start a compiler's command. Its stderr goes to the file `errors`; its stdin is empty, so that it never waits for input."""
+    with open(errors, "wb") as file:
+        return subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
+
+
 def link(command, objects, flags, work):
-    """The content of the shared library made of object files. Raises NoCompiler."""
+    """The bytes of the shared library made of object files. Raises NoCompiler."""
     line = [*command, *flags, "-shared", *objects, "-o", f"{work}/kernels.so", "-lm"]
     done = subprocess.run(line, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise NoCompiler(said(command, "the library", done.stderr, done.returncode))
+        raise NoCompiler(failure(command, "the library", done.stderr, done.returncode))
     return Path(work, "kernels.so").read_bytes()
 
 
-def said(command, what, text, code):
-    """That a compiler failed, with its last line that says why."""
+def failure(command, what, text, code):
+    """The message for a compiler that failed, with the last line of its output `text` that has the word error."""
     lines = [line for line in text.strip().splitlines() if "error" in line] or text.strip().splitlines()
     return f"{shlex.join(command)} cannot build {what}: {(lines or [f'exit code {code}'])[-1][:200]}"
 
 
+def struct(name, *fields):
+    """A struct of the C files as a ctypes class. fields: groups (ctypes type, names with spaces between)."""
+    return type(name, (ctypes.Structure,), {"_fields_": [(n, kind) for kind, names in fields for n in names.split()]})
+
+
 def load(path):
-    """The library at `path`. Raises NoCompiler."""
+    """The ctypes library at `path`. Raises NoCompiler."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -242,13 +256,13 @@ def load(path):
 
 @functools.cache
 def library():
-    """(the C kernels for this CPU, the level that runs). Built where they are not kept: call it before a clock starts.
-    Raises NoCompiler."""
-    fault = None
+    """(the C kernels for this CPU as a ctypes library, the level that runs). Builds them if the cache has none, which takes
+    seconds: call it before a measurement starts. Raises NoCompiler."""
+    first = None
     for level in range(highest_level(), -1, -1):  # an older compiler may not know the newest instructions
         try:
             found = load(build(level))
             return found, found.kernel_level()
         except NoCompiler as error:
-            fault = fault or error
-    raise fault
+            first = first or error
+    raise first

@@ -1,7 +1,7 @@
-/* What the C kernels share: instruction sets, the threads, and the 16-bit numbers.
+/* Shared by the C kernels: instruction sets, threads, and the conversion of 16-bit floats.
 
-A library is built for one instruction set, LEVEL, by the compiler's options (built.py chooses them). A function of a job and a
-range does the work of one thread; `parallel` hands out the ranges. */
+A library is built for one instruction set, LEVEL, for which built.py passes the compiler's options. A Work function computes the
+part begin .. end of an operation in one thread; `parallel` splits the whole among the threads. */
 
 #include <math.h>
 #include <stdint.h>
@@ -15,12 +15,12 @@ range does the work of one thread; `parallel` hands out the ranges. */
 #define AMX 4
 
 #define INLINE static inline __attribute__((always_inline))
-#define HIDDEN __attribute__((visibility("hidden")))  // shared by the files of the library, not to be seen outside
+#define HIDDEN __attribute__((visibility("hidden")))  // visible to the files of the library only
 
 enum { FP32, FP16, BF16 };  // dtypes
-enum { SERIAL = 1 << 13 };  // values below which a second thread costs more than it saves
+enum { SERIAL = 1 << 13 };  // with fewer values one thread is faster than two
 
-typedef struct Job Job;  // what a function works on: a struct of its file, whatever its name
+typedef struct Job Job;  // the arguments of an operation: stands for the struct of that operation in its own file
 typedef void (*Work)(const Job *, int64_t begin, int64_t end);
 
 typedef struct {  // work(job, begin, end) over 0 to count, split among threads
@@ -31,7 +31,11 @@ typedef struct {  // work(job, begin, end) over 0 to count, split among threads
   int no_barrier;  // the next step does not read this one's output, so threads need not wait
 } Step;
 
-/* name_work(): calls name(), which takes a `Type`, with the dtype as a compile-time constant. */
+/* name_work(): calls name(), which takes a `Type`. */
+#define WORK(name, Type) \
+  static void name##_work(const Job *job, int64_t begin, int64_t end) { name((const Type *)job, begin, end); }
+
+/* The same, with the dtype as a compile-time constant. */
 #define EACH_DTYPE(name, Type) \
   static void name##_work(const Job *job, int64_t begin, int64_t end) { \
     const Type *const j = (const Type *)job; \
@@ -41,18 +45,18 @@ typedef struct {  // work(job, begin, end) over 0 to count, split among threads
 
 // --- of tape.c ---------------------------------------------------------------------------------------------------
 
-/* Runs the steps, and writes them to the tape that records, with jobs of `job_size` bytes. */
+/* Runs the steps. While a tape records, it also gets a copy of them and of their jobs, `job_size` bytes each. */
 HIDDEN void perform(const Step *steps, int64_t length, size_t job_size);
 #define parallel(work, job, count, threads) perform(&(const Step){work, (const Job *)(job), count, threads, 0}, 1, sizeof *(job))
 
-/* Memory aligned to 64 bytes, to be returned by give_back(). While a tape records, the tape owns it. NULL where there is none. */
+/* Memory aligned to 64 bytes, NULL without memory. give_back() returns it. While a tape records, the tape owns it. */
 HIDDEN void *borrow(size_t size);
 HIDDEN void give_back(void *memory);
 
-/* Whether AMX tiles may be used: Linux grants them on request only. */
+/* Whether AMX tiles may be used: Linux grants them to a process on request. */
 extern HIDDEN int has_amx;
 
-/* Where a step stores that it failed: in the tape that records, else at `own`. */
+/* Where a step stores that it failed: in the tape while one records, else at `own`. */
 HIDDEN int *fault_of_step(int *own);
 
 // --- numbers ---------------------------------------------------------------------------------------------------
@@ -76,11 +80,11 @@ INLINE uint16_t to_bf16(float f) {  // to the nearest, ties to even; NaN stays N
 
 INLINE float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
 
-INLINE uint16_t to_fp16(float f) {  // the same, by adding: the sum rounds at the place where the fp16 ends
+INLINE uint16_t to_fp16(float f) {  // to the nearest, ties to even; NaN stays NaN
   uint32_t u = bits_of(f), sign = u >> 16 & 0x8000, rest = u & 0x7FFFFFFF;
   if (rest > 0x7F800000) return sign | 0x7E00;
-  if (rest >= 0x477FF000) return sign | 0x7C00;                                          // rounds to 65536 or more
-  if (rest < 0x38800000) return sign | (bits_of(float_of(rest) + 0.5f) - 0x3F000000u);   // a subnormal fp16
+  if (rest >= 0x477FF000) return sign | 0x7C00;                                          // rounds to infinity
+  if (rest < 0x38800000) return sign | (bits_of(float_of(rest) + 0.5f) - 0x3F000000u);   // subnormal in fp16: the addition rounds
   return sign | ((rest + 0xFFF + (rest >> 13 & 1)) - 0x38000000u) >> 13;
 }
 
@@ -103,7 +107,7 @@ INLINE void store(void *out, int dtype, int64_t i, float f) {
 
 INLINE float rounded(float f, int dtype) { return dtype == BF16 ? from_bf16(to_bf16(f)) : f; }
 
-/* exp, to 2 units in the last place; what would overflow or vanish ends at 2e38 and 1e-38. NaN stays NaN. */
+/* exp(x), to 2 units in the last place, at least 1e-38 and at most 2e38. NaN stays NaN. */
 INLINE float exp_of(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;

@@ -1,14 +1,15 @@
-"""Launches machine code on an NVIDIA GPU by ctypes over libcuda, on the context that torch made. No toolkit, no headers."""
+"""Loads and launches machine code on an NVIDIA GPU through libcuda, by ctypes, in the context that torch made. Needs no CUDA
+toolkit."""
 
 import ctypes
 import threading
 
 INVALID_CONTEXT = 201
-MOST_WORDS = 16  # parameters of a kernel
+MOST_WORDS = 16  # the largest number of parameters of a kernel
 
 
 class Parameters(threading.local):
-    """Room for the parameters of a launch: the driver copies them, so a thread needs it once. Made anew it costs 3 us."""
+    """Memory for the parameters of a launch. The driver copies them, so a thread can use it again: making it takes 3 us."""
 
     def __init__(self):
         self.values = (ctypes.c_uint64 * MOST_WORDS)()
@@ -17,15 +18,15 @@ class Parameters(threading.local):
 
 
 class Driver:
-    """The CUDA driver library. Raises OSError where `path` cannot be loaded."""
+    """The CUDA driver library. Raises OSError if `path` cannot be loaded."""
 
     def __init__(self, path="libcuda.so.1"):
         self._library = ctypes.CDLL(str(path))
         self._parameters = Parameters()
 
     def load(self, image, names, device_index=0):
-        """The functions {name: handle} of `image`, a cubin, on that device. All at once, so that none is fetched later,
-        while a CUDA graph is captured."""
+        """{name: handle} of the kernels `names` in `image`, a cubin, on that device. All are loaded at once: none may have to be
+        loaded later, while a CUDA graph is captured."""
         module = ctypes.c_void_p()
         self._in_context(device_index, self._library.cuModuleLoadData, ctypes.byref(module), image, what="a cubin")
         functions = {}
@@ -37,11 +38,11 @@ class Driver:
         return functions
 
     def launch(self, function, blocks, threads, stream, words, device_index=0):
-        """Start `blocks` x `threads` of a function from `load` on a stream, a raw pointer. Does not wait for it.
-        words: the value of each parameter, a pointer or whole number; every one is 8 bytes wide."""
+        """Queue a function of load() with `blocks` x `threads` threads on a stream, given as a raw pointer.
+        words: the parameters, each a pointer or whole number of 8 bytes."""
         parameters = self._parameters
         parameters.values[: len(words)] = words
-        # ctypes passes whole numbers as C ints by itself; with argtypes the call takes 4 us instead of 0.5.
+        # Without argtypes: ctypes passes whole numbers as C ints, and a call takes 0.5 us instead of 4.
         shape = blocks, 1, 1, threads, 1, 1, 0
         arguments = function, *shape, ctypes.c_void_p(stream), parameters.pointers, None
         if self._library.cuLaunchKernel(*arguments):
@@ -49,14 +50,13 @@ class Driver:
             self._in_context(device_index, self._library.cuLaunchKernel, *arguments, what=what)
 
     def _in_context(self, device_index, call, *arguments, what):
-        """call(*arguments), and once more with torch's context made current if it was not: a new thread has none."""
+        """call(*arguments). If this thread has no CUDA context yet, torch's is made current and the call is repeated."""
         error = call(*arguments)
         if error == INVALID_CONTEXT:
             device, context = ctypes.c_int(), ctypes.c_void_p()
             self._check(self._library.cuDeviceGet(ctypes.byref(device), device_index), "cuDeviceGet")
-            self._check(
-                self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain"
-            )
+            retain = self._library.cuDevicePrimaryCtxRetain
+            self._check(retain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
             self._check(self._library.cuCtxSetCurrent(context), "cuCtxSetCurrent")
             error = call(*arguments)
         self._check(error, what)

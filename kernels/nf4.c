@@ -1,7 +1,7 @@
 /* NF4 on a CPU: quantise, dequantise, and multiply by a 4-bit weight. Bits as in nf4_reference.py, the specification.
 
-Built and called by nf4_cpu.py. The format: blocks of 64 elements share an absmax, two elements share a byte, the first in its
-high half. */
+Called by nf4_cpu.py, which defines the structs Weight, Quantize, Dequantize and Matmul again for ctypes. The format: 64 elements
+form a block and share an absmax; two elements share a byte, the first in its high half. */
 
 #include "common.h"
 #if LEVEL >= AVX512_BF16
@@ -19,80 +19,106 @@ static const float CODE[16] __attribute__((aligned(64))) = {
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
 };
 
-struct Job {
-  int dtype;
-  const void *x;          // weight to quantise (n), or rows to multiply (M, K), as packed for the kernel
-  uint8_t *packed;        // (n / 2)
-  float *absmax;          // (n / 64), NULL with double quantisation:
-  const uint8_t *q;       // (n / 64)
-  const float *absmax2;   // (n / 64 / 256)
+typedef struct {          // a quantised weight of n elements
+  const uint8_t *packed;  // (n / 2), rounded up
+  const float *absmax;    // (n / 64), rounded up. NULL with double quantisation, which sets the others instead:
+  const uint8_t *q;       // (n / 64), rounded up
+  const float *absmax2;   // (n / 64 / 256), rounded up
   const float *code2;     // (256)
-  float offset;
-  void *out;              // (n), or (M, N)
-  int64_t n, M, N, K;
-  int stream;             // write past the caches
-};
+  const float *offset;    // (1)
+} Weight;
 
-INLINE float scale_of(const Job *j, int64_t block) {
-  if (j->absmax) return j->absmax[block];
-  float product = j->code2[j->q[block]] * j->absmax2[(uint64_t)block / NESTED];
+typedef struct {
+  int dtype;           // of weight
+  const void *weight;  // (n)
+  uint8_t *packed;     // (n / 2), rounded up
+  float *absmax;       // (n / 64), rounded up
+  int64_t n;
+} Quantize;
+
+typedef struct {
+  int dtype;  // of out
+  Weight weight;
+  void *out;  // (n)
+  int64_t n;
+  int stream;  // write past the caches
+} Dequantize;
+
+typedef struct {    // out (M, N) = x (M, K) times the transposed weight (N, K)
+  int dtype;        // of x and out, and the weight is rounded to it
+  const void *x;    // for the functions below nf4_matmul(): as a function of Layout has written it
+  Weight weight;
+  void *out;
+  int64_t M, N, K;  // M <= MAX_ROWS, K a multiple of 64
+} Matmul;
+
+typedef struct {      // x (M, K), to be written in the layout that a product reads
+  int dtype;          // of x
+  const void *x;
+  void *out, *spare;  // spare: for x between two steps of the layout of AMX
+  int64_t M, K, chunk;  // chunk: elements of a row of x that stay together
+} Layout;
+
+/* The absmax of a block. */
+INLINE float scale_of(const Weight *w, int64_t block) {
+  if (w->absmax) return w->absmax[block];
+  float product = w->code2[w->q[block]] * w->absmax2[(uint64_t)block / NESTED];
 #ifdef __x86_64__
-  __asm__("" : "+x"(product));  // rounds the product here: keeps the compiler from an FMA with the sum
+  __asm__("" : "+x"(product));  // the compiler must round the product: it may not contract it with the sum into an FMA
 #else
   volatile float rounded = product;
   product = rounded;
 #endif
-  return product + j->offset;
+  return product + *w->offset;
 }
+
+/* The address of element i of `out`. */
+INLINE void *element(void *out, int dtype, int64_t i) { return (char *)out + i * (dtype == FP32 ? 4 : 2); }
 
 // --- quantise: blocks begin .. end, vectorised by the compiler ------------------------------------------------------
 
-static void quantize_blocks(const Job *j, int64_t begin, int64_t end) {
-  float middle[15];
-  for (int i = 0; i < 15; i++) middle[i] = (CODE[i] + CODE[i + 1]) / 2;
+static void quantize_blocks(const Quantize *j, int64_t begin, int64_t end) {
+  float midpoints[15];
+  for (int i = 0; i < 15; i++) midpoints[i] = (CODE[i] + CODE[i + 1]) / 2;
   for (int64_t b = begin; b < end; b++) {
     float v[BLOCK];
     int32_t index[BLOCK];
     int count = j->n - b * BLOCK < BLOCK ? (int)(j->n - b * BLOCK) : BLOCK;
     for (int i = 0; i < BLOCK; i++) v[i] = 0;
-    if (j->dtype == FP32) memcpy(v, (const float *)j->x + b * BLOCK, 4 * count);
-    else if (j->dtype == BF16) for (int i = 0; i < count; i++) v[i] = load(j->x, BF16, b * BLOCK + i);
-    else for (int i = 0; i < count; i++) v[i] = load(j->x, FP16, b * BLOCK + i);
-    uint32_t highest = 0;  // the bits of |x| as an integer order as |x| does, with NaN above all
+    if (j->dtype == FP32) memcpy(v, (const float *)j->weight + b * BLOCK, 4 * count);
+    else if (j->dtype == BF16) for (int i = 0; i < count; i++) v[i] = load(j->weight, BF16, b * BLOCK + i);
+    else for (int i = 0; i < count; i++) v[i] = load(j->weight, FP16, b * BLOCK + i);
+    uint32_t highest = 0;  // the bits of |v| as an integer are in the order of |v|, with NaN above infinity
     for (int i = 0; i < BLOCK; i++) highest = (bits_of(v[i]) & 0x7FFFFFFF) > highest ? bits_of(v[i]) & 0x7FFFFFFF : highest;
     float absmax = float_of(highest), floor = absmax < 1e-38f ? 1e-38f : absmax;
-    int is_short = count < BLOCK;  // bitsandbytes divides there, and the absmax is never 0
+    int is_short = count < BLOCK;  // there bitsandbytes divides, and the stored absmax is never 0
     float inverse = 1 / floor;
     if (is_short) for (int i = 0; i < BLOCK; i++) v[i] = v[i] / floor;
     else for (int i = 0; i < BLOCK; i++) v[i] = v[i] * inverse;
     for (int i = 0; i < BLOCK; i++) index[i] = 0;
     for (int m = 0; m < 15; m++)
-      for (int i = 0; i < BLOCK; i++) index[i] += !(v[i] <= middle[m]);  // a tie goes to the lower code, NaN to the highest
+      for (int i = 0; i < BLOCK; i++) index[i] += !(v[i] <= midpoints[m]);  // a tie goes to the lower code, NaN to the highest
     if (is_short && count % 2) index[count] = 7;
     for (int i = 0; i < (count + 1) / 2; i++) j->packed[b * BLOCK / 2 + i] = index[2 * i] << 4 | index[2 * i + 1];
     j->absmax[b] = is_short ? floor : absmax;
   }
 }
+WORK(quantize_blocks, Quantize)
 
-// --- decode: 64 elements of one block, code * absmax rounded to `dtype` ------------------------------------------
+// --- dequantise: code * absmax, rounded to `dtype` -----------------------------------------------------------------------
 
-/* Element i of a block of `count` to out[at + i]. `as` is the dtype in memory: a weight rounded to bf16 may be wanted in fp32. */
-INLINE void decode_portable(const uint8_t *packed, float absmax, int dtype, int as, void *out, int64_t at, int count) {
+/* The first `count` elements of a block, rounded to `dtype`, to `out` in the dtype `as`: a product in fp32 takes weights that are
+ * rounded to bf16. */
+INLINE void decode_portable(const uint8_t *packed, float absmax, int dtype, int as, void *out, int count) {
   float table[16];
   for (int i = 0; i < 16; i++) {
     float value = CODE[i] * absmax;
     table[i] = dtype == BF16 ? from_bf16(to_bf16(value)) : dtype == FP16 ? from_fp16(to_fp16(value)) : value;
   }
-  for (int i = 0; i < count; i++) store(out, as, at + i, table[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4]);
+  for (int i = 0; i < count; i++) store(out, as, i, table[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4]);
 }
 
-static void dequantize_portable(const Job *j, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; b++) {
-    int count = j->n - b * BLOCK < BLOCK ? (int)(j->n - b * BLOCK) : BLOCK;
-    decode_portable(j->packed + b * BLOCK / 2, scale_of(j, b), j->dtype, j->dtype, j->out, b * BLOCK, count);
-  }
-}
-
+/* decode(): the same for a whole block. stream: write past the caches, where the instruction set can. */
 #if LEVEL == AVX2
 
 /* Eight fp32 rounded to 16 bits, as eight uint16. */
@@ -109,7 +135,8 @@ INLINE __m256 widen_avx2(__m128i h, int dtype) {
   return dtype == FP16 ? _mm256_cvtph_ps(h) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-INLINE void decode_avx2(const uint8_t *packed, float absmax, int dtype, int as, void *out) {
+INLINE void decode(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
+  (void)stream;
   __m256 low = _mm256_mul_ps(_mm256_load_ps(CODE), _mm256_set1_ps(absmax));
   __m256 high = _mm256_mul_ps(_mm256_load_ps(CODE + 8), _mm256_set1_ps(absmax));
   if (as == FP32) {
@@ -144,17 +171,6 @@ INLINE void decode_avx2(const uint8_t *packed, float absmax, int dtype, int as, 
   }
 }
 
-static void dequantize_blocks(const Job *j, int64_t begin, int64_t end) {
-  int64_t full = j->n / BLOCK < end ? j->n / BLOCK : end;
-  for (int64_t b = begin; b < full; b++) {
-    void *out = (char *)j->out + b * BLOCK * (j->dtype == FP32 ? 4 : 2);
-    if (j->dtype == FP32) decode_avx2(j->packed + b * BLOCK / 2, scale_of(j, b), FP32, FP32, out);
-    else if (j->dtype == FP16) decode_avx2(j->packed + b * BLOCK / 2, scale_of(j, b), FP16, FP16, out);
-    else decode_avx2(j->packed + b * BLOCK / 2, scale_of(j, b), BF16, BF16, out);
-  }
-  if (full < end) dequantize_portable(j, full, end);
-}
-
 #elif LEVEL >= AVX512
 
 /* Sixteen fp32 rounded to 16 bits. Integer arithmetic for bf16: the instruction would flush subnormal numbers to 0. */
@@ -177,7 +193,7 @@ INLINE void put_avx512(void *out, __m512i v, int stream) {
   else _mm512_storeu_si512(out, v);
 }
 
-INLINE void decode_avx512(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
+INLINE void decode(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
   __m512 table = _mm512_mul_ps(_mm512_load_ps(CODE), _mm512_set1_ps(absmax));
   if (as == FP32) {
     if (dtype == FP16) table = _mm512_cvtph_ps(round_avx512(table, FP16));
@@ -196,50 +212,53 @@ INLINE void decode_avx512(const uint8_t *packed, float absmax, int dtype, int as
     put_avx512((uint16_t *)out + i, _mm512_permutexvar_epi16(words_avx512(packed + i / 2), words), stream);
 }
 
-static void dequantize_blocks(const Job *j, int64_t begin, int64_t end) {
-  int64_t full = j->n / BLOCK < end ? j->n / BLOCK : end;
-#define EACH(dtype, stream) \
-  for (int64_t b = begin; b < full; b++) \
-    decode_avx512(j->packed + b * BLOCK / 2, scale_of(j, b), dtype, dtype, \
-                  (char *)j->out + b * BLOCK * (dtype == FP32 ? 4 : 2), stream);
-  if (j->dtype == BF16 && j->stream) { EACH(BF16, 1) }
-  else if (j->dtype == BF16) { EACH(BF16, 0) }
-  else if (j->dtype == FP16 && j->stream) { EACH(FP16, 1) }
-  else if (j->dtype == FP16) { EACH(FP16, 0) }
-  else if (j->stream) { EACH(FP32, 1) }
-  else { EACH(FP32, 0) }
-#undef EACH
-  if (j->stream) _mm_sfence();
-  if (full < end) dequantize_portable(j, full, end);
-}
-
 #else
 
-static void dequantize_blocks(const Job *j, int64_t begin, int64_t end) { dequantize_portable(j, begin, end); }
+INLINE void decode(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
+  (void)stream;
+  decode_portable(packed, absmax, dtype, as, out, BLOCK);
+}
 
 #endif
+
+/* Whole blocks. dtype and stream are compile-time constants. */
+INLINE void dequantize_whole(const Dequantize *j, int64_t begin, int64_t end, const int dtype, const int stream) {
+  for (int64_t b = begin; b < end; b++)
+    decode(j->weight.packed + b * BLOCK / 2, scale_of(&j->weight, b), dtype, dtype, element(j->out, dtype, b * BLOCK), stream);
+}
+
+static void dequantize_blocks(const Dequantize *j, int64_t begin, int64_t end) {
+  const int64_t full = j->n / BLOCK < end ? j->n / BLOCK : end;
+#if LEVEL >= AVX512
+  if (j->stream) {
+    if (j->dtype == BF16) dequantize_whole(j, begin, full, BF16, 1);
+    else if (j->dtype == FP16) dequantize_whole(j, begin, full, FP16, 1);
+    else dequantize_whole(j, begin, full, FP32, 1);
+    _mm_sfence();
+  } else
+#endif
+  if (j->dtype == BF16) dequantize_whole(j, begin, full, BF16, 0);
+  else if (j->dtype == FP16) dequantize_whole(j, begin, full, FP16, 0);
+  else dequantize_whole(j, begin, full, FP32, 0);
+  for (int64_t b = full; b < end; b++)  // a last block that is not whole
+    decode_portable(j->weight.packed + b * BLOCK / 2, scale_of(&j->weight, b), j->dtype, j->dtype,
+                    element(j->out, j->dtype, b * BLOCK), (int)(j->n - b * BLOCK));
+}
+WORK(dequantize_blocks, Dequantize)
 
 // --- multiply: out (M, N) = x (M, K) times the transposed weight (N, K), for few rows; K is a multiple of 64 --------
 
 enum { CHUNK = 1024, MAX_ROWS = 128 };  // elements of a row of the weight that are decoded at a time; the largest M
 
-#if LEVEL >= AVX512
-#define DECODE(packed, absmax, w) decode_avx512(packed, absmax, j->dtype, FP32, w, 0)
-#elif LEVEL >= AVX2
-#define DECODE(packed, absmax, w) decode_avx2(packed, absmax, j->dtype, FP32, w)
-#else
-#define DECODE(packed, absmax, w) decode_portable(packed, absmax, j->dtype, FP32, w, 0, BLOCK)
-#endif
-
-/* In fp32, for every dtype: a chunk of the weight is decoded into the L1 cache and multiplied with each row of x (fp32). */
-static void multiply_blocks(const Job *j, int64_t begin, int64_t end) {
+/* In fp32, for every dtype: a chunk of a row of the weight is decoded into the L1 cache and multiplied with each row of x (fp32). */
+static void multiply_blocks(const Matmul *j, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n++) {
     float w[CHUNK], sums[MAX_ROWS] = {0};
     for (int64_t k = 0; k < j->K; k += CHUNK) {
       int64_t size = j->K - k < CHUNK ? j->K - k : CHUNK;
       for (int64_t i = 0; i < size; i += BLOCK) {
         int64_t b = (n * j->K + k + i) / BLOCK;
-        DECODE(j->packed + b * BLOCK / 2, scale_of(j, b), w + i);
+        decode(j->weight.packed + b * BLOCK / 2, scale_of(&j->weight, b), j->dtype, FP32, w + i, 0);
       }
       for (int64_t m = 0; m < j->M; m++) {
         const float *x = (const float *)j->x + m * j->K + k;
@@ -252,18 +271,27 @@ static void multiply_blocks(const Job *j, int64_t begin, int64_t end) {
     for (int64_t m = 0; m < j->M; m++) store(j->out, j->dtype, m * j->N + n, sums[m]);
   }
 }
+WORK(multiply_blocks, Matmul)
+
+/* Its layout: fp32. */
+static void widen_x(const Layout *j, int64_t begin, int64_t end) {
+  for (int64_t i = begin * j->K; i < end * j->K; i++) ((float *)j->out)[i] = load(j->x, j->dtype, i);
+}
+WORK(widen_x, Layout)
 
 #if LEVEL >= AVX512_BF16
 
-/* bf16. 64 bytes hold 128 elements. Shifted by 0, 4, 8 and 12 bits, the low nibble of word i is element 4i + 1, 4i, 4i + 3 and
- * 4i + 2. So that nothing has to be interleaved, x lies in that order: for each 128 elements the 32 of each shift, zeros where
- * a row ends in the middle; and chunk by chunk, M rows each, since rows 8 KB apart would share their places in the cache. */
-static void permute_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t K, int64_t chunk) {
+/* bf16. 64 bytes hold 128 elements. Shifted right by 0, 4, 8 and 12 bits, the low nibble of the 16-bit word i is element 4i + 1,
+ * 4i, 4i + 3 and 4i + 2. The nibbles are not put back in order; x is laid out like them: of each 128 elements first the 32 of shift
+ * 0, then those of shift 4, 8 and 12. Zeros follow a row whose length is no multiple of 128. The layout goes chunk by chunk, with
+ * M rows in each: whole rows, 8 KB apart, would compete for the same places in the cache. */
+static void permute_to(uint16_t *out, const Layout *j) {
   static const int first[4] = {1, 0, 3, 2};
-  const int64_t padded = (K + 127) / 128 * 128;
-  for (int64_t start = 0; start < padded; start += chunk)
+  const int64_t M = j->M, K = j->K, padded = (K + 127) / 128 * 128;
+  const uint16_t *x = j->x;
+  for (int64_t start = 0; start < padded; start += j->chunk)
     for (int64_t m = 0; m < M; m++)
-      for (int64_t k = start; k < start + chunk && k < padded; k += 128, out += 128)
+      for (int64_t k = start; k < start + j->chunk && k < padded; k += 128, out += 128)
         for (int part = 0; part < 4; part++) {  // 32 elements: of each four, one goes to each shift
           const int64_t at = k + 32 * part;
           __m512i fours = at < K ? _mm512_loadu_si512(x + m * K + at) : _mm512_setzero_si512();
@@ -274,11 +302,17 @@ static void permute_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t K, in
         }
 }
 
-/* 128 elements of a row in that order, of two blocks that have these scales; is_half: only 64 are left. */
+/* All of x at once: begin is 0 and end is 1. */
+static void permute_x(const Layout *j, int64_t begin, int64_t end) {
+  if (begin < end) permute_to(j->out, j);
+}
+WORK(permute_x, Layout)
+
+/* 128 weights of a row in that order, from two blocks with the absmax `scale` and `next_scale`. is_half: the row ends after 64. */
 INLINE void decode_blocks(const uint8_t *packed, int is_half, float scale, float next_scale, __m512bh w[4]) {
   const __m512 code = _mm512_load_ps(CODE);
   const __m512i nibble = _mm512_set1_epi16(15);
-  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);  // the table's other half
+  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);  // bit 4 selects the second half of the table
   const __m512i bytes = is_half ? _mm512_maskz_loadu_epi64(0x0F, packed) : _mm512_loadu_si512(packed);
   const __m512 low = _mm512_mul_ps(code, _mm512_set1_ps(scale)), high = _mm512_mul_ps(code, _mm512_set1_ps(next_scale));
   const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
@@ -289,36 +323,46 @@ INLINE void decode_blocks(const uint8_t *packed, int is_half, float scale, float
 }
 
 /* The same from `block` on. */
-INLINE void decode_128(const Job *j, int64_t block, int is_half, __m512bh w[4]) {
-  decode_blocks(j->packed + block * (BLOCK / 2), is_half, scale_of(j, block), is_half ? 0 : scale_of(j, block + 1), w);
+INLINE void decode_128(const Weight *w, int64_t block, int is_half, __m512bh parts[4]) {
+  const float next_scale = is_half ? 0 : scale_of(w, block + 1);
+  decode_blocks(w->packed + block * (BLOCK / 2), is_half, scale_of(w, block), next_scale, parts);
 }
 
-/* Few rows of x: the weight is decoded in registers and multiplied there. STREAMS rows of the weight are read at once, `stride`
- * rows apart: memory delivers four long streams faster than one or eight. With several rows of x only two rows of the weight, so
- * that their sums and the decoded values fit into the registers. */
+/* Few rows of x: the weight is decoded in registers and multiplied there. With one row of x, STREAMS rows of the weight are read at
+ * once, `stride` rows apart: memory delivers four long streams faster than one or eight. With more rows of x only two rows of the
+ * weight, so that their sums and the decoded weights fit into the registers. */
 enum { STREAMS = 4, FEW = 8 };
 
-/* A step of 128 elements, from `block` on, of `rows` rows of the weight that lie `apart` blocks apart, and M rows of x. Two rows
- * of the weight at once: x is loaded for both. rows, M, is_nested and is_half are compile-time constants, so the loops unroll and
- * the branches vanish. */
-INLINE void few_step(const Job *j, int64_t block, const int rows, int64_t apart, const int M, const int is_nested,
-                          const int is_half, const uint16_t *x, int64_t padded, __m512 sums[STREAMS][FEW]) {
+typedef struct {  // what multiply_few() computes at once. All but stride are compile-time constants: loops unroll, branches vanish
+  int rows;       // of the weight
+  int M;          // of x
+  int is_nested;  // whether the weight has double quantisation
+  int64_t stride;
+} Few;
+
+/* Adds the products of 128 elements of each row to the sums, from `block` of the first row of the weight on. x: the same elements of
+ * the first row of x. Two rows of the weight at a time share what is loaded of x. is_half: only 64 elements are left. */
+INLINE void few_step(const Matmul *j, const Few few, int64_t block, const int is_half, const uint16_t *x,
+                     __m512 sums[STREAMS][FEW]) {
+  const int64_t padded = (j->K + 127) / 128 * 128, apart = few.stride * (j->K / BLOCK);
 #pragma GCC unroll 4
-  for (int first = 0; first < rows; first += 2) {
-    const int pair = rows - first < 2 ? 1 : 2;
+  for (int first = 0; first < few.rows; first += 2) {
+    const int pair = few.rows - first < 2 ? 1 : 2;
     __m512bh w[2][4];
 #pragma GCC unroll 2
     for (int r = 0; r < pair; r++) {
       const int64_t at = block + (first + r) * apart;
-      const uint8_t *packed = j->packed + at * (BLOCK / 2);
-      const float scale = is_nested ? scale_of(j, at) : j->absmax[at];
+      const uint8_t *packed = j->weight.packed + at * (BLOCK / 2);
+      const float *absmax = j->weight.absmax;
+      const float scale = few.is_nested ? scale_of(&j->weight, at) : absmax[at];
       _mm_prefetch(packed + 512, _MM_HINT_T0);
-      decode_blocks(packed, is_half, scale, is_half ? 0 : is_nested ? scale_of(j, at + 1) : j->absmax[at + 1], w[r]);
+      decode_blocks(packed, is_half, scale,
+                    is_half ? 0 : few.is_nested ? scale_of(&j->weight, at + 1) : absmax[at + 1], w[r]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
+      for (int m = 0; m < few.M; m++) {
         const __m512bh values = (__m512bh)_mm512_load_si512(x + m * padded + 32 * i);
 #pragma GCC unroll 2
         for (int r = 0; r < pair; r++) sums[first + r][m] = _mm512_dpbf16_ps(sums[first + r][m], w[r][i], values);
@@ -326,36 +370,36 @@ INLINE void few_step(const Job *j, int64_t block, const int rows, int64_t apart,
   }
 }
 
-INLINE void multiply_few(const Job *j, int64_t n, const int rows, int64_t stride, const int M, const int is_nested) {
-  const int64_t padded = (j->K + 127) / 128 * 128, whole = j->K / 128 * 128, apart = stride * (j->K / BLOCK);
+/* Rows n, n + stride ... of the weight. */
+INLINE void multiply_few(const Matmul *j, const Few few, int64_t n) {
+  const int64_t whole = j->K / 128 * 128;
   int64_t block = n * (j->K / BLOCK);
   const uint16_t *x = j->x;
   __m512 sums[STREAMS][FEW];
   for (int r = 0; r < STREAMS; r++)
-    for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < whole; k += 128, block += 2, x += 128)
-    few_step(j, block, rows, apart, M, is_nested, 0, x, padded, sums);
-  if (whole < j->K) few_step(j, block, rows, apart, M, is_nested, 1, x, padded, sums);
-  for (int m = 0; m < M; m++) {  // each sum in the order of multiply_many_bf16: it must not depend on M
+    for (int m = 0; m < few.M; m++) sums[r][m] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < whole; k += 128, block += 2, x += 128) few_step(j, few, block, 0, x, sums);
+  if (whole < j->K) few_step(j, few, block, 1, x, sums);
+  for (int m = 0; m < few.M; m++) {  // in the order of multiply_many(), so that a row's bits do not depend on M
     float four[4];
     _mm_storeu_ps(four, sum_of_four(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
-    for (int r = 0; r < rows; r++) store(j->out, BF16, m * j->N + n + r * stride, four[r]);
+    for (int r = 0; r < few.rows; r++) store(j->out, BF16, m * j->N + n + r * few.stride, four[r]);
   }
 }
 
-#define MULTIPLY_ROWS(M, is_nested) \
-  const int streams = M == 1 ? STREAMS : STREAMS / 2; \
-  const int64_t stride = (end - begin) / streams; \
-  for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, n, streams, stride, M, is_nested); \
-  for (int64_t n = begin + streams * stride; n < end; n++) multiply_few(j, n, 1, 0, M, is_nested);
+INLINE void multiply_rows(const Matmul *j, int64_t begin, int64_t end, const int M, const int is_nested) {
+  const int streams = M == 1 ? STREAMS : STREAMS / 2;
+  const int64_t stride = (end - begin) / streams;
+  for (int64_t n = begin; n < begin + stride; n++) multiply_few(j, (Few){streams, M, is_nested, stride}, n);
+  for (int64_t n = begin + streams * stride; n < end; n++) multiply_few(j, (Few){1, M, is_nested, 0}, n);
+}
+
 #define MULTIPLY_FEW(M) \
-  static void multiply_few_##M(const Job *j, int64_t begin, int64_t end) { \
-    if (j->absmax) { \
-      MULTIPLY_ROWS(M, 0) \
-    } else { \
-      MULTIPLY_ROWS(M, 1) \
-    } \
-  }
+  static void multiply_few_##M(const Matmul *j, int64_t begin, int64_t end) { \
+    if (j->weight.absmax) multiply_rows(j, begin, end, M, 0); \
+    else multiply_rows(j, begin, end, M, 1); \
+  } \
+  WORK(multiply_few_##M, Matmul)
 MULTIPLY_FEW(1)
 MULTIPLY_FEW(2)
 MULTIPLY_FEW(3)
@@ -364,14 +408,14 @@ MULTIPLY_FEW(5)
 MULTIPLY_FEW(6)
 MULTIPLY_FEW(7)
 MULTIPLY_FEW(8)
-static const Work FEW_ROWS[] = {NULL, multiply_few_1, multiply_few_2, multiply_few_3, multiply_few_4,
-                                multiply_few_5, multiply_few_6, multiply_few_7, multiply_few_8};
+static const Work FEW_ROWS[] = {NULL, multiply_few_1_work, multiply_few_2_work, multiply_few_3_work, multiply_few_4_work,
+                                multiply_few_5_work, multiply_few_6_work, multiply_few_7_work, multiply_few_8_work};
 
-/* Many rows: ROWS rows of the weight, a chunk at a time, are decoded into the L1 cache and multiplied with COLUMNS rows of x at
- * once, so that 24 products need 10 loads. */
+/* More rows of x: a chunk of ROWS rows of the weight is decoded into the L1 cache and multiplied with COLUMNS rows of x at a time, so
+ * that 24 products need 10 loads. */
 enum { ROWS = 6, COLUMNS = 4 };
 
-static void multiply_many_bf16(const Job *j, int64_t begin, int64_t end) {
+static void multiply_many(const Matmul *j, int64_t begin, int64_t end) {
   uint16_t w[ROWS][CHUNK] __attribute__((aligned(64)));
   float sums[MAX_ROWS][ROWS][16] __attribute__((aligned(64)));
   const int64_t M = j->M, K = j->K, padded = (K + 127) / 128 * 128;
@@ -380,14 +424,14 @@ static void multiply_many_bf16(const Job *j, int64_t begin, int64_t end) {
     memset(sums, 0, (M + COLUMNS - 1) / COLUMNS * COLUMNS * sizeof sums[0]);
     for (int64_t k = 0; k < K; k += CHUNK) {
       const int64_t size = padded - k < CHUNK ? padded - k : CHUNK;
-      for (int r = 0; r < ROWS; r++)  // beyond the last row: that row again
+      for (int r = 0; r < ROWS; r++)  // after the last row the last row again, whose sums are not stored
         for (int64_t i = 0; i < size; i += 128) {
           __m512bh parts[4];
           const int64_t block = ((n + (r < rows ? r : rows - 1)) * K + k + i) / BLOCK;
-          const int64_t next = block + (k + CHUNK < K ? CHUNK : ROWS * K - k) / BLOCK;  // comes while the products run
-          _mm_prefetch(j->packed + next * (BLOCK / 2), _MM_HINT_T0);
-          if (i == 0 && j->absmax) _mm_prefetch(j->absmax + next, _MM_HINT_T0);
-          decode_128(j, block, k + i + BLOCK == K, parts);
+          const int64_t next = block + (k + CHUNK < K ? CHUNK : ROWS * K - k) / BLOCK;  // read while the products run
+          _mm_prefetch(j->weight.packed + next * (BLOCK / 2), _MM_HINT_T0);
+          if (i == 0 && j->weight.absmax) _mm_prefetch(j->weight.absmax + next, _MM_HINT_T0);
+          decode_128(&j->weight, block, k + i + BLOCK == K, parts);
           for (int part = 0; part < 4; part++) _mm512_store_si512(w[r] + i + 32 * part, (__m512i)parts[part]);
         }
       for (int64_t m = 0; m < M; m += COLUMNS) {
@@ -418,12 +462,13 @@ static void multiply_many_bf16(const Job *j, int64_t begin, int64_t end) {
       }
   }
 }
+WORK(multiply_many, Matmul)
 
 #if LEVEL >= AMX
 
-/* AMX, tens of rows: 16 rows of the weight and 128 of their elements become four tiles of 16 x 32, in the order of decode_128;
- * up to 64 rows of x lie in tiles of 16 x 32 with two elements of a row side by side (see tile_x). A tile of sums is 16 x 16. */
-#ifdef EMULATE_AMX  // for tests on a CPU without AMX: the five instructions, on a thread's own eight tiles
+/* AMX, for tens of rows of x: 128 elements of 16 rows of the weight become four tiles of 16 x 32, in the order of decode_128(). Up to
+ * 64 rows of x are multiplied at once, in four tiles of 16 x 32 each (see tile_x). A tile of sums is 16 x 16. */
+#ifdef EMULATE_AMX  // for tests on a CPU without AMX: the five instructions in C, on eight tiles of each thread
 static __thread uint8_t tiles[8][16][64];
 #undef _tile_zero
 #undef _tile_loadd
@@ -446,8 +491,14 @@ static void emulate_dpbf16ps(int t, int a, int b) {
 }
 #endif
 
-/* x, already permuted row by row, as [128 elements][tile of 16 rows][part of 32][pair][row][2]; rows beyond M are 0. */
-static void tile_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t padded) {
+/* Its layout: x is permuted row by row, then ordered as [128 elements][16 rows of x: a tile][part of 32][pair][row][2]. Rows beyond
+ * M are 0. All of x at once: begin is 0 and end is 1. */
+static void tile_x(const Layout *j, int64_t begin, int64_t end) {
+  if (begin == end) return;
+  const uint16_t *x = j->spare;
+  uint16_t *out = j->out;
+  const int64_t M = j->M, padded = (j->K + 127) / 128 * 128;
+  permute_to(j->spare, j);
   for (int64_t k = 0; k < padded; k += 128)
     for (int64_t m = 0; m < M; m += 16)
       for (int pair = 0; pair < 64; pair++)
@@ -457,14 +508,18 @@ static void tile_x(const uint16_t *x, uint16_t *out, int64_t M, int64_t padded) 
           memcpy(out, &both, 4);
         }
 }
+WORK(tile_x, Layout)
 
-static void multiply_amx(const Job *j, int64_t begin, int64_t end) {
+static void multiply_amx(const Matmul *j, int64_t begin, int64_t end) {
   struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
   } config = {.palette = 1};
-  for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
+  for (int t = 0; t < 8; t++) {
+    config.bytes[t] = 64;
+    config.rows[t] = 16;
+  }
   _tile_loadconfig(&config);
   uint16_t w[4][16][32] __attribute__((aligned(64))) = {0};
   float sums[4][16][16] __attribute__((aligned(64)));
@@ -478,11 +533,11 @@ static void multiply_amx(const Job *j, int64_t begin, int64_t end) {
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t k = 0; k < K; k += 128) {
-        for (int r = 0; r < rows; r++) {  // a row beyond the last is what was there: its sums are not stored
+        for (int r = 0; r < rows; r++) {  // rows beyond the last keep old values; their sums are not stored
           __m512bh parts[4];
           const int64_t block = ((n + r) * K + k) / BLOCK;
-          _mm_prefetch(j->packed + block * (BLOCK / 2) + 512, _MM_HINT_T0);
-          decode_128(j, block, k + BLOCK == K, parts);
+          _mm_prefetch(j->weight.packed + block * (BLOCK / 2) + 512, _MM_HINT_T0);
+          decode_128(&j->weight, block, k + BLOCK == K, parts);
           for (int part = 0; part < 4; part++) _mm512_store_si512(w[part][r], (__m512i)parts[part]);
         }
         const uint16_t *x = (const uint16_t *)j->x + (k / 128 * groups + group) * 2048;
@@ -514,71 +569,51 @@ static void multiply_amx(const Job *j, int64_t begin, int64_t end) {
   }
   _tile_release();
 }
+WORK(multiply_amx, Matmul)
 
 #endif  // AMX
 #endif  // AVX512_BF16
 
 // --- entry points -----------------------------------------------------------------------------------------------------
 
-void nf4_quantize(int threads, int dtype, const void *weight, uint8_t *packed, float *absmax, int64_t n) {
-  Job job = {.dtype = dtype, .x = weight, .packed = packed, .absmax = absmax, .n = n};
-  parallel(quantize_blocks, &job, (n + BLOCK - 1) / BLOCK, threads);
+void nf4_quantize(int threads, const Quantize *job) {
+  parallel(quantize_blocks_work, job, (job->n + BLOCK - 1) / BLOCK, threads);
 }
 
-/* absmax is NULL with double quantisation, and q, absmax2, code2 and *offset count. stream: write past the caches. */
-void nf4_dequantize(int threads, int dtype, const uint8_t *packed, const float *absmax, const uint8_t *q,
-                    const float *absmax2, const float *code2, const float *offset, void *out, int64_t n, int stream) {
-  Job job = {.dtype = dtype, .packed = (uint8_t *)packed, .absmax = (float *)absmax, .q = q,
-             .absmax2 = absmax2, .code2 = code2, .offset = offset ? *offset : 0, .out = out, .n = n,
-             .stream = stream && (uintptr_t)out % 64 == 0};
-  parallel(dequantize_blocks, &job, (n + BLOCK - 1) / BLOCK, threads);
+void nf4_dequantize(int threads, const Dequantize *given) {
+  Dequantize job = *given;
+  job.stream = job.stream && (uintptr_t)job.out % 64 == 0;  // the instruction takes aligned addresses only
+  parallel(dequantize_blocks_work, &job, (job.n + BLOCK - 1) / BLOCK, threads);
 }
 
-/* x (M, K) as the kernels read it, to out. All of it in one piece. */
-static void widen_all(const Job *j, int64_t begin, int64_t end) {
-  for (int64_t i = begin * j->M * j->K; i < end * j->M * j->K; i++) ((float *)j->out)[i] = load(j->x, j->dtype, i);
-}
-
-#if LEVEL >= AVX512_BF16
-static void permute_all(const Job *j, int64_t begin, int64_t end) {
-  if (begin < end) permute_x(j->x, j->out, j->M, j->K, j->n);
-}
-#endif
-
-#if LEVEL >= AMX
-static void tile_all(const Job *j, int64_t begin, int64_t end) {
-  if (begin < end) tile_x(j->x, j->out, j->M, j->n);
-}
-#endif
-
-/* out (M, N) = x (M, K) times the transposed weight. 0, or -1 without memory. M <= 128, K a multiple of 64. */
-int nf4_matmul(int threads, int dtype, const void *x, const uint8_t *packed, const float *absmax,
-               const uint8_t *q, const float *absmax2, const float *code2, const float *offset, void *out, int64_t M,
-               int64_t N, int64_t K) {
-  const int64_t padded = (K + 127) / 128 * 128;
+/* 0, or -1 without memory. */
+int nf4_matmul(int threads, const Matmul *given) {
+  const int64_t M = given->M, K = given->K, padded = (K + 127) / 128 * 128;
   float *scratch = borrow((M > 4 ? M + 16 : M) * padded * 4);
   if (!scratch) return -1;
-  const Job job = {.dtype = dtype, .x = scratch, .packed = (uint8_t *)packed, .absmax = (float *)absmax,
-                   .q = q, .absmax2 = absmax2, .code2 = code2, .offset = offset ? *offset : 0, .out = out, .M = M, .N = N,
-                   .K = K};
-  Job first = {.dtype = dtype, .x = x, .out = scratch, .M = M, .K = K};
-  Step steps[3] = {{widen_all, &first, 1, 1, 0}, {multiply_blocks, &job, N, threads, 0}};
-  int64_t length = 2;
+  Matmul job = *given;
+  job.x = scratch;
+  Layout layout = {.dtype = job.dtype, .x = given->x, .out = scratch, .M = M, .K = K};
+  int64_t pieces = M;
+  Work write_layout = widen_x_work, multiply = multiply_blocks_work;
 #if LEVEL >= AVX512_BF16
-  if (dtype == BF16) {
+  if (job.dtype == BF16) {
     const int is_few = M <= (has_amx ? 4 : FEW);
-    steps[0].work = permute_all, first.n = is_few || has_amx ? padded : CHUNK;
-    steps[1].work = is_few ? FEW_ROWS[M] : multiply_many_bf16;
+    layout.chunk = is_few || has_amx ? padded : CHUNK;
+    pieces = 1;
+    write_layout = permute_x_work;
+    multiply = is_few ? FEW_ROWS[M] : multiply_many_work;
   }
 #endif
 #if LEVEL >= AMX
-  Job tiles = {.out = scratch, .M = M, .n = padded};
-  if (dtype == BF16 && has_amx && M > 4) {
-    first.out = (uint16_t *)scratch + (M + 15) / 16 * 16 * padded, tiles.x = first.out;
-    steps[1] = (Step){tile_all, &tiles, 1, 1, 0}, steps[2] = (Step){multiply_amx, &job, N, threads, 0}, length = 3;
+  if (job.dtype == BF16 && has_amx && M > 4) {
+    layout.spare = (uint16_t *)scratch + (M + 15) / 16 * 16 * padded;
+    write_layout = tile_x_work;
+    multiply = multiply_amx_work;
   }
 #endif
-  perform(steps, length, sizeof job);
+  parallel(write_layout, &layout, pieces, 1);
+  parallel(multiply, &job, job.N, threads);
   give_back(scratch);
   return 0;
 }

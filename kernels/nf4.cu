@@ -1,7 +1,7 @@
 // NF4 on NVIDIA chips from compute capability 5.0: quantize, dequantize and matmul for 1 to 8 rows of x. The format and the
 // bits are those of nf4_reference.py. No headers: NVRTC builds this file, and so does g++ with tests/cuda_shim.h before it.
 //
-// Every kernel parameter is 8 bytes wide, which is how nf4_cuda.py lays them out. Inputs are checked in nf4.py.
+// Every kernel parameter is 8 bytes wide, as nf4_cuda.py passes them. nf4.py checks the inputs; the kernels do not.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -29,7 +29,7 @@ __constant__ float CODE[16] = {
 constexpr unsigned TINY = 0x006CE3EE;  // the bits of 1e-38f: keeps the reciprocal of an all-zero block finite
 constexpr int WARP = 32;
 
-// Element types: how a stored value becomes a float and back, rounded to nearest even.
+// Element types. value() converts a stored element to float; bits() converts it back, rounded to nearest even.
 struct F32 {
     typedef unsigned Bits;
     static __device__ inline float value(Bits bits) { return __uint_as_float(bits); }
@@ -40,18 +40,18 @@ struct F16 {
     static __device__ inline float value(Bits bits) { return f16_value(bits); }
     static __device__ inline Bits bits(float value) { return f16_bits(value); }
 };
-struct BF16 {  // by integers: chips before 8.0 have no instruction for it
+struct BF16 {  // in integer arithmetic: chips before 8.0 have no instruction for it
     typedef u16 Bits;
     static __device__ inline float value(Bits bits) { return __uint_as_float((unsigned)bits << 16); }
     static __device__ inline Bits bits(float value) {
         unsigned u = __float_as_uint(value);
-        if ((u & 0x7FFFFFFF) > 0x7F800000) return 0x7FC0;  // NaN: the carry below would turn some into 0
+        if ((u & 0x7FFFFFFF) > 0x7F800000) return 0x7FC0;  // NaN: the sum below could carry it to 0
         return (Bits)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
     }
 };
 
-// Scales: the absmax of a block, stored as it is or quantised itself (then rounded after the product and after the sum).
-// `load` and `value` are two steps so that what is loaded first for many blocks is not waited for one by one.
+// Scales: the absmax of a block, stored as it is (Plain) or quantised (Double: rounded after the product and after the sum).
+// load() and value() are two steps, so that the loads for several blocks are issued before the first one is waited for.
 struct Plain {
     typedef float Stored;
     const float* absmax;
@@ -100,17 +100,17 @@ __device__ inline void load_8(const typename T::Bits* from, float* values) {  //
     for (int i = 0; i < 8; i += PER_STORE<T>) unpack<T>(*(const uint4*)(from + i), values + i);
 }
 
-// Element i of packed bytes in a word: the first of a byte is in its high half.
+// The index of element i in a word of packed bytes. The first element of a byte is in its high half.
 __device__ inline unsigned index_in(unsigned word, int i) { return word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15; }
 
-// The 16 code values lie in 16 banks of shared memory, so that a look-up by 32 lanes is one access whatever their indices;
-// a look-up in __constant__ memory takes one for each different index.
+// Copies the 16 code values to shared memory. They lie in 16 banks, so a look-up by 32 lanes is one access for any indices;
+// in __constant__ memory it would be one access for each different index.
 __device__ inline void fill(float* code) {
     if (threadIdx.x < 16) code[threadIdx.x] = CODE[threadIdx.x];
     __syncthreads();
 }
 
-// Number of midpoints below `scaled`: a tie goes down, NaN counts as above all.
+// The number of midpoints below `scaled`. A tie goes to the lower index, NaN to the highest.
 __device__ inline unsigned nearest(const float* midpoints, float scaled) {
     unsigned index = scaled <= midpoints[7] ? 0 : 8;
     index += scaled <= midpoints[index + 3] ? 0 : 4;
@@ -118,7 +118,7 @@ __device__ inline unsigned nearest(const float* midpoints, float scaled) {
     return index + (scaled <= midpoints[index] ? 0 : 1);
 }
 
-// A thread takes 8 values, 8 threads a block of 64.
+// A thread quantises 8 values; 8 threads share a block of 64.
 template <class T>
 __device__ inline void quantize(const typename T::Bits* weight, u8* packed, float* absmax, i64 n) {
     __shared__ float midpoints[15];
@@ -132,14 +132,14 @@ __device__ inline void quantize(const typename T::Bits* weight, u8* packed, floa
         for (int i = 0; i < 8; i++)
             if (start + i < n) values[i] = T::value(weight[start + i]);
 
-    unsigned largest = 0;  // as bits, in which order NaN is above infinity
+    unsigned largest = 0;  // of the bits, which are in the order of |value|, with NaN above infinity
 #pragma unroll
     for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(values[i]) & 0x7FFFFFFF);
 #pragma unroll
     for (int lanes = 1; lanes < 8; lanes *= 2) largest = max(largest, __shfl_xor_sync(0xFFFFFFFF, largest, lanes));
     if (start >= n) return;
 
-    const bool whole = start / 64 * 64 + 64 <= n;  // a shorter last block is divided, and its absmax is never 0
+    const bool whole = start / 64 * 64 + 64 <= n;  // a shorter last block: values are divided, and absmax is never 0
     const float scale = __uint_as_float(max(largest, TINY));
     const float reciprocal = __fdiv_rn(1.0f, scale);
     if (start % 64 == 0) absmax[start / 64] = whole ? __uint_as_float(largest) : scale;
@@ -155,8 +155,8 @@ __device__ inline void quantize(const typename T::Bits* weight, u8* packed, floa
         for (int i = 0; start + 2 * i < n; i++) packed[start / 2 + i] = (u8)(word >> 8 * i);
 }
 
-// A thread takes 4 pieces of 16 bytes of out, a warp writes 512 bytes in a row, and all reads go out before the first write.
-// The last block of threads, and all where a pointer is not aligned, go value by value.
+// A thread writes 4 pieces of 16 bytes. A warp writes 512 bytes in a row. All loads are issued before the first store. The last
+// block of threads, and every block if a pointer is not aligned, works value by value.
 template <class T, class Scales>
 __device__ inline void dequantize(const u8* packed, Scales scales, typename T::Bits* out, i64 n) {
     __shared__ float code[16];
@@ -192,9 +192,9 @@ __device__ inline void dequantize(const u8* packed, Scales scales, typename T::B
 // out (M, features) = x (M, in) times the weight (features, in) transposed, 1 <= M <= ROWS. The sums are fp32, over fp32
 // products code * absmax that are not rounded to T. in % 64 == 0, in < 2^30; x is 16-byte aligned, packed 4-byte.
 //
-// A warp takes 2 rows of the weight, which share what is loaded of x. A lane takes 8 weights at a time, 4 bytes: so the warp
-// reads 128 bytes of packed and 512 of x (16 bits) in a row. At 16 bytes of packed a lane its reads of x would lie 64 bytes
-// apart, in a quarter of the banks. One row of x waits for memory, so DEPTH loads are in flight; more rows have work enough.
+// A warp computes 2 rows of the weight, which share what is loaded of x. A lane takes 8 weights (4 bytes) at a time, so the warp
+// reads 128 bytes of packed and 512 of x (of 16 bits) in a row. With 16 bytes of packed a lane, the reads of x would be 64 bytes
+// apart, in a quarter of the banks. With one row of x the kernel waits for memory, so each lane has DEPTH loads in flight.
 template <class T, int ROWS, class Scales>
 __device__ inline void matmul(
     const typename T::Bits* x, const u8* packed, Scales scales, typename T::Bits* out, int M, int in, i64 features
@@ -207,7 +207,7 @@ __device__ inline void matmul(
     if (first >= features) return;
     i64 row[PAIR];
 #pragma unroll
-    for (int r = 0; r < PAIR; r++) row[r] = min(first + r, features - 1) * in;  // a last odd row is computed twice
+    for (int r = 0; r < PAIR; r++) row[r] = min(first + r, features - 1) * in;  // an odd last row is computed twice
     float sum[PAIR][ROWS] = {};
 
 #pragma unroll 1
@@ -258,8 +258,8 @@ __device__ inline void matmul(
         }
 }
 
-// BOUNDS: threads of a block, and the blocks that a multiprocessor must have room for, which says how many registers a
-// thread may take: by its own choice ptxas spills some of matmul's on sm_80.
+// BOUNDS: threads of a block, and the number of blocks that must fit on a multiprocessor, which limits the registers of a
+// thread. Without this limit ptxas spills registers of matmul on sm_80.
 #define KERNEL(name, BOUNDS...) extern "C" __global__ void __launch_bounds__(BOUNDS) name
 #define SCALES_OF_Plain const float* absmax
 #define SCALES_OF_Double const u8 *q, const float *absmax2, const float *code2, const float *offset

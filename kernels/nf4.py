@@ -1,21 +1,23 @@
 """The interface of the NF4 kernels: checks arguments, chooses a backend, and defines the gradient of x.
 
-The format is described in nf4_reference.py, plain PyTorch, whose bits every backend has:
+The format is described in nf4_reference.py, the specification in plain PyTorch. Every backend stores and reads its bits:
     torch   nf4_reference.py: any device
     cpu     nf4.c: portable C, AVX2, AVX-512, AMX
     triton  nf4_triton.py: CUDA from compute capability 8.0 on
     cuda    nf4.cu: V100 and T4, other chips by NVRTC
-The first that runs on the device is taken; MINITUNE_KERNELS=torch|cpu|triton|cuda asks for one. describe() says which and why. On
-its first use for a dtype a backend is compared: its bits with nf4_reference.py, its product with formulas.linear of the
-dequantised weight (agreement.py). What differs is set aside.
-A backend is a module with quantize, dequantize, and matmul for up to max_rows() rows of x. It relies on the checks made here,
-of dtype, device, contiguity and sizes. For more rows the weight is dequantised into a reused workspace and multiplied by torch's
+On a CPU the first of cpu and torch that runs is used, on CUDA the first of triton, cuda and torch. MINITUNE_KERNELS=NAME chooses
+another one. describe() says which is used and why. On its first use for a dtype a backend is compared with the specification
+(agreement.py): its bits with those of nf4_reference.py, its product with formulas.linear of the dequantised weight. A backend
+that differs is not used.
+
+A backend is a module with quantize, dequantize, and matmul for up to max_rows() rows of x. It relies on the checks made here, of
+dtype, device, contiguity and sizes. For more rows the weight is dequantised into a reused workspace and multiplied by torch's
 GEMM.
 
 absmax is a tensor (ceil(n / 64),) fp32, or with double quantisation the tuple that double_quantize() returns, which the kernels
-dequantise themselves. NaN and infinity pass through as in bitsandbytes: the absmax of the block is NaN or infinite. Dequantised,
-a block with a NaN is NaN throughout; one with an infinity is infinite in that place (the sign is lost) and NaN elsewhere. Other
-blocks are not affected, but double quantisation spreads either over the whole weight, by the mean."""
+dequantise themselves. NaN and infinity pass through as in bitsandbytes: the absmax of the block is NaN or infinite. After
+dequantising, a block with a NaN is NaN throughout; a block with an infinity is infinite in that place (the sign is lost) and NaN
+elsewhere. Other blocks are not affected. Double quantisation spreads either over the whole weight, through the mean."""
 
 import contextlib
 import functools
@@ -36,13 +38,13 @@ CODE = nf4_reference.CODE
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = {"torch": "nf4_reference", "cpu": "nf4_cpu", "triton": "nf4_triton", "cuda": "nf4_cuda"}  # name -> module
 
-_buffers = {}  # (device, dtype) -> the flat tensor that `workspace` lends
-_lent = threading.Lock()
+_buffers = {}  # (device, dtype) -> the flat tensor that workspace() lends
+_lent = threading.Lock()  # held while a workspace is in use
 
 
 def check(name, tensor, dtypes, device=None, size=None, why="", strided=False):
-    """Raises ValueError, naming the argument, unless `tensor` is contiguous (or `strided` allowed) and of these dtypes, this
-    device and this number of elements (`why` says where the number comes from)."""
+    """Raises ValueError, which names the argument, unless `tensor` has one of these dtypes, this device and this number of
+    elements, and is contiguous. None: any device, any number. why: where the number comes from. strided: any strides."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.dtype not in dtypes:
@@ -81,27 +83,26 @@ def check_quantized(packed, absmax, shape):
 
 def check_nested(q, absmax2, code2, offset, device=None, blocks=None, why=""):
     check("q", q, (torch.uint8,), device, blocks, why)
-    check(
-        "absmax2", absmax2, (torch.float32,), q.device, -(-q.numel() // NESTED_BLOCK), f" for {q.numel()} values of q"
-    )
+    nested_blocks = -(-q.numel() // NESTED_BLOCK)
+    check("absmax2", absmax2, (torch.float32,), q.device, nested_blocks, f" for {q.numel()} values of q")
     check("code2", code2, (torch.float32,), q.device, 256)
     check("offset", offset, (torch.float32,), q.device, 1)
 
 
 def backend(device):
-    """The module that runs on `device`. Raises ValueError where MINITUNE_KERNELS asks for one that does not run there."""
+    """The backend module for `device`. Raises ValueError if MINITUNE_KERNELS names one that does not run there."""
     return chosen(device.type, device.index, os.environ.get("MINITUNE_KERNELS"))[0]
 
 
 def describe(device):
-    """The backend of `device` and why it is that one, in a line."""
+    """The backend of `device` and the reason for the choice, in a line."""
     module, reason = chosen(device.type, device.index, os.environ.get("MINITUNE_KERNELS"))
     return f"{module.NAME} ({module.describe()}), {reason}"
 
 
 @functools.cache
 def chosen(kind, index, wanted):
-    """(module, reason). Says once on the screen where a slower one has to do."""
+    """(module, reason). Writes a line, once, if only plain PyTorch is left."""
     device = torch.device(kind, index)
     names = ["cpu", "torch"] if kind == "cpu" else ["triton", "cuda", "torch"] if kind == "cuda" else ["torch"]
     if wanted:
@@ -135,8 +136,8 @@ def quantize(weight):
 @torch.no_grad()
 def dequantize(packed, absmax, shape, dtype, out=None):
     """The weight of `shape` in `dtype` (fp32, fp16 or bf16): code * absmax in fp32, rounded once.
-    packed: uint8, n / 2 elements in any shape; absmax: fp32, n / 64 elements; both rounded up, on one device; or see above.
-    out: written and returned where it is given: contiguous, of that shape, dtype and device."""
+    packed: uint8, ceil(n / 2) elements in any shape; absmax: fp32, ceil(n / 64) elements, or the tuple of double_quantize();
+    all on one device. out: None, or a contiguous tensor of that shape, dtype and device, which is written and returned."""
     scales = check_quantized(packed, absmax, shape)
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected {' or '.join(map(str, FLOATS))}")
@@ -149,7 +150,7 @@ def dequantize(packed, absmax, shape, dtype, out=None):
         return made if out is None else out.copy_(made)
     if out is None:
         return dequantize_into(packed, scales, torch.empty(tuple(shape), dtype=dtype, device=packed.device))
-    torch.autograd.graph.increment_version(out)  # a backward pass that saved it raises, as for any in-place write
+    torch.autograd.graph.increment_version(out)  # a backward pass that saved `out` raises, as after any in-place write
     return dequantize_into(packed, scales, out)
 
 
@@ -163,14 +164,14 @@ def dequantize_into(packed, scales, out):
 
 
 def steady_rows(device, shape, dtype):
-    """The largest number of rows of x for which each row's product is bit-identical to that of the row alone; 1 where that is
-    not known."""
+    """The largest number of rows of x for which each row's product is bit-identical to that of the row alone. 1 for backends
+    that do not promise it."""
     module = backend(device)
     return module.steady_rows(shape, dtype) if module.NAME == "cpu" and multiplies(module, dtype, device) else 1
 
 
 def trusted(device, what, dtype):
-    """The backend of `device` if its `what` (quantize or dequantize) has the bits of nf4_reference for this dtype, else that."""
+    """The backend of `device`, or nf4_reference if its `what` (quantize or dequantize) has other bits for this dtype."""
     module = backend(device)
     if module is nf4_reference:
         return module
@@ -183,20 +184,17 @@ def trusted(device, what, dtype):
 
 
 def multiplies(module, dtype, device):
-    """Whether a backend's product is formulas.linear of the dequantised weight."""
+    """Whether a backend's product equals formulas.linear of the dequantised weight."""
     key = "linear", f"4-bit {module.NAME}", dtype, device.type
     agrees = agreement.known(key, formulas.linear)
     if agrees is None:
-        compare, version = (
-            lambda: product_apart(module, dtype, device),
-            f"the 4-bit product of the backend {module.NAME}",
-        )
-        agrees = agreement.judge(key, formulas.linear, compare, version)
+        version = f"the 4-bit product of the backend {module.NAME}"
+        agrees = agreement.judge(key, formulas.linear, lambda: product_apart(module, dtype, device), version)
     return agrees
 
 
 def differentiates(dtype, device):
-    """Whether the gradient of a 4-bit product is that of formulas.linear of the dequantised weight."""
+    """Whether the gradient of a 4-bit product equals that of formulas.linear of the dequantised weight."""
     key = "linear", "4-bit gradient", dtype, device.type
     agrees = agreement.known(key, formulas.linear)
     if agrees is None:
@@ -222,7 +220,8 @@ def matmul(x, packed, absmax, shape, bias=None):
 
 
 def product(x, packed, scales, shape, bias=None):
-    """matmul() for NF4Linear, whose weight was checked when it was made: only the device and width of x are checked here.
+    """matmul() without its checks, for NF4Linear, which made its checks when it was built. Only the device and the width of x
+    are checked here.
 
     Without autograd the torch operator is skipped: it costs 20 microseconds a call, as much as a small layer."""
     if x.device != packed.device:
@@ -240,7 +239,8 @@ def product(x, packed, scales, shape, bias=None):
 
 
 def multiply(x, packed, scales, shape, bias):
-    """x (.., in) -> (.., out): fused for few rows, else dequantised into the workspace and multiplied by the library."""
+    """x (.., in) -> (.., out). Few rows: the backend's kernel. More: the weight is dequantised into the workspace, then torch
+    multiplies."""
     module, count = backend(x.device), x.numel() // shape[1] if shape[1] else 0
     if not 0 < count <= module.max_rows(shape, x.dtype) or not multiplies(module, x.dtype, x.device):
         linear = F.linear if agreement.agrees("linear", "torch", x) else formulas.linear
@@ -251,7 +251,7 @@ def multiply(x, packed, scales, shape, bias):
     return out if bias is None else out.add_(bias)
 
 
-# --- torch operators, so that torch.compile, export and CUDA graphs go through --------------------------------------
+# --- torch operators, for torch.compile, torch.export and CUDA graphs ----------------------------------------------------
 
 operators = torch.library.Library("minitune", "DEF")
 operators.define("nf4_quantize(Tensor weight) -> (Tensor, Tensor)")
@@ -261,8 +261,13 @@ operators.define("nf4_matmul_grad(Tensor grad, Tensor packed, Tensor[] scales, S
 
 
 def operator(name):
-    """Makes a function the operator's implementation on every device."""
-    return lambda function: operators.impl(name, function, "CompositeExplicitAutograd") or function
+    """A decorator: makes a function the operator's implementation on every device."""
+
+    def implement(function):
+        operators.impl(name, function, "CompositeExplicitAutograd")
+        return function
+
+    return implement
 
 
 @operator("nf4_quantize")
@@ -309,7 +314,7 @@ def _(grad, packed, scales, shape):
 
 
 def remember(ctx, inputs, output):
-    """Keeps the 4-bit weight alone, not the dequantised one and not x."""
+    """Saves the 4-bit weight only, not the dequantised weight and not x."""
     _, packed, scales, ctx.shape, *_ = inputs
     ctx.save_for_backward(packed, *scales)
 
@@ -337,7 +342,7 @@ torch.library.register_autograd("minitune::nf4_matmul_grad", matmul_grad_gradien
 def double_quantize(absmax):
     """Quantise the absmax values themselves to 8 bits, in blocks of 256 around their mean.
     absmax: (m,) fp32, m >= 1. Returns (q (m,) uint8, absmax2 (ceil(m / 256),) fp32, code2 (256,) fp32, offset () fp32),
-    bit for bit bitsandbytes' on a CPU."""
+    bit for bit as bitsandbytes does on a CPU."""
     check("absmax", absmax, (torch.float32,))
     if absmax.dim() != 1 or absmax.numel() == 0:
         raise ValueError(f"absmax has shape {tuple(absmax.shape)}, expected (m,) with m >= 1")
@@ -346,7 +351,7 @@ def double_quantize(absmax):
 
 @torch.no_grad()
 def double_dequantize(q, absmax2, code2, offset):
-    """absmax (m,) fp32 = code2[q] * absmax2 + offset, rounded twice, bit for bit bitsandbytes'."""
+    """absmax (m,) fp32 = code2[q] * absmax2 + offset, rounded twice, bit for bit as in bitsandbytes."""
     check_nested(q, absmax2, code2, offset)
     return nf4_reference.double_dequantize(q.view(-1), absmax2.view(-1), code2, offset.view(()))
 
@@ -355,29 +360,29 @@ def double_dequantize(q, absmax2, code2, offset):
 def workspace(shape, dtype, device):
     """Lends a tensor of `shape` for one dequantised weight: `with workspace(...) as weight`.
 
-    One buffer per device and dtype is kept for the life of the process and grows to the largest weight: a fresh 117 MB
-    output costs 30 ms of page faults. The tensor is valid inside the `with` only and must never be saved for backward.
-    One borrower at a time: a second thread waits (on a GPU both must use one stream), and nesting would wait forever."""
+    Each device and dtype has one buffer, which lives as long as the process and grows to the largest weight: the page faults
+    of a fresh output of 117 MB take 30 ms. The tensor is valid inside the `with` only and must never be saved for backward.
+    It is lent to one thread at a time; a second one waits. On a GPU both must use the same stream. Nested use is a deadlock."""
     key, n = (torch.device(device), dtype), math.prod(shape)
     with _lent:
         if key not in _buffers or _buffers[key].numel() < n:
             _buffers.pop(key, None)  # free the old one before the new one is made
-            with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
+            with torch.inference_mode(False):  # else a buffer made in inference mode could not be written outside it
                 _buffers[key] = torch.empty(n, dtype=dtype, device=device)
         yield _buffers[key][:n].view(tuple(shape))
 
 
-# --- the comparisons of trusted(), multiplies() and differentiates(): a difference in words, or None -----------------
+# --- the comparisons of trusted(), multiplies() and differentiates(). Each returns the difference in words, or None ------
 
 
 def example(dtype, device, *shape):
-    """(weight, packed, absmax) of the reference."""
+    """(weight, packed, absmax): numbers of this shape, quantised by the reference."""
     weight = agreement.Numbers(dtype, device)(*shape).detach()
     return weight, *nf4_reference.quantize(weight)
 
 
 def quantized_apart(module, dtype, device):
-    weight, *expected = example(dtype, device, 3 * BLOCK + 17)  # an odd number, in a block that is not full
+    weight, *expected = example(dtype, device, 3 * BLOCK + 17)  # an odd number of elements; the last block is short
     same = [torch.equal(*pair) for pair in zip(module.quantize(weight), expected, strict=True)]
     return None if all(same) else "has other bits"
 

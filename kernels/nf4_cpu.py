@@ -5,19 +5,24 @@ import functools
 
 import torch
 from minitune_kernels import built, measured
-from minitune_kernels.built import LEVELS, NoCompiler
+from minitune_kernels.built import INT, LEVELS, POINTER, SIZE, NoCompiler, struct
 
 NAME = "cpu"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STREAM_BYTES = 8 << 20  # an output of this size leaves the caches before it is read again: write past them
 
+# The structs of nf4.c, which says what the fields hold.
+Weight = struct("Weight", (POINTER, "packed absmax q absmax2 code2 offset"))
+Quantize = struct("Quantize", (INT, "dtype"), (POINTER, "weight packed absmax"), (SIZE, "n"))
+Dequantize = struct("Dequantize", (INT, "dtype"), (Weight, "weight"), (POINTER, "out"), (SIZE, "n"), (INT, "stream"))
+Matmul = struct("Matmul", (INT, "dtype"), (POINTER, "x"), (Weight, "weight"), (POINTER, "out"), (SIZE, "M N K"))
+
 
 def typed(lib):
-    """A loaded library, with the types of its functions."""
-    i, p, n = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-    lib.nf4_quantize.argtypes, lib.nf4_quantize.restype = (i, i, p, p, p, n), None
-    lib.nf4_dequantize.argtypes, lib.nf4_dequantize.restype = (i, i, p, p, p, p, p, p, p, n, i), None
-    lib.nf4_matmul.argtypes = (i, i, p, p, p, p, p, p, p, p, n, n, n)
+    """A loaded library, with the argument types of its functions set: the number of threads, and the address of a struct."""
+    for function in (lib.nf4_quantize, lib.nf4_dequantize, lib.nf4_matmul):
+        function.argtypes = INT, POINTER
+    lib.nf4_quantize.restype = lib.nf4_dequantize.restype = None
     return lib
 
 
@@ -29,7 +34,7 @@ def library():
 
 
 def why_not(device):
-    """None where this backend runs on `device`, else the reason in words."""
+    """None if this backend runs on `device`, else the reason in words."""
     if device.type != "cpu":
         return f"its kernels are for the CPU, not for {device.type}"
     try:
@@ -44,11 +49,12 @@ def describe():
     return f"C kernels, {LEVELS[library()[1]]}"
 
 
-def scale_arguments(scales):
-    """(absmax, q, absmax2, code2, offset) as the C functions take them."""
+def weight_of(packed, scales):
+    """The C struct of a quantised weight. scales: (absmax,), or (q, absmax2, code2, offset) with double quantisation."""
     if len(scales) == 1:
-        return scales[0].data_ptr(), None, None, None, None
-    return None, *(scale.data_ptr() for scale in scales)
+        return Weight(packed.data_ptr(), scales[0].data_ptr())
+    q, absmax2, code2, offset = scales
+    return Weight(packed.data_ptr(), None, q.data_ptr(), absmax2.data_ptr(), code2.data_ptr(), offset.data_ptr())
 
 
 def quantize(weight):
@@ -57,38 +63,40 @@ def quantize(weight):
     n = weight.numel()
     packed = weight.new_empty((n + 1) // 2, dtype=torch.uint8)
     absmax = weight.new_empty(-(-n // 64), dtype=torch.float32)
-    pointers = weight.data_ptr(), packed.data_ptr(), absmax.data_ptr()
-    lib.nf4_quantize(torch.get_num_threads(), DTYPES[weight.dtype], *pointers, n)
+    job = Quantize(DTYPES[weight.dtype], weight.data_ptr(), packed.data_ptr(), absmax.data_ptr(), n)
+    lib.nf4_quantize(torch.get_num_threads(), ctypes.addressof(job))
     return packed, absmax
 
 
 def dequantize(packed, scales, out):
-    """Write the weight into `out`. scales: (absmax,), or (q, absmax2, code2, offset) with double quantisation."""
+    """Write the weight into `out` and return it. scales: (absmax,), or (q, absmax2, code2, offset) with double quantisation."""
     lib, _ = library()
-    stream = out.nbytes >= STREAM_BYTES
-    arguments = packed.data_ptr(), *scale_arguments(scales), out.data_ptr(), out.numel(), stream
-    lib.nf4_dequantize(torch.get_num_threads(), DTYPES[out.dtype], *arguments)
+    weight, stream = weight_of(packed, scales), out.nbytes >= STREAM_BYTES
+    job = Dequantize(DTYPES[out.dtype], weight, out.data_ptr(), out.numel(), stream)
+    lib.nf4_dequantize(torch.get_num_threads(), ctypes.addressof(job))
     return out
 
 
 def max_rows(shape, dtype):
-    """Rows of x up to which `matmul` was measured to be no slower than dequantising and the library's GEMM; 0: none, and where a
-    block crosses rows."""
+    """The largest number of rows of x for which matmul() was measured to be no slower than dequantising the weight and torch's
+    GEMM. 0: none, or blocks cross rows of the weight."""
     if shape[1] % 64:
         return 0
     return measured.max_rows("4 bit", dtype)
 
 
 def steady_rows(shape, dtype):
-    """Rows of x up to which `matmul` sums every row in one order: up to max_rows, but 4 where AMX takes over; else 1."""
+    """The largest number of rows of x for which a row's product has the same bits as that of the row alone. That is
+    max_rows(), but 4 in bf16 with AMX, whose tiles add in another order."""
     rows = max_rows(shape, dtype) or 1
     return min(rows, 4) if dtype == torch.bfloat16 and library()[1] == 4 else rows
 
 
 def matmul(x, packed, scales, shape, out):
-    """out (.., out) = x (.., in) @ weight.T, M rows, summed in fp32; the weight is rounded to x.dtype as dequantize does."""
+    """Write x (.., in) @ weight.T, M rows, into `out` (.., out) and return it. Sums are fp32; the weight is rounded to x.dtype,
+    as by dequantize(). Raises MemoryError."""
     (lib, _), M = library(), x.shape[:-1].numel()
-    arguments = x.data_ptr(), packed.data_ptr(), *scale_arguments(scales), out.data_ptr(), M, *shape
-    if lib.nf4_matmul(torch.get_num_threads(), DTYPES[x.dtype], *arguments):
+    job = Matmul(DTYPES[x.dtype], x.data_ptr(), weight_of(packed, scales), out.data_ptr(), M, *shape)
+    if lib.nf4_matmul(torch.get_num_threads(), ctypes.addressof(job)):
         raise MemoryError(f"no memory for {M} rows of {shape[1]} elements")
     return out

@@ -1,8 +1,8 @@
-"""NF4 by the kernels of nf4.cu, for chips that Triton no longer serves (V100, T4) and any other NVIDIA chip.
+"""Launches the NF4 kernels of nf4.cu. For chips that Triton no longer supports (V100, T4), and any other NVIDIA chip.
 
-Inputs are taken as checked (see nf4.py). The weights of `matmul` are the fp32 products code * absmax, not rounded to x's
-dtype; its sums are fp32. NaN stays NaN, but its bits are those of a GPU. Everything is queued on torch's current stream:
-nothing waits, so a CUDA graph can capture it once the kernels are loaded, which the first call does."""
+nf4.py checks the inputs, this module does not. matmul() multiplies with the fp32 products code * absmax, which are not rounded to
+x.dtype, and sums in fp32. NaN stays NaN, but with the bits that the GPU gives it. All work is queued on torch's current stream
+without waiting, so a CUDA graph can capture it. The kernels are loaded by the first call, which must not be captured."""
 
 import functools
 
@@ -12,13 +12,14 @@ from minitune_kernels.cuda_driver import Driver
 
 NAME = "cuda"
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-ROWS = (1, 4, 8)  # rows of x that a matmul kernel is made for
+ROWS = (1, 4, 8)  # the matmul kernels, by their largest number of rows of x
 OPERATIONS = ("quantize", "dequantize", "dequantize_double",
               *(f"matmul_{rows}" for rows in ROWS), *(f"matmul_double_{rows}" for rows in ROWS))  # fmt: skip
-THREADS = 128  # of a block; what a block does is fixed in nf4.cu
-QUANTIZED_BY_BLOCK = THREADS * 8  # elements
+# What a block of threads does, as written in nf4.cu.
+THREADS = 128
+QUANTIZED_BY_BLOCK = THREADS * 8  # elements of the weight
 BYTES_BY_BLOCK = THREADS * 4 * 16  # of a dequantised weight
-FEATURES_BY_BLOCK = THREADS // 32 * 2  # of a matmul
+FEATURES_BY_BLOCK = THREADS // 32 * 2  # rows of the weight in a matmul
 
 
 @functools.cache
@@ -32,7 +33,7 @@ def architecture(device):
 
 
 def why_not(device):
-    """None where these kernels run on `device`, else the reason."""
+    """None if these kernels run on `device`, else the reason."""
     if device.type != "cuda":
         return f"device is {device.type}, expected cuda"
     if not torch.cuda.is_available():
@@ -40,7 +41,7 @@ def why_not(device):
     try:
         driver()
     except OSError as error:
-        return f"the NVIDIA driver library is not here: {error}"
+        return f"the NVIDIA driver library cannot be loaded: {error}"
     return nvrtc.why_not(architecture(device))
 
 
@@ -58,7 +59,8 @@ def functions(device):
 
 
 def launch(device, operation, dtype, work, work_by_block, *words):
-    """Start as many blocks as `work` takes, none for no work (which a driver refuses)."""
+    """Launch an operation with one block of threads for each `work_by_block` of `work`; nothing if work is 0, which the driver
+    refuses. words: the kernel's parameters."""
     if work == 0:
         return
     with torch.cuda.device(device):
@@ -78,7 +80,7 @@ def quantize(weight):
 
 
 def dequantize(packed, scales, out):
-    """Write the weight into `out` and return it. scales: (absmax,), or (q, absmax2, code2, offset) in the same pass."""
+    """Write the weight into `out` and return it. scales: (absmax,), or (q, absmax2, code2, offset) with double quantisation."""
     n = out.numel()
     operation = "dequantize" if len(scales) == 1 else "dequantize_double"
     pointers = packed.data_ptr(), *(scale.data_ptr() for scale in scales), out.data_ptr()
@@ -87,14 +89,14 @@ def dequantize(packed, scales, out):
 
 
 def max_rows(shape, dtype):
-    """8 where a block does not cross rows of the weight, else 0: then dequantise."""
+    """The largest number of rows of x for matmul(): 8, or 0 if blocks cross rows of the weight."""
     return ROWS[-1] if shape[1] % 64 == 0 and shape[1] < 2**30 else 0  # 2**30: nf4.cu counts along a row in 32 bits
 
 
 def matmul(x, packed, scales, shape, out):
-    """Write x (.., in), M rows, times the weight (out, in) transposed into `out` (.., out), M <= 8, and return it."""
+    """Write x (.., in) @ weight.T, M <= 8 rows, into `out` (.., out) and return it."""
     M = x.shape[:-1].numel()
-    if x.data_ptr() % 16 or packed.data_ptr() % 4:  # nf4.cu reads so much at once; a view may begin anywhere
+    if x.data_ptr() % 16 or packed.data_ptr() % 4:  # nf4.cu loads 16 and 4 bytes at once; a view may begin anywhere
         x, packed = x.clone(), packed.clone()
     rows = next(rows for rows in ROWS if rows >= M)
     operation = f"matmul_{rows}" if len(scales) == 1 else f"matmul_double_{rows}"

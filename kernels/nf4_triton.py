@@ -1,15 +1,15 @@
-"""NF4 in Triton, for NVIDIA GPUs of compute capability 8.0 and up. Format and bits are those of nf4_reference.py; the inputs are
-taken as checked (see nf4.py). No autotuning and no atomics: the same bits on every run. A first call compiles (about a second
-for each type, number of rows of x and width); after it a CUDA graph may capture them all.
+"""NF4 in Triton, for NVIDIA GPUs of compute capability 8.0 and up. Format and bits are those of nf4_reference.py. nf4.py checks
+the inputs, this module does not. There is no autotuning and there are no atomics, so every run gives the same bits. The first
+call for a dtype, number of rows of x and width compiles, in about a second. After it a CUDA graph may capture the kernels.
 
-What bounds these kernels is less the memory than the instructions of a 4-bit look-up: in the time in which an H200 streams one
-weight of a GEMV its SMs can issue about four, in that of dequantising one about twenty. So a thread reads eight weights as one
-32-bit word, takes each nibble by a shift and a mask, and gathers from the 16 code values in shared memory, where lanes never
-conflict: in all about five instructions a weight in the GEMV and seven in dequantize, counted in the builds for sm_90. A table
-in global memory takes two more for its 64-bit addresses, a tree of selects has 15 in place of the one gather.
+These kernels are limited more by the instructions of the 4-bit look-up than by memory. While an H200 reads one weight of a GEMV
+from memory, its SMs can issue about four instructions; while it dequantises one, about twenty. So a thread reads eight weights as
+one 32-bit word, takes each nibble with a shift and a mask, and looks it up in the 16 code values in shared memory, without bank
+conflicts. That is about five instructions a weight in the GEMV and seven in dequantize, counted in the builds for sm_90. A table
+in global memory would take two more for its 64-bit addresses; a tree of selects would take 15 instead of the one look-up.
 
-Products are never contracted into FMAs (enable_fp_fusion=False, tl.fma where one is meant): the absmax of double quantisation
-is rounded after its product and after its sum."""
+The compiler must not contract products and sums into FMAs (enable_fp_fusion=False; tl.fma where one is wanted): the absmax of
+double quantisation is rounded after the product and after the sum."""
 
 import importlib.util
 import os
@@ -19,34 +19,34 @@ import torch
 from minitune_kernels import nf4_reference
 
 NAME = "triton"
-OLDEST = (3, 5)  # of triton: the oldest that was seen to build these kernels
+OLDEST = (3, 5)  # the oldest version of triton that was tried
 if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
 
     jit = triton.jit
-else:  # still importable, to be asked why_not
+else:  # the module can still be imported, and why_not() says that triton is missing
     triton, jit = None, lambda *function, **options: function[0] if function else jit
     tl = types.SimpleNamespace(constexpr=None, int64=None)  # for the annotations
 
 QUANTIZE = {"BLOCKS": 32, "num_warps": 4, "enable_fp_fusion": False}
-# A thread writes 16 bytes at once, 4 times: 8 weights of 16 bits or 4 of 32 make a group.
+# A thread writes 4 groups of 16 bytes: 8 weights of 16 bits or 4 of 32 each. By the bytes of an output element.
 DEQUANTIZE = {
-    2: {"GROUPS": 1024, "BYTES": 4, "num_warps": 8, "enable_fp_fusion": False},  # by the bytes of an output element
+    2: {"GROUPS": 1024, "BYTES": 4, "num_warps": 8, "enable_fp_fusion": False},
     4: {"GROUPS": 1024, "BYTES": 2, "num_warps": 8, "enable_fp_fusion": False},
 }
-# Rows of the weight in a program of the GEMV, by rows of x. More rows share a loaded x, fewer need fewer registers.
+# Rows of x -> rows of the weight in a program of the GEMV. More rows share what is loaded of x; fewer need fewer registers.
 GEMV_ROWS = {1: 8, 2: 4, 3: 4, 4: 4}
-GEMV = {"CHUNKS": 128, "num_warps": 4, "enable_fp_fusion": False}  # 128 chunks of 8 columns: one a thread
-# From 5 rows of x on the tensor cores multiply: 64 rows of the weight are the M of a Hopper wgmma.
+GEMV = {"CHUNKS": 128, "num_warps": 4, "enable_fp_fusion": False}  # chunks of 8 columns, one for each thread
+# From 5 rows of x on, tensor cores multiply. ROWS of the weight: the M of a Hopper wgmma is 64.
 GEMM = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 GEMM_MAX_ROWS = 64
-GEMM_PROGRAMS = 512  # about four on each SM of an H100: the columns are split until there are as many
+GEMM_PROGRAMS = 512  # programs that the columns are split for: about four on each SM of an H100
 SUM = {"SIZE": 512, "num_warps": 4, "enable_fp_fusion": False}
 
 
 def why_not(device):
-    """None where the backend runs on this torch.device, else the reason. With TRITON_INTERPRET=1 it takes CPU tensors."""
+    """None if the backend runs on this torch.device, else the reason. With TRITON_INTERPRET=1 it runs on the CPU."""
     if triton is None:
         return "triton is not installed"
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
@@ -54,7 +54,7 @@ def why_not(device):
     if os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip:
-        return f"it runs on NVIDIA GPUs, not on {'AMD' if device.type == 'cuda' else device.type}"
+        return f"it runs on NVIDIA GPUs only, not on {'AMD' if device.type == 'cuda' else device.type}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
@@ -86,7 +86,7 @@ def load_absmax(scales, block, mask):
 
 @jit
 def look_up(code, packed):
-    """code (16,) fp32, packed (A, B, bytes) uint8 -> (A, B, 2 * bytes) fp32. The bytes of a thread become one word again."""
+    """code (16,) fp32, packed (A, B, bytes) uint8 -> (A, B, 2 * bytes) fp32. The sum joins the bytes of a thread to one word."""
     A: tl.constexpr = packed.shape[0]
     B: tl.constexpr = packed.shape[1]
     N: tl.constexpr = packed.shape[2] * 2
@@ -103,7 +103,7 @@ def quantize_tile(weight, midpoints, packed, absmax, left, BLOCKS: tl.constexpr,
     i = block[:, None] * 64 + tl.arange(0, 64)[None, :]
     byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     x = load(weight + i, None if FULL else i < left).to(tl.float32)
-    # Of absolute values the order is that of their bits, NaN above infinity; a maximum of floats would drop NaN.
+    # The bits of absolute values are in the order of the values, with NaN above infinity. A maximum of floats would drop NaN.
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     largest = tl.where(largest > 0x7F800000, 0x7FC00000, largest)
     at_least_tiny = tl.maximum(largest, 0x006CE3EE)  # the bits of nf4_reference.TINY
@@ -115,7 +115,7 @@ def quantize_tile(weight, midpoints, packed, absmax, left, BLOCKS: tl.constexpr,
         scaled = tl.where(is_short[:, None], tl.div_rn(x, divisor[:, None]), scaled)
     index = tl.full((BLOCKS, 64), 15, tl.int32)
     for m in tl.static_range(15):
-        index -= (scaled <= tl.load(midpoints + m)).to(tl.int32)  # never for NaN, which stays 15
+        index -= (scaled <= tl.load(midpoints + m)).to(tl.int32)  # false for NaN, whose index stays 15
     if not FULL:
         index = tl.where(i < left, index, 7)
     high, low = tl.split(tl.reshape(index, (BLOCKS, 32, 2)))
@@ -185,9 +185,9 @@ def gemv_kernel(
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    row = tl.minimum(tl.program_id(0) * ROWS, N - ROWS)  # the last program repeats rows of the one before, to be whole
+    row = tl.minimum(tl.program_id(0) * ROWS, N - ROWS)  # the last program overlaps the one before, so that it is whole
     r = tl.arange(0, ROWS)[:, None]
-    chunk = tl.arange(0, CHUNKS)[None, :]  # eight columns, half a block or less: they share an absmax
+    chunk = tl.arange(0, CHUNKS)[None, :]  # eight columns, which share an absmax
     code = tl.load(code + tl.arange(0, 16))
     packed += row.to(tl.int64) * (K // 2)
     block = row.to(tl.int64) * (K // 64)
@@ -211,7 +211,7 @@ def gemv_kernel(
         tl.store(out + m * N + row + tl.arange(0, ROWS), tl.sum(sums[m], axis=1).to(out.dtype.element_ty))
 
 
-@jit(do_not_specialize=["M", "N", "steps"])  # one build for every M of a width
+@jit(do_not_specialize=["M", "N", "steps"])  # one build serves every M
 def gemm_kernel(
     x,
     code,
@@ -269,7 +269,7 @@ def quantize(weight):
 
 def dequantize(packed, scales, out):
     """Write code * absmax, a product in fp32 rounded once, into `out` (any shape, contiguous; fp32, fp16 or bf16).
-    scales: (absmax,), or (q, absmax2, code2, offset) of double quantisation, whose absmax is then computed in passing."""
+    scales: (absmax,), or (q, absmax2, code2, offset) with double quantisation, which is undone in the same pass."""
     options, n = DEQUANTIZE[out.element_size()], out.numel()
     if n:
         code, grid = nf4_reference.tables(out.device)[0], (triton.cdiv(n, options["GROUPS"] * options["BYTES"] * 2),)
@@ -279,24 +279,23 @@ def dequantize(packed, scales, out):
 
 
 def max_rows(shape, dtype):
-    """The most rows of x (.., in) that `matmul` takes for a weight (out, in): 0 where a block would cross rows. In fp32 only
-    the GEMV: tensor cores would round x to TF32."""
+    """The largest number of rows of x (.., in) for matmul() with a weight (out, in). 0 if blocks cross rows of the weight. In
+    fp32 only the GEMV is used, because tensor cores would round x to TF32."""
     if 0 in shape or shape[1] % 64:
         return 0
     return max(GEMV_ROWS) if dtype == torch.float32 or shape[0] < GEMM["ROWS"] else GEMM_MAX_ROWS
 
 
 def matmul(x, packed, scales, shape, out):
-    """out (.., out) = x (.., in) @ weight.T, M rows, 1 <= M <= max_rows; scales as in dequantize. Sums in fp32, rounded once to
-    x.dtype.
-    The width is a constant of the build: so the distances between rows cost no instructions.
-    Up to 4 rows the weights are the fp32 products code * absmax, unrounded; from 5 they are rounded to x.dtype, as
-    dequantize gives them."""
+    """Write x (.., in) @ weight.T, 1 <= M <= max_rows() rows, into `out` (.., out) and return it. scales: as in dequantize().
+
+    Sums are fp32, rounded once to x.dtype. Up to 4 rows the weights are the fp32 products code * absmax; from 5 rows on they are
+    rounded to x.dtype, as by dequantize(). The width is a constant of the build, so that row offsets cost no instructions."""
     (N, K), M = shape, x.shape[:-1].numel()
     code = nf4_reference.tables(x.device)[0]
     with torch.cuda.device_of(x):
         if M in GEMV_ROWS:
-            rows = min(GEMV_ROWS[M], 1 << (N.bit_length() - 1))  # a power of two, and no more than the weight has
+            rows = min(GEMV_ROWS[M], 1 << (N.bit_length() - 1))  # a power of two, at most the rows of the weight
             gemv_kernel[(triton.cdiv(N, rows),)](x, code, packed, scales, out, N, K, M=M, ROWS=rows, **GEMV)
             return out
         tiles, steps = triton.cdiv(N, GEMM["ROWS"]), K // GEMM["COLUMNS"]

@@ -1,8 +1,8 @@
-"""Builds nf4.cu into machine code (a cubin) by NVIDIA's run-time compiler NVRTC, through ctypes. Needs no GPU and no nvcc.
+"""Builds nf4.cu into machine code (a cubin) with NVIDIA's run-time compiler NVRTC, through ctypes. Needs no GPU and no nvcc.
 
-The cubins of sm_70 (V100) and sm_75 (T4) are stored in kernels/cubin, for no current toolkit builds sm_70 any more (NVRTC
-12 does, 13 does not). `python -m minitune_kernels.nvrtc` rewrites them. Those of other chips are built on first use and
-kept in the cache folder (see built.py)."""
+The cubins of sm_70 (V100) and sm_75 (T4) are stored in kernels/cubin, because NVRTC 13 cannot build sm_70 any more; NVRTC 12
+can. `python -m minitune_kernels.nvrtc` writes them again. Cubins of other chips are built on first use and kept in the cache
+folder (see built.py)."""
 
 import ctypes
 import functools
@@ -17,15 +17,15 @@ from minitune_kernels import built
 FOLDER = Path(__file__).resolve().parent
 SOURCE = FOLDER / "nf4.cu"
 STORED = ("sm_70", "sm_75")
-RECIPE_VERSION = "12.9"  # of NVRTC; another version gives other bytes
+RECIPE_VERSION = "12.9"  # of the NVRTC for the stored cubins; another version gives other bytes
 CUBINS = FOLDER / "cubin"
-RECORD = "built_from.json"  # in the folder of the stored cubins: what they were built from
+RECORD = "built_from.json"  # beside the stored cubins: the source and the NVRTC that they were built from
 OPTIONS = ("--std=c++17",)
 
 
 class Nvrtc:
-    """One NVRTC library. version: "12.9"; architectures: what it builds for, such as "sm_70".
-    Raises OSError where `path` cannot be loaded."""
+    """An NVRTC library. version: such as "12.9"; architectures: those that it builds for, such as "sm_70".
+    Raises OSError if `path` cannot be loaded."""
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
@@ -39,7 +39,7 @@ class Nvrtc:
         self.architectures = [f"sm_{number}" for number in numbers]
 
     def build(self, source, architecture, options=OPTIONS):
-        """(cubin, log) of `source`, text of a .cu without headers. Raises RuntimeError with NVRTC's log."""
+        """(cubin, log) of `source`, the text of a .cu file without #include. Raises RuntimeError with NVRTC's log."""
         program = ctypes.c_void_p()
         create = self.library.nvrtcCreateProgram
         self._check(create(ctypes.byref(program), source.encode(), SOURCE.name.encode(), 0, None, None))
@@ -67,8 +67,8 @@ class Nvrtc:
 
 @functools.cache
 def compilers():
-    """Every NVRTC that is installed here: of the wheels on sys.path and of the system. That of torch's CUDA comes first,
-    for the driver here reads what it builds."""
+    """Every NVRTC that is installed: from wheels on sys.path and from the system. First those with the major version of torch's
+    CUDA, whose cubins the installed driver can load."""
     folders = [Path(p) / "nvidia" / inner for p in sys.path for inner in ("cuda_nvrtc/lib", "cu13/lib")]
     paths = [path for folder in folders for path in sorted(folder.glob("libnvrtc.so.1?"))]
     found = {}
@@ -83,18 +83,18 @@ def compilers():
 
 
 def compiler_for(architecture):
-    """The first NVRTC here that builds for `architecture`, or None."""
+    """The first of compilers() that builds for `architecture`, or None."""
     return next((c for c in compilers() if architecture in c.architectures), None)
 
 
 def stored_cubin(architecture):
-    """Path of the cubin that comes with the package, or None. Code for sm_70 runs on sm_72 too."""
+    """The path of the cubin that comes with the package, or None. Code for sm_70 runs on sm_72 too."""
     architecture = "sm_70" if architecture == "sm_72" else architecture
     return CUBINS / f"nf4.{architecture}.cubin" if architecture in STORED else None
 
 
 def why_not(architecture):
-    """None where a cubin for `architecture` is stored or can be built here, else the reason."""
+    """None if a cubin for `architecture` is stored or can be built, else the reason."""
     if stored_cubin(architecture) or compiler_for(architecture):
         return None
     have = ", ".join(c.version for c in compilers())
@@ -104,10 +104,10 @@ def why_not(architecture):
 
 
 def cubin(architecture):
-    """The machine code of nf4.cu for `architecture`: stored, from the cache folder, or built now and kept there.
+    """The machine code of nf4.cu for `architecture`, as bytes: stored, from the cache folder, or built now and kept there.
 
-    The cache file's name has the hash of all that goes in, and it appears whole: processes that build at once write the
-    same. Where the folder cannot be used, built.folder() says it and each process builds for itself."""
+    The name of the cache file has a hash of everything that the build depends on, so processes that build at the same time write
+    the same file. If the folder cannot be used, built.folder() says so and each process builds its own."""
     if path := stored_cubin(architecture):
         return path.read_bytes()
     compiler, source = compiler_for(architecture), SOURCE.read_text()

@@ -10,6 +10,7 @@ import os
 
 import torch
 from minitune_kernels import built, measured
+from minitune_kernels.built import INT, POINTER, SIZE, struct
 from minitune_kernels.direct import is_direct
 
 MAX_ROWS = 128  # of x in add_lora(), and the most that measured.max_rows() gives for linear()
@@ -24,12 +25,6 @@ class Shape(ctypes.Structure):
     ]
 
 
-def struct(name, *fields):
-    """A ctypes struct of the C files, from groups (type, names)."""
-    return type(name, (ctypes.Structure,), {"_fields_": [(n, kind) for kind, names in fields for n in names.split()]})
-
-
-INT, POINTER, SIZE = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
 Rope = struct(
     "Rope",
     (INT, "dtype"),

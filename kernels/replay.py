@@ -1,10 +1,10 @@
-"""Records the operations of one decoding step and replays them without Python, in which a step of a small model spends a
-quarter of its time: as a CUDA graph on a GPU, as a tape on a CPU.
+"""Records the operations of one decoding step and replays them without Python: as a CUDA graph on a GPU, as a tape on a CPU.
+Python takes a quarter of the time of a small model's step.
 
-On a CPU each C operation appends itself and its addresses to the tape (perform() in tape.c); Watch makes sure that no other
-operation changed a number in between. A recording is used only after one step was both replayed and computed, with equal bits.
-A replayed step does not run its Python code, so its prints and counters do not run either. A module that changes its attributes
-from step to step is noticed (see Parts) and is never replayed. MINITUNE_KERNELS=torch records no tapes."""
+On a CPU each C operation appends itself and its addresses to the tape (perform() in tape.c). Watch finds every other operation
+that computes something. A recording is used only after one step was both replayed and computed, with equal bits. A replayed step
+does not run its Python code, so its prints and counters do not run either. A model with a module whose attributes change from
+step to step is not replayed (see Snapshot). MINITUNE_KERNELS=torch records no tapes."""
 
 import copy
 import weakref
@@ -14,23 +14,22 @@ from minitune_kernels import agreement, formulas, ops_cpu
 from minitune_kernels.built import tell
 from torch.overrides import TorchFunctionMode
 
-# Methods of tensors that may run between C operations: those that read a shape, those that return a view (where they copy
-# instead, the tape is dropped), and those that allocate.
-ASKING = set("size dim numel stride is_contiguous __get__ __len__".split())
-LOOKING = set(
+# Methods of tensors that may run between C operations: those that read a shape, those that return a view (if they copy
+# instead, the tape is invalid), and those that allocate.
+SHAPES = set("size dim numel stride is_contiguous __get__ __len__".split())
+VIEWS = set(
     "__get__ __getitem__ chunk contiguous detach dropout expand flatten narrow permute reshape split squeeze to transpose "
     "unflatten unsqueeze view view_as".split()
 )
-MAKING = set("empty empty_like new_empty".split())
+ALLOCATIONS = set("empty empty_like new_empty".split())
 
-
-RECORDED = 4  # the call that is recorded: recording costs two further calls, which a short answer would not win back
+RECORDED = 4  # the call that is recorded. Recording costs the time of two calls, which a short answer would not save
 
 
 def recorder(x, form):
-    """What replays the steps of a decoding, given the input x of a step and the ops.CacheForm of its cache: Tape, Graph or None.
+    """The class that replays decoding steps: Tape, Graph or None. x: the input of a step; form: the ops.CacheForm of its cache.
 
-    None once a version of an operation was set aside: a formula that was edited may do anything, and is called."""
+    None once a version of an operation was set aside: an edited formula may do anything, so it has to run at every step."""
     if agreement.is_any_set_aside():
         return None
     if form.has_writers:
@@ -44,36 +43,36 @@ class Repeated:
 
     def __init__(self, modules=()):
         self.modules = modules
-        self.fault = None  # why it cannot be replayed, in words
+        self.fault = None  # why the recording is invalid, in words
         self.runs = 0
 
     def run(self, function, *inputs):
-        """function(*inputs): a tensor that is valid until the next call. Replayed where the class says; called normally again
-        after a change of the modules."""
+        """function(*inputs), a tensor, which is valid until the next call. After a change of the modules the function is called
+        normally again."""
         self.runs += 1
         if self.runs < RECORDED or self.fault:
             return function(*inputs)
         if self.runs == RECORDED:
             output = self.record(function, *(t.clone() for t in inputs))  # clones: a replay writes into its inputs
-            self.parts = Parts(self.modules)
+            self.snapshot = Snapshot(self.modules)
             return output
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
-        played = self.play()
-        if not self.parts.stay():  # checked while a GPU replays; a replay that is not used does no harm
+        replayed = self.replay()
+        if not self.snapshot.is_current():  # checked while a GPU replays; a replay that is not used does no harm
             self.fault = "the model was changed"
             return function(*inputs)
         if self.runs > RECORDED + 1:
-            return played
-        played, computed = played.clone(), function(*inputs)
-        if not torch.equal(played, computed):
+            return replayed
+        replayed, computed = replayed.clone(), function(*inputs)
+        if not torch.equal(replayed, computed):
             self.fault = "a replay differs from the computed step"
             tell(f"decoding steps are not replayed, which is slower: {self.fault}")
         return computed
 
 
 class Tape(Repeated):
-    """C operations on a CPU, each of which appends itself to the tape."""
+    """A recording of C operations on a CPU, each of which appends itself to the tape."""
 
     def __init__(self, modules=()):
         super().__init__(modules)
@@ -82,7 +81,7 @@ class Tape(Repeated):
         weakref.finalize(self, free, self.address)
 
     def record(self, function, *inputs):
-        """function(*inputs), recorded. inputs: tensors that play() reads; fill them before it."""
+        """function(*inputs), recorded. inputs: tensors that replay() reads; fill them before each replay."""
         library, _ = ops_cpu.library()
         watch = Watch()
         try:
@@ -95,8 +94,8 @@ class Tape(Repeated):
         self.inputs, self.output, self.kept = inputs, output, watch.kept
         return output
 
-    def play(self):
-        """Recomputes the tensor that record() returned, from what its inputs hold now. Raises MemoryError."""
+    def replay(self):
+        """Compute the tensor that record() returned again, from what its inputs hold now. Raises MemoryError."""
         library, _ = ops_cpu.library()
         if library.tape_run(self.address):
             raise MemoryError("no memory for a decoding step")
@@ -104,13 +103,13 @@ class Tape(Repeated):
 
 
 def free(address):
-    """Free a tape, also one that an interrupt left recording."""
+    """Free a tape. One that an interrupt left recording is stopped first."""
     ops_cpu.library()[0].tape_free(address)
 
 
 class Graph(Repeated):
-    """Any operations on a GPU, as a CUDA graph, which reuses their memory. A step that cannot be captured, for example because
-    it reads a number on the CPU, is reported once and runs normally."""
+    """A recording of any operations on a GPU, as a CUDA graph. A step that cannot be captured, for example because it reads a
+    number on the CPU, is reported once and runs normally."""
 
     def record(self, function, *inputs):
         self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
@@ -121,47 +120,48 @@ class Graph(Repeated):
             self.fault = str(error).splitlines()[0]
             tell(f"decoding steps are not replayed, which is slower: {self.fault}")
             return function(*inputs)
-        return self.play()  # the capture computed nothing
+        return self.replay()  # the capture computed nothing
 
-    def play(self):
+    def replay(self):
         self.graph.replay()
         return self.output
 
 
-class Parts:
-    """A snapshot of the formulas and of some modules: attributes, submodules and hooks, and the addresses of their weights."""
+class Snapshot:
+    """What the formulas and some modules were: their code; attributes, submodules and hooks, and the addresses of the weights."""
 
     def __init__(self, modules):
         self.now = [vars(part) for module in modules for part in module.modules()]
-        self.before = [{name: apart(value) for name, value in attributes.items()} for attributes in self.now]
-        self.formulas = codes()
+        self.before = [{name: copied(value) for name, value in attributes.items()} for attributes in self.now]
+        self.formulas = formula_codes()
         held = [[*attributes["_parameters"].values(), *attributes["_buffers"].values()] for attributes in self.now]
         self.tensors = [t for group in held for t in group if t is not None]
         self.addresses = [t.data_ptr() for t in self.tensors]
 
-    def stay(self):
-        """Whether nothing changed since, and no global hook was added."""
+    def is_current(self):
+        """Whether nothing changed since, and torch has no global module hooks."""
         try:
-            stays = self.now == self.before and [t.data_ptr() for t in self.tensors] == self.addresses
+            is_same = self.now == self.before and [t.data_ptr() for t in self.tensors] == self.addresses
         except (RuntimeError, ValueError):  # == of tensors or arrays that are not the same object
             return False
-        return stays and self.formulas == codes() and not torch.nn.modules.module._has_any_global_hook()
+        return is_same and self.formulas == formula_codes() and not torch.nn.modules.module._has_any_global_hook()
 
 
-def codes():
-    """The code objects of the formulas. Compared by identity first, so that it costs a microsecond while nothing changes."""
+def formula_codes():
+    """The code objects of the formulas. Equal lists cost a microsecond to compare, as == of objects begins with identity."""
     return [value.__code__ for value in vars(formulas).values() if hasattr(value, "__code__")]
 
 
-def apart(value):
-    """A copy of a container, which may be changed in place; anything else itself."""
+def copied(value):
+    """A copy of a container, which may be changed in place. Anything else is returned as it is."""
     return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 class Watch(TorchFunctionMode):
-    """While active, additions run in C, so that they are on the tape too, and every call that a tape cannot repeat is noticed.
+    """While active, looks at every call of torch. Additions run in C instead, so that they are on the tape too.
 
-    fault: the first such call, or None. kept: tensors whose addresses are on the tape, kept alive."""
+    fault: the first call that a tape cannot repeat, or None. kept: the tensors whose addresses are on the tape, to keep them
+    alive."""
 
     def __init__(self):
         super().__init__()
@@ -178,17 +178,17 @@ class Watch(TorchFunctionMode):
             self.kept.append(args[0].detach())
         elif found := tensors(result):
             known = {t.untyped_storage().data_ptr() for t in tensors(args)}
-            is_view = name in LOOKING and all(t.untyped_storage().data_ptr() in known for t in found)
-            is_view = is_view and not (kwargs or {}).get("inplace")  # of dropout
-            if not is_view and name not in MAKING:
+            is_view = name in VIEWS and all(t.untyped_storage().data_ptr() in known for t in found)
+            is_view = is_view and not (kwargs or {}).get("inplace")  # dropout in place returns its input and changes it
+            if not is_view and name not in ALLOCATIONS:
                 self.fault = self.fault or f"torch's {name}()"
-        elif name not in ASKING:
+        elif name not in SHAPES:
             self.fault = self.fault or f"torch's {name}()"
         return result
 
 
 def is_sum(x, y):
-    """Whether ops_cpu.add takes these."""
+    """Whether ops_cpu.add() can add x and y."""
     return (
         isinstance(x, torch.Tensor)
         and isinstance(y, torch.Tensor)
@@ -202,7 +202,7 @@ def is_sum(x, y):
 
 
 def tensors(values):
-    """The tensors among a value, or those in a tuple or list."""
+    """[value] for a tensor; the tensors in a tuple or list, however deep; [] for anything else."""
     if isinstance(values, torch.Tensor):
         return [values]
     return [t for value in values for t in tensors(value)] if isinstance(values, (tuple, list)) else []

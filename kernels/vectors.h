@@ -1,4 +1,4 @@
-/* Sixteen numbers at once, written once: the compiler takes whatever registers the instruction set has. */
+/* Vectors of 16 floats, by extensions of gcc and clang: the compiler maps them to the registers of the instruction set. */
 
 typedef float Float16 __attribute__((vector_size(64)));
 typedef float Float8 __attribute__((vector_size(32)));
@@ -35,7 +35,7 @@ INLINE float sum_16(Float16 v) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Bits16){__VA_ARGS__})
 #endif
 
-/* Groups of eight, four, two or one neighbours: the even ones of a and of b in turn (LOW), or the odd ones (HIGH). */
+/* a and b as groups of 8, 4, 2 or 1 neighbours: the groups at even places of a and of b in turn (LOW), or at odd places (HIGH). */
 #define LOW_8(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
 #define HIGH_8(a, b) SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
 #define LOW_4(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
@@ -45,10 +45,10 @@ INLINE float sum_16(Float16 v) {
 #define LOW_1(a, b) SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
 #define HIGH_1(a, b) SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
 
-/* The sums of the 16 elements of each of four vectors, each in the order of the others. */
+/* The sum of each of four vectors of 16. All four are added in the same order. */
 INLINE Float4 sums_16(const Float16 *v) {
   const Float16 ab = LOW_1(v[0], v[1]) + HIGH_1(v[0], v[1]), cd = LOW_1(v[2], v[3]) + HIGH_1(v[2], v[3]);
-  const Float16 all = LOW_2(ab, cd) + HIGH_2(ab, cd);  // parts of the four sums, four times
+  const Float16 all = LOW_2(ab, cd) + HIGH_2(ab, cd);  // each 128 bits: a part of each of the four sums
   Float8 half[2];
   memcpy(half, &all, sizeof half);
   half[0] += half[1];
@@ -57,8 +57,8 @@ INLINE Float4 sums_16(const Float16 *v) {
   return quarter[0] + quarter[1];
 }
 
-/* Thirty-two numbers, of bf16 those at even places and those at odd ones: that takes a shift and a mask. Queries and sums have
- * them so, too. */
+/* Elements i .. i + 31 as fp32. fp32: in order. bf16: first the 16 at even places, then the 16 at odd places, which takes one shift
+ * and one mask. What they are multiplied with or added to must be in the same order. */
 INLINE void load_32(const void *x, int dtype, int64_t i, Float16 two[2]) {
   if (dtype == FP32) {
     memcpy(two, (const float *)x + i, 2 * sizeof *two);
@@ -71,11 +71,11 @@ INLINE void load_32(const void *x, int dtype, int64_t i, Float16 two[2]) {
   memcpy(two, bits, sizeof bits);
 }
 
-/* As to_bf16 rounds, in the upper halves. */
+/* Rounded to bf16 as to_bf16() does, in the upper halves. */
 INLINE Bits16 rounded_16(Float16 v) {
   Bits16 bits;
   memcpy(&bits, &v, sizeof bits);
-  const Bits16 is_nan = (Bits16)(v != v);  // all ones where it is: must not wrap around
+  const Bits16 is_nan = (Bits16)(v != v);  // all ones for NaN, whose bits the sum below could carry to 0
   return (is_nan & 0x7FC00000) | (~is_nan & ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000));
 }
 

@@ -1,5 +1,5 @@
 """NF4 4-bit weights (QLoRA, arXiv 2305.14314, section 3): the linear layer, and bitsandbytes' checkpoint format.
-Forward, and the gradient of x (and of the bias) only: the 4-bit weight is frozen. The arithmetic is in kernels/."""
+The 4-bit weight is frozen: there are gradients of x and of the bias only. The arithmetic is in kernels/nf4.py."""
 
 import json
 
@@ -11,14 +11,15 @@ from minitune.files import parse_json
 from minitune.schema import Number, check
 from minitune.screen import short, some
 
-# What a bitsandbytes checkpoint stores beside `P.weight`, as `P.weight.SUFFIX`; the last two with double quantisation.
+# What a bitsandbytes checkpoint stores beside `P.weight`, as `P.weight.SUFFIX`. The last two: with double quantisation only.
 BNB_STATE = "quant_state.bitsandbytes__nf4"
 BNB_SUFFIXES = ("absmax", "quant_map", BNB_STATE, "nested_absmax", "nested_quant_map")
-BNB_KEYS = {  # of quantization_config: read here, or without effect on 4-bit weights that are already quantised
-    *("quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_type"),
-    *("bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "llm_int8_threshold"),
-    *("llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight", "llm_int8_skip_modules"),
-}
+# Keys of quantization_config that are read here, or have no effect on weights that are already quantised.
+BNB_KEYS = set(
+    "quant_method load_in_4bit load_in_8bit _load_in_4bit _load_in_8bit bnb_4bit_quant_type bnb_4bit_compute_dtype "
+    "bnb_4bit_use_double_quant bnb_4bit_quant_storage llm_int8_threshold llm_int8_enable_fp32_cpu_offload "
+    "llm_int8_has_fp16_weight llm_int8_skip_modules".split()
+)
 STATE = {  # the shape of the JSON beside a 4-bit weight
     "quant_type": {"nf4"},
     "blocksize": {nf4.BLOCK},
@@ -34,13 +35,13 @@ STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 
 
 class NF4Linear(nn.Module):
-    """A linear layer with a frozen 4-bit weight; made by `from_weight` or `from_bnb`.
+    """A linear layer with a frozen 4-bit weight, made by from_weight() or from_bnb().
 
     Buffers: packed uint8 (out * in / 2,) and absmax fp32 (out * in / 64,), or with double quantisation absmax_q, absmax2,
     code2 and offset (see nf4.double_quantize). bias: a Parameter in `dtype`, or None. `dtype` is the compute dtype: x is
     cast to it, the weight is dequantised to it, the output is cast back to x.dtype.
 
-    layer.to(dtype), .half() and the like change the compute dtype and the bias; the stored bits stay as they are."""
+    layer.to(dtype), .half() and the like change the compute dtype and the bias; the stored weight keeps its bits."""
 
     def __init__(self, shape, packed, scales, bias, dtype):
         """shape: (out, in); scales: (absmax,) or (absmax_q, absmax2, code2, offset), see above."""
@@ -55,7 +56,7 @@ class NF4Linear(nn.Module):
     @classmethod
     def from_weight(cls, weight, bias, dtype, double_quant=False):
         """Quantise weight (out, in) in fp32, fp16 or bf16; bias: (out,) or None.
-        dtype: of the computation, None: weight.dtype. Raises ValueError where the weight holds NaN or infinity."""
+        dtype: of the computation; None: weight.dtype. Raises ValueError if the weight has NaN or infinity."""
         if weight.dim() != 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (out, in)")
         packed, absmax = nf4.quantize(weight)
@@ -77,14 +78,14 @@ class NF4Linear(nn.Module):
 
     def forward(self, x):
         """x (.., in) -> (.., out) in x.dtype."""
-        packed, *scales = self._buffers.values()  # as self.packed and self.scales, without a search for each
+        packed, *scales = self._buffers.values()  # self.packed and self.scales, without four look-ups of nn.Module
         shape = (self.out_features, self.in_features)
         if x.dtype is self.dtype:
             return nf4.product(x, packed, scales, shape, self.bias)
         return nf4.product(x.to(self.dtype), packed, scales, shape, self.bias).to(x.dtype)
 
     def dequantize(self, dtype=None):
-        """The weight (out, in) in `dtype`, None: the compute dtype. A new tensor."""
+        """The weight (out, in) as a new tensor in `dtype`; None: the compute dtype."""
         shape = (self.out_features, self.in_features)
         return nf4.dequantize(self.packed, self.scales, shape, dtype or self.dtype)
 
@@ -99,7 +100,7 @@ class NF4Linear(nn.Module):
         dtype = check_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype)
         if fn(torch.empty(0, dtype=torch.uint8, device=self.packed.device)).dtype != torch.uint8:
             raise ValueError("a 4-bit layer cannot be cast by .type(); use .to(dtype), which changes its compute dtype")
-        # The fp32 scales travel as bytes, which no cast touches: .half() must not round what the 4-bit values rest on.
+        # The buffers go through fn() as bytes, which a cast leaves alone: .half() must not round the fp32 scales.
         forms = {name: (tensor.dtype, tensor.shape) for name, tensor in self._buffers.items()}
         for name, tensor in self._buffers.items():
             self._buffers[name] = tensor.reshape(-1).view(torch.uint8)
@@ -113,11 +114,11 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_bnb(cls, tensors, bias=None, dtype=None, shape=None, name="the layer"):
-        """A layer from what a bitsandbytes checkpoint stores for one weight.
+        """A layer from the tensors that a bitsandbytes checkpoint stores for one weight.
         tensors: {"weight": .., "absmax": .., "quant_map": .., "quant_state.bitsandbytes__nf4": ..}, and with double
-        quantisation "nested_absmax" and "nested_quant_map". They are kept, not copied: copy what lies in a mapped file.
-        dtype: of the computation, None: as stored. shape: (out, in) as the model has it, None: as stored. name: for the
-        messages. Raises ValueError on a weight of another shape and on anything but NF4 in blocks of 64."""
+        quantisation "nested_absmax" and "nested_quant_map". The layer keeps them without a copy: copy tensors of a mapped file.
+        dtype: of the computation; None: as stored. shape: (out, in) of the model; None: any. name: for the messages.
+        Raises ValueError on a weight of another shape and on anything but NF4 in blocks of 64."""
         nested = "nested_absmax" in tensors or "nested_quant_map" in tensors
         expected = {"weight", *BNB_SUFFIXES[: 5 if nested else 3]}
         if expected != set(tensors):
@@ -148,7 +149,7 @@ class NF4Linear(nn.Module):
         return cls(shape, packed, scales, bias, check_dtype(dtype or getattr(torch, state["dtype"])))
 
     def to_bnb(self, prefix):
-        """{key: tensor} of this layer as bitsandbytes and transformers store the linear layer `prefix`."""
+        """{key: tensor}, as bitsandbytes and transformers store the linear layer named `prefix`."""
         state = {
             "quant_type": "nf4",
             "blocksize": nf4.BLOCK,
@@ -174,12 +175,12 @@ def check_dtype(dtype):
 
 
 def as_bytes(tensor):
-    """The bytes of a weight that is stored as uint8, or as another dtype of the same bytes (bnb_4bit_quant_storage)."""
+    """The bytes of a packed weight, which may be stored under another dtype than uint8 (bnb_4bit_quant_storage)."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def read_state(tensor, nested, name):
-    """The JSON beside a 4-bit weight, checked. Raises ValueError with the value that is not supported."""
+    """The JSON beside a 4-bit weight, checked, as a dict. Raises ValueError, which names the value that is not supported."""
     where = f"{name}: {BNB_STATE}"
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > 10_000:
         raise ValueError(f"{where} is not JSON in uint8; the file is damaged")
@@ -194,8 +195,8 @@ def read_state(tensor, nested, name):
 
 
 def is_bnb_4bit(config, source="config.json"):
-    """Whether a model's config (dict) says that its weights are stored as bitsandbytes' NF4. False: not quantised.
-    Raises ValueError on every other quantisation. source: the file, for the messages."""
+    """Whether a model's config (dict) says that its weights are stored as bitsandbytes' NF4; False if they are not quantised.
+    Raises ValueError on any other quantisation. source: the file, for the messages."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return False
@@ -211,7 +212,7 @@ def is_bnb_4bit(config, source="config.json"):
     method = quantization.get("quant_method", "bitsandbytes" if load_4bit or load_8bit else None)
     if method != "bitsandbytes":
         raise ValueError(f"quant_method={short(method)} in {source} is not supported: {advice}")
-    if load_8bit is load_4bit is False:  # a loader that was asked for neither
+    if not load_8bit and not load_4bit:  # written by a loader that was asked for neither
         return False
     if load_8bit or not load_4bit:
         raise ValueError(
@@ -229,5 +230,5 @@ def is_bnb_4bit(config, source="config.json"):
 
 
 def unknown_keys(config):
-    """The keys of a bitsandbytes quantization_config that neither it nor minitune knows."""
+    """The keys of a bitsandbytes quantization_config that are not in BNB_KEYS, as "quantization_config.KEY"."""
     return [f"quantization_config.{key}" for key in config.get("quantization_config") or {} if key not in BNB_KEYS]

@@ -13,10 +13,14 @@ libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p,
 
 
 def buffer(size):
-    """A block of its own, so that a read or write one byte beyond it is seen. Filled with small numbers."""
+    """Allocates exactly `size` bytes, so that the sanitizer sees an access one byte after them. Filled with small numbers."""
     address = libc.malloc(size)
     ctypes.memset(address, 0x3C, size)
     return address
+
+
+def run_nf4(operation, job):
+    return getattr(lib, f"nf4_{operation}")(2, ctypes.addressof(job))
 
 
 def run(dtype):
@@ -24,10 +28,10 @@ def run(dtype):
         weight, packed, absmax = buffer(n * BYTES[dtype]), buffer((n + 1) // 2), buffer(-(-n // 64) * 4)
         q, absmax2, code2, offset = buffer(-(-n // 64)), buffer(4), buffer(1024), buffer(4)
         out = buffer(n * BYTES[dtype])
-        lib.nf4_quantize(2, dtype, weight, packed, absmax, n)
+        run_nf4("quantize", nf4_cpu.Quantize(dtype, weight, packed, absmax, n))
         for stream in (0, 1):
-            lib.nf4_dequantize(2, dtype, packed, absmax, None, None, None, None, out, n, stream)
-            lib.nf4_dequantize(2, dtype, packed, None, q, absmax2, code2, offset, out, n, stream)
+            for given in (nf4_cpu.Weight(packed, absmax), nf4_cpu.Weight(packed, None, q, absmax2, code2, offset)):
+                run_nf4("dequantize", nf4_cpu.Dequantize(dtype, given, out, n, stream))
         for address in (weight, packed, absmax, q, absmax2, code2, offset, out):
             libc.free(address)
     for N, K in ((1, 64), (7, 192), (17, 1088)):
@@ -35,8 +39,8 @@ def run(dtype):
         q, absmax2, code2, offset = buffer(N * K // 64), buffer(-(-N * K // 64 // 256) * 4), buffer(1024), buffer(4)
         for M in (1, 2, 3, 4, 5, 6, 7, 8, 33, 70, 128):
             x, out = buffer(M * K * BYTES[dtype]), buffer(M * N * BYTES[dtype])
-            assert lib.nf4_matmul(2, dtype, x, packed, absmax, None, None, None, None, out, M, N, K) == 0
-            assert lib.nf4_matmul(2, dtype, x, packed, None, q, absmax2, code2, offset, out, M, N, K) == 0
+            for given in (nf4_cpu.Weight(packed, absmax), nf4_cpu.Weight(packed, None, q, absmax2, code2, offset)):
+                assert run_nf4("matmul", nf4_cpu.Matmul(dtype, x, given, out, M, N, K)) == 0
             libc.free(x), libc.free(out)
         for address in (packed, absmax, q, absmax2, code2, offset):
             libc.free(address)
@@ -125,7 +129,8 @@ def run_tape(dtype):
     lib.record(tape)
     steps.rms_norm(2, dtype, x, weight, out, M, K, 1e-5)
     for _ in range(2):  # the second borrows what the first gave back
-        assert lib.nf4_matmul(2, dtype, out, packed, absmax, None, None, None, None, x, M, K, K) == 0
+        weight_4_bit = nf4_cpu.Weight(packed, absmax)
+        assert run_nf4("matmul", nf4_cpu.Matmul(dtype, out, weight_4_bit, x, M, K, K)) == 0
         job = ops_cpu.LoRA(dtype, out, x, low, low, M, K, K, r, 0.5)
         assert steps.lora(2, ctypes.addressof(job)) == 0
     steps.add(2, dtype, x, weight, x, M * K, K)

@@ -115,7 +115,7 @@ def test_the_check_is_not_on_the_tape_that_records():
         tape.record(lambda x: ops.rms_norm(x, WEIGHT, 1e-5), X.clone())
         assert tape.fault is None and agreement.known(("rms_norm", "C", X.dtype, "cpu", False), formulas.rms_norm)
         tape.inputs[0].mul_(3)
-        assert torch.equal(tape.play(), ops.rms_norm(3 * X, WEIGHT, 1e-5))
+        assert torch.equal(tape.replay(), ops.rms_norm(3 * X, WEIGHT, 1e-5))
 
 
 @needs_c

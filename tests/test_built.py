@@ -1,4 +1,4 @@
-"""Built kernels: kept under a checked name in a folder of this user alone, built in seconds, and said."""
+"""Built kernels: kept in a folder of this user alone, under a name that is checked; what is built or damaged is reported."""
 
 import os
 import signal
@@ -23,14 +23,15 @@ QUANTIZE = """
 import torch; from minitune_kernels import nf4
 print(nf4.describe(torch.device('cpu')))
 nf4.quantize(torch.ones(4, 64))"""
-# In the place of the kernels, for the tests of what is around them.
+# Stands for the kernels in tests of building and caching.
 SMALL = "void record(void *steps) {}\nint kernel_level(void) { return LEVEL; }\n"
 
 
 @pytest.fixture
 def process(monkeypatch, capsys, tmp_path):
-    """process(cache, **environment): (the library that a new process gets, or why there is none; its stderr). In this
-    process, with kernels that build in no time."""
+    """process(cache, **environment) -> (what built.library() returns in a new process, or the text of its NoCompiler; stderr).
+
+    It runs in this process, with the caches emptied and SMALL for the kernels."""
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources" / "small.c").write_text(SMALL)
     monkeypatch.setattr(built, "HERE", tmp_path / "sources")
@@ -54,7 +55,7 @@ def process(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def cache(process, tmp_path):
-    """(a cache with one built library in it, that library)."""
+    """(XDG_CACHE_HOME with one built library, the path of that library)."""
     (library, level), err = process(tmp_path / "cache")
     assert level == library.kernel_level() == built.highest_level() and err.count("building the C kernels") == 1
     [file] = (tmp_path / "cache" / "minitune").iterdir()
@@ -91,7 +92,7 @@ def test_other_sources_flags_or_compilers_are_another_library(process, cache, mo
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
-def test_the_folder_is_of_this_user_alone(tmp_path, umask, monkeypatch):
+def test_the_folder_belongs_to_this_user_alone(tmp_path, umask, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = os.umask(umask)
     try:
@@ -104,7 +105,7 @@ def test_the_folder_is_of_this_user_alone(tmp_path, umask, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["short", "zeros", "empty", "a bit", "another user's", "writable by all", "a link"])
-def test_a_damaged_or_planted_file_is_said_and_never_used(damage, tmp_path, monkeypatch, capsys):
+def test_a_damaged_or_planted_file_is_reported_and_never_used(damage, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     content = bytes(range(256)) * 40
     file = built.keep("x", ".so", content)
@@ -121,13 +122,13 @@ def test_a_damaged_or_planted_file_is_said_and_never_used(damage, tmp_path, monk
         file.rename(tmp_path / "elsewhere.so")
         file.symlink_to(tmp_path / "elsewhere.so")
     assert built.kept("x", ".so") is None and not file.exists()
-    assert "is damaged or of somebody else; it is built again" in capsys.readouterr().err
+    assert "is damaged or belongs to somebody else; it is built again" in capsys.readouterr().err
 
 
 def test_a_library_that_was_cut_short_is_built_again(process, cache):
     folder, library = cache
     content = library.read_bytes()
-    library.unlink()  # this process has the old one mapped
+    library.unlink()  # not overwritten: this process has it mapped
     library.write_bytes(content[:4096])
     (_, level), err = process(folder)
     assert level == built.highest_level() and "it is built again" in err, err
@@ -136,7 +137,7 @@ def test_a_library_that_was_cut_short_is_built_again(process, cache):
 
 
 @pytest.mark.parametrize("fault", ["writable by the group", "another user's", "a file", "read only"])
-def test_a_folder_that_is_not_ours_alone_is_said_and_the_kernels_run(process, cache, fault, tmp_path):
+def test_a_folder_that_is_not_ours_alone_is_reported_and_the_kernels_run(process, cache, fault, tmp_path):
     folder, library = cache
     if fault == "writable by the group":
         library.parent.chmod(0o770)
@@ -157,7 +158,6 @@ def test_a_folder_that_is_not_ours_alone_is_said_and_the_kernels_run(process, ca
 
 
 def test_processes_that_build_at_once_and_one_that_is_killed_leave_one_library(process, tmp_path, monkeypatch):
-    """Each in a fork that compiles for a second."""
     compiler = tmp_path / "slow"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || sleep 0.5\nexec cc "$@"\n')
     compiler.chmod(0o700)
@@ -180,7 +180,7 @@ def test_without_a_compiler_it_says_so_once_and_computes_in_torch(tmp_path):
     assert err.count("there is no C compiler") == 1
 
 
-def test_a_compiler_that_fails_is_said_once_and_torch_computes(tmp_path):
+def test_a_compiler_that_fails_is_reported_once_and_torch_computes(tmp_path):
     code, out, err = run(tmp_path, CC="false")
     assert code == 0 and out.startswith("torch ") and "Traceback" not in err
     [line] = [line for line in err.splitlines() if "building" not in line]
@@ -200,4 +200,4 @@ def test_an_empty_cc_is_cc(process, cache):
 
 def test_the_level_is_one_that_the_library_runs():
     library, level = built.library()
-    assert level in (built.highest_level(), built.highest_level() - 1)  # AMX may not be lent
+    assert level in (built.highest_level(), built.highest_level() - 1)  # the system may refuse AMX

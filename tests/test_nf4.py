@@ -22,11 +22,11 @@ def digest(tensor):
     return hashlib.sha256(bits(tensor)).hexdigest()[:16]
 
 
-# Frozen vectors, made with bitsandbytes 0.50.2 on a CPU, so that the claim holds where it is not installed.
+# Frozen vectors from bitsandbytes 0.50.2 on a CPU. They need no bitsandbytes.
 
 
 def sample_weight():
-    """265 exact values: four blocks of falling scale (one all zero, one with every tie) and an odd rest of 9."""
+    """265 exact values: four blocks of falling scale, one of them all zero and one with every tie, and a short block of 9."""
     i = torch.arange(265)
     x = ((i * 40503 + 12345) % 65536 - 32768).float() / 2.0**15 * 2.0 ** -(i // 64).float()
     x[64:128] = 0
@@ -88,7 +88,7 @@ def test_double_quantisation_gives_the_frozen_bits_of_bitsandbytes():
     q, absmax2, code2, offset = nf4.double_quantize(absmax)
     assert bytes(q.tolist()).hex() == FROZEN_Q
     assert absmax2.tolist() == [0.5071012377738953, 0.48459798097610474] and offset.item() == 0.5085660815238953
-    # torch.linspace, which the map is made with on both sides, rounds once where the CPU has FMA and twice elsewhere.
+    # Both sides make the map with torch.linspace, which rounds once on a CPU with FMA and twice on others.
     digests = digest(code2), digest(nf4.double_dequantize(q, absmax2, code2, offset))
     assert digests in (("e732639a65f497b4", "1412a2ea2d262ecc"), ("dad4c269c3243d17", "673c959f90be5a57"))
 
@@ -125,7 +125,9 @@ def test_extreme_values_are_stored_as_bitsandbytes_stores_them(bnb, name, length
     theirs, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     packed, absmax = nf4.quantize(weight)
     assert bits(packed) == bits(theirs)
-    same_nan = [t.nan_to_num(12345.0, torch.inf) for t in (absmax, state.absmax)]  # which NaN, torch's max leaves open
+    same_nan = [
+        t.nan_to_num(12345.0, torch.inf) for t in (absmax, state.absmax)
+    ]  # torch's max does not define which NaN it returns
     assert bits(same_nan[0]) == bits(same_nan[1])
 
 
@@ -140,7 +142,7 @@ def test_nan_and_infinity_stay_in_their_block_and_show_when_dequantised():
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
 def test_dequantize_equals_bitsandbytes(bnb, dtype, nested):
-    # Rows of a multiple of 64: bitsandbytes 0.50 on a CPU reads others wrongly. The frozen vectors have an odd row.
+    # Row lengths are a multiple of 64: bitsandbytes 0.50 on a CPU reads others wrongly. The frozen vectors have 53.
     weight = random_weight(300, 256, dtype=dtype)
     theirs, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
     absmax = state.absmax
@@ -180,8 +182,10 @@ def test_any_shape_comes_back_within_half_the_widest_code_step(rows, columns, dt
     assert n % 2 == 0 or packed[-1] & 15 == 7
     back = nf4.dequantize(packed, absmax, weight.shape, torch.float32)
     bound = absmax.repeat_interleave(64)[:n].view(weight.shape) * WIDEST_HALF_STEP
-    assert ((back - weight.float()).abs() <= bound * (1 + 1e-6)).all()  # 1e-6: the fp32 rounding of scale and product
-    again, absmax_again = nf4.quantize(back)  # a code value is its own nearest
+    assert (
+        (back - weight.float()).abs() <= bound * (1 + 1e-6)
+    ).all()  # 1e-6: rounding of the scale and the product in fp32
+    again, absmax_again = nf4.quantize(back)  # the nearest code value to a code value is itself
     assert torch.equal(again, packed) and torch.equal(absmax_again, absmax)
 
 
@@ -195,19 +199,19 @@ def test_table_search_counts_the_midpoints_below_every_float_around_them():
 
 def test_a_tie_between_two_code_values_goes_down():
     code = torch.tensor(nf4.CODE)
-    weight = torch.cat([torch.ones(1), (code[:-1] + code[1:]) / 2])  # absmax 1: the midpoints stay exact
+    weight = torch.cat([torch.ones(1), (code[:-1] + code[1:]) / 2])  # absmax 1: dividing by it changes no midpoint
     packed, _ = nf4.quantize(weight)
     assert bytes(packed.tolist()).hex() == "f0123456789abcde"
 
 
 def test_a_whole_block_is_multiplied_by_the_reciprocal_and_a_short_one_is_divided():
-    # The two differ here by one rounding, across a midpoint. bitsandbytes 0.50.2 on a CPU gives fb and fa.
+    # Here the two results differ by one rounding, across a midpoint. bitsandbytes 0.50.2 on a CPU gives fb and fa.
     weight = torch.zeros(64)
     weight[0], weight[1] = float.fromhex("0x1.12a8bcp-1"), float.fromhex("0x1.40d126p-3")
     assert nf4.quantize(weight)[0][0] == 0xFB and nf4.quantize(weight[:10])[0][0] == 0xFA
 
 
-def test_slabs_do_not_show_in_the_result(monkeypatch):
+def test_the_size_of_slabs_does_not_change_the_result(monkeypatch):
     weight = random_weight(37, 41, dtype=torch.bfloat16)
     packed, absmax = nf4.quantize(weight)
     back = nf4.dequantize(packed, absmax, weight.shape, torch.bfloat16)
@@ -218,7 +222,7 @@ def test_slabs_do_not_show_in_the_result(monkeypatch):
 
 
 class LargestResult(TorchDispatchMode):
-    """Records the bytes of the largest tensor that an operation returns, views aside."""
+    """Records the bytes of the largest tensor that an operation returns. Views do not count."""
 
     bytes = 0
 

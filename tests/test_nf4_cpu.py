@@ -1,4 +1,4 @@
-"""The C kernels: on every instruction set of this CPU the bits of nf4_reference.py, and its products up to rounding."""
+"""The C kernels: on every instruction set of this CPU they have the bits of nf4_reference.py, and its products up to rounding."""
 
 import os
 import shutil
@@ -13,7 +13,13 @@ from minitune_kernels import built, nf4, nf4_cpu, nf4_reference
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3, "AMX": 4, "AMX emulated": 4}
 SHAPES = [(1, 64), (5, 192), (3, 21), (130,), (1, 1), (2, 63), (64, 65), (7, 1000), (0, 64)]
-MATMULS = [(5, 64), (33, 192), (7, 1024 + 64), (16, 2048), (3, 2240)]  # short last tiles, chunks and pairs of blocks
+MATMULS = [
+    (5, 64),
+    (33, 192),
+    (7, 1024 + 64),
+    (16, 2048),
+    (3, 2240),
+]  # with short last tiles, chunks and pairs of blocks
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 33, 64, 96)
 
 pytestmark = pytest.mark.skipif(
@@ -45,7 +51,7 @@ def level(request, monkeypatch):
 
 
 def weights(shape, dtype, seed=0):
-    """Falling scales, a zero block, subnormal values, ties at the midpoints."""
+    """Random values of falling scale, with a zero block, subnormal values, and ties at the midpoints."""
     n = torch.Size(shape).numel()
     falling = 0.05 * 2.0 ** -(torch.arange(n) // 64 % 9).float()
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * falling
@@ -56,7 +62,7 @@ def weights(shape, dtype, seed=0):
 
 
 def same_bits(a, b):
-    """NaN equals NaN, whatever its payload; 0 is not -0."""
+    """Equal bits. Any NaN equals any NaN; 0 is not -0."""
     known = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
     a, b = (torch.where(t.isnan(), torch.nan, t) if t.is_floating_point() else t for t in (a, b))
     return torch.equal(a.view(known.get(a.dtype, a.dtype)), b.view(known.get(b.dtype, b.dtype)))
@@ -90,9 +96,8 @@ def test_extreme_values_have_the_bits_of_the_reference(level, value, n):
     assert same_bits(packed, expected[0]) and same_bits(absmax, expected[1])
     for dtype in FLOATS:
         out = torch.empty(n, dtype=dtype)
-        assert same_bits(
-            nf4_cpu.dequantize(packed, (absmax,), out.clone()), nf4_reference.dequantize(packed, absmax, out.clone())
-        )
+        expected = nf4_reference.dequantize(packed, absmax, out.clone())
+        assert same_bits(nf4_cpu.dequantize(packed, (absmax,), out.clone()), expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -101,14 +106,14 @@ def test_a_large_output_written_past_the_caches_has_the_same_bits(level, dtype, 
     packed, absmax = nf4_reference.quantize(weights((96, 321), dtype))
     whole = torch.empty(96 * 321 + 1, dtype=dtype)
     expected = nf4_reference.dequantize(packed, absmax, torch.empty(96 * 321, dtype=dtype))
-    for out in (whole[:-1], whole[1:]):  # the second is not aligned, and must not be streamed
+    for out in (whole[:-1], whole[1:]):  # the second is not aligned, so it must not be streamed
         assert same_bits(nf4_cpu.dequantize(packed, (absmax,), out), expected)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_matmul_is_the_product_with_the_dequantised_weight(level, dtype, nested):
-    # Sums of up to 2240 products in fp32, rounded once: half a unit in the last place, and what the fp32 sum loses.
+    # Half a unit in the last place for rounding the result, and the rounding of fp32 sums of up to 2240 products.
     tolerance = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}[dtype]
     for shape in MATMULS:
         packed, absmax = nf4_reference.quantize(weights(shape, dtype))
@@ -119,7 +124,7 @@ def test_matmul_is_the_product_with_the_dequantised_weight(level, dtype, nested)
             x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
             out = nf4_cpu.matmul(x, packed, scales, shape, torch.full((rows, shape[0]), torch.nan, dtype=dtype))
             exact = x.double() @ weight.T
-            size = x.double().abs() @ weight.abs().T  # what the terms of a sum add up to without their signs
+            size = x.double().abs() @ weight.abs().T  # the sum of the absolute terms
             assert ((out.double() - exact).abs() <= tolerance * (exact.abs() + size / 16)).all(), (shape, rows)
 
 
@@ -156,7 +161,7 @@ def test_rows_beyond_the_fused_ones_are_exactly_the_dense_product(monkeypatch):
     assert torch.equal(nf4.matmul(x, packed, absmax, (48, 128)), torch.nn.functional.linear(x, weight))
 
 
-# Choosing
+# The choice of a backend
 
 
 def test_a_backend_that_was_asked_for_and_does_not_run_is_an_error(monkeypatch):
@@ -169,7 +174,7 @@ def test_a_backend_that_was_asked_for_and_does_not_run_is_an_error(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("gcc"), reason="the sanitizers' library is asked of gcc")
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc for the path of libasan")
 def test_the_c_kernels_are_clean_under_sanitizers(tmp_path):
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DEMULATE_AMX")
     runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()

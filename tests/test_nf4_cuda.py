@@ -1,5 +1,5 @@
-"""The CUDA kernels of NF4: their values on a CPU under cuda_shim.h (and natively where there is a GPU), what NVRTC makes of
-them, and the launcher against a fake driver library."""
+"""The CUDA kernels of NF4: their values, on a CPU under cuda_shim.h and on a GPU if there is one; their builds by NVRTC; and the
+launcher, with a fake driver library."""
 
 import contextlib
 import ctypes
@@ -46,9 +46,9 @@ def fake_library(tmp_path_factory):
 
 @pytest.fixture
 def fake(fake_library, monkeypatch, tmp_path):
-    """The fake driver in the place of the real one, and the little that is asked of torch.cuda: a chip of sm_70.
+    """Replaces the driver, and the functions of torch.cuda that are called: the chip is an sm_70.
 
-    A copy for each test: shared memory that an earlier one left full would hide that a barrier is missing."""
+    Each test loads its own copy of the library: values left by an earlier test in shared memory could hide a missing barrier."""
     driver = Driver(shutil.copy(fake_library, tmp_path))
     monkeypatch.setattr(nf4_cuda, "driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
@@ -81,7 +81,7 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 
 def awkward(*shape, dtype):
-    """Random values whose first blocks hold zeros, ties, NaN, infinities, the smallest and the largest numbers."""
+    """Random values, but the first blocks hold zeros, ties, NaN, infinities, the smallest and the largest numbers."""
     weight = random(*shape)
     code = torch.tensor(nf4.CODE)
     largest = torch.finfo(dtype).max
@@ -105,7 +105,7 @@ def awkward(*shape, dtype):
 
 
 def same(actual, expected):
-    """Equal bits, where any NaN equals any NaN: which one comes out depends on the chip, and on a CPU on the place."""
+    """Equal bits, but any NaN equals any NaN: its bits depend on the chip, and on a CPU on the instruction."""
     actual = actual.to(expected.device)
     ints = {4: torch.int32, 2: torch.int16}[expected.element_size()]
     whole = lambda tensor: tensor.view(ints).masked_fill(tensor.isnan(), -1)
@@ -113,13 +113,13 @@ def same(actual, expected):
 
 
 def shifted(tensor, elements):
-    """The same values, `elements` further from an aligned address."""
+    """The same values, at an address `elements` elements after an aligned one."""
     room = torch.empty(tensor.numel() + elements, dtype=tensor.dtype, device=tensor.device)
     return room[elements:].view(tensor.shape).copy_(tensor)
 
 
 def quantized(weight, double, device):
-    """(packed, scales as a backend takes them, absmax fp32) of the reference, the first two on `device`."""
+    """(packed, scales, absmax fp32) of the reference. packed and scales, as a backend takes them, are on `device`."""
     packed, absmax = nf4_reference.quantize(weight)
     scales = (absmax,)
     if double:
@@ -179,7 +179,7 @@ def assert_product(out, x, weight):
     """out == x @ weight.T up to the rounding of fp32 sums and of out. weight: the fp32 products."""
     exact = x.double() @ weight.double().T
     terms = x.double().abs() @ weight.double().abs().T
-    # A sum passes through at most 8 products of a lane, its steps of 256 along the row, and 5 of a warp, each rounded once.
+    # Roundings of a sum: 8 products of a lane, one for each step of 256 along the row, 5 in the warp's reduction; 2 to spare.
     roundings = 8 + -(-x.shape[1] // 256) + 5 + 2
     half_step = torch.finfo(out.dtype).eps / 2
     bound = terms * roundings * 2**-24 + exact.abs() * half_step + torch.finfo(out.dtype).smallest_normal
@@ -199,7 +199,7 @@ def test_matmul_is_the_product_with_the_weight_of_the_reference(device, shape, d
         out = room[:rows]
         assert nf4_cuda.matmul(x.to(device), packed, scales, shape, out) is out
         assert_product(out, x, weight)
-        assert (room[rows] == 9).all()  # nothing is written below
+        assert (room[rows] == 9).all()  # nothing is written after the last row
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
@@ -207,9 +207,10 @@ def test_matmul_is_the_product_with_the_weight_of_the_reference(device, shape, d
 def test_a_row_of_matmul_has_the_same_bits_whatever_rows_come_along(device, dtype, double):
     packed, scales, _ = quantized(random(6, 1344), double, device)
     x = random(8, 1344, dtype=dtype).to(device)
-    product = lambda x: nf4_cuda.matmul(
-        x, packed, scales, (6, 1344), torch.empty(len(x), 6, dtype=dtype, device=device)
-    )
+
+    def product(x):
+        return nf4_cuda.matmul(x, packed, scales, (6, 1344), torch.empty(len(x), 6, dtype=dtype, device=device))
+
     together = product(x)
     for first, last in ((0, 1), (5, 6), (1, 3), (2, 6), (1, 8)):
         assert same(product(x[first:last]), together[first:last].cpu())
@@ -243,12 +244,10 @@ def test_an_empty_weight_gives_what_the_reference_gives(device):
     packed, absmax = nf4_cuda.quantize(torch.empty(0, 64, device=device))
     assert packed.shape == (0,) and absmax.shape == (0,)
     assert nf4_cuda.dequantize(packed, (absmax,), torch.empty(0, 64, device=device)).shape == (0, 64)
-    assert nf4_cuda.matmul(torch.ones(2, 64, device=device), packed, (absmax,), (0, 64), absmax.view(2, 0)).shape == (
-        2,
-        0,
-    )
+    x, no_columns = torch.ones(2, 64, device=device), torch.empty(2, 0, device=device)
+    assert nf4_cuda.matmul(x, packed, (absmax,), (0, 64), no_columns).shape == (2, 0)
     out = torch.ones(2, 3, device=device)
-    assert not nf4_cuda.matmul(torch.empty(2, 0, device=device), packed, (absmax,), (3, 0), out).any()
+    assert not nf4_cuda.matmul(no_columns, packed, (absmax,), (3, 0), out).any()
 
 
 def test_rows_of_another_length_than_whole_blocks_have_no_fused_matmul():
@@ -256,9 +255,8 @@ def test_rows_of_another_length_than_whole_blocks_have_no_fused_matmul():
 
 
 def sanitizer(name):
-    path = subprocess.run(
-        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    command = ["g++", f"-print-file-name={name}"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not Path(path).is_absolute():
         pytest.skip(f"g++ comes without {name}")
     return path
@@ -268,7 +266,7 @@ def sanitizer(name):
 def sanitized(tmp_path_factory):
     """The environment in which a Python process runs the kernels on the CPU under the sanitizers."""
     library = build_fake(tmp_path_factory.mktemp("sanitized") / "libfakecuda.so", *SANITIZE)
-    # The compiler's own stack checks know nothing of fibers; leaks are Python's, which frees little at its end.
+    # The stack checks do not know fibers. Leaks are not checked: Python frees little when it ends.
     return os.environ | {
         "MINITUNE_FAKE_CUDA": str(library),
         "LD_PRELOAD": f"{sanitizer('libasan.so')} {sanitizer('libubsan.so')}",
@@ -300,7 +298,7 @@ print("done")
     assert bad.returncode != 0 and "heap-buffer-overflow" in bad.stderr
 
 
-# What NVRTC makes of them
+# Builds by NVRTC
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +353,7 @@ TINY_KERNEL = 'extern "C" __global__ void k(float* x) { x[threadIdx.x] = 1; }'
 
 @pytest.fixture
 def cache(compiler, monkeypatch, tmp_path):
-    """A small source, an empty cache folder, and a list of the architectures that were built."""
+    """A small source, an empty cache folder, and the list of the architectures that were built since."""
     (tmp_path / "nf4.cu").write_text(TINY_KERNEL)
     monkeypatch.setattr(nvrtc, "SOURCE", tmp_path / "nf4.cu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -385,7 +383,7 @@ def test_a_stored_cubin_needs_no_nvrtc(monkeypatch):
     assert nvrtc.why_not("sm_70") is None and nvrtc.why_not("sm_75") is None
 
 
-def test_a_cache_folder_that_cannot_be_written_is_said_and_the_kernels_run(cache, monkeypatch, capsys):
+def test_a_cache_folder_that_cannot_be_written_is_reported_and_the_kernels_run(cache, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.source))  # a file in the way
     built.tell.cache_clear()
     image = nvrtc.cubin("sm_90")
@@ -437,7 +435,7 @@ def test_why_not_says_what_is_missing(fake_library, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(nf4_cuda, "driver", missing)
-    assert nf4_cuda.why_not(cuda).startswith("the NVIDIA driver library is not here: libcuda.so.1")
+    assert nf4_cuda.why_not(cuda).startswith("the NVIDIA driver library cannot be loaded: libcuda.so.1")
     monkeypatch.setattr(nf4_cuda, "driver", lambda: Driver(fake_library))
     for compilers, reason in (
         ([], "no cubin is stored for sm_90 and NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12"),
@@ -457,10 +455,7 @@ def test_a_cuda_graph_replays_on_new_values(gpu):
     weights = [random(32, 128, seed=seed) for seed in range(2)]
     packed, scales, _ = quantized(weights[0], False, gpu)
     x = random(1, 128, dtype=torch.float16).to(gpu)
-    dense, out = (
-        torch.empty(32, 128, dtype=torch.float16, device=gpu),
-        torch.empty(1, 32, dtype=torch.float16, device=gpu),
-    )
+    dense, out = (torch.empty(shape, dtype=torch.float16, device=gpu) for shape in ((32, 128), (1, 32)))
 
     def run():
         nf4_cuda.dequantize(packed, scales, dense)
@@ -471,7 +466,8 @@ def test_a_cuda_graph_replays_on_new_values(gpu):
     with torch.cuda.graph(graph):
         run()
     new_packed, (new_absmax,), _ = quantized(weights[1], False, gpu)
-    packed.copy_(new_packed), scales[0].copy_(new_absmax)
+    packed.copy_(new_packed)
+    scales[0].copy_(new_absmax)
     graph.replay()
     captured = dense.clone(), out.clone()
     run()

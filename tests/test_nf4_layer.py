@@ -55,10 +55,10 @@ def test_forward_and_gradients_equal_a_dense_layer_with_the_dequantised_weight(
         assert ours.dtype == dtype and ours.shape == theirs.shape
         if (
             name == "strided"
-        ):  # torch may lay x out anew or add the bias later: another order of sums, with several threads
+        ):  # torch may copy x or add the bias later, which changes the order of sums with several threads
             torch.testing.assert_close(ours, theirs, rtol=0, atol=torch.finfo(dtype).eps * theirs.abs().max().item())
         else:
-            assert torch.equal(ours, theirs)  # the same products of the same bits
+            assert torch.equal(ours, theirs)  # the same product of the same bits
 
 
 def test_output_has_the_dtype_of_x_and_the_product_that_of_the_layer(specification):
@@ -110,7 +110,7 @@ def test_no_graph_is_built_where_nothing_requires_a_gradient():
 
 
 def test_the_output_may_be_written_in_place_as_lora_does():
-    for rows in (2, 200):  # by a fused kernel, and by the library's
+    for rows in (2, 200):  # by the backend's kernel, and by torch's product
         layer, _ = layer_and_dense(bias=False)
         x = random_weight(rows, 64, seed=8).requires_grad_()
         layer(x).add_(1).square().sum().backward()
@@ -212,7 +212,7 @@ def test_bitsandbytes_reads_our_layers(bnb, double_quant):
     packed = stored.pop("weight")
     state = bnb.functional.QuantState.from_dict(dict(stored), torch.device("cpu"))
     assert torch.equal(bnb.functional.dequantize_4bit(packed, state), layer.dequantize())
-    # and writes the same tensors again, JSON included
+    # bitsandbytes writes the same tensors again, JSON included.
     theirs = state.as_dict(packed=True)
     assert {key: bits(t) for key, t in theirs.items()} == {key: bits(t) for key, t in stored.items()}
 

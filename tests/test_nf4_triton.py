@@ -1,5 +1,5 @@
-"""NF4 in Triton against nf4_reference.py: on a GPU where there is one, else in Triton's interpreter; and the builds for GPUs that
-are not here. Run as a program with a compute capability, it prints what a build of every launch is made of."""
+"""NF4 in Triton against nf4_reference.py, on a GPU if there is one, else in Triton's interpreter; and the builds for other GPUs.
+As a program, with a compute capability as its argument, it builds every launch and prints facts on each build as JSON."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from minitune_kernels.nf4_triton import jit, tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Compute capability -> dtypes that are built for it, each build taking 0.8 s: bf16 on the chip that lacks its conversions too.
+# Compute capability -> dtypes that are built for it; a build takes 0.8 s. 80 has bf16 but no conversion instruction for it.
 CAPABILITIES = {80: (torch.float32, torch.bfloat16), 89: (torch.float16,), 90: (torch.bfloat16,)}
 KERNELS = {"quantize_kernel", "dequantize_kernel", "gemv_kernel", "gemm_kernel", "sum_kernel"}
-# numpy says so where the interpreter computes what a GPU computes in silence
+# numpy warns when the interpreter computes with NaN or infinity; a GPU does not
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 HAS_GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 
@@ -40,7 +40,7 @@ def random_weight(*shape, dtype=torch.float32, seed=0):
 
 
 def assert_same_bits(got, expected):
-    """0 is not -0, but NaN is NaN: a GPU does not keep its sign and payload."""
+    """0 is not -0. Any NaN equals any NaN: a GPU does not keep its sign and payload."""
     got = got.cpu()
     assert got.dtype == expected.dtype and got.shape == expected.shape
     if expected.is_floating_point():
@@ -51,7 +51,7 @@ def assert_same_bits(got, expected):
 
 
 def quantized(shape, nested, seed=0):
-    """(packed, scales, the same weight's absmax), on the CPU."""
+    """(packed, scales, absmax) on the CPU. absmax: (n / 64,) fp32, also with double quantisation."""
     packed, absmax = nf4_reference.quantize(random_weight(*shape, seed=seed))
     if not nested:
         return packed, (absmax,), absmax
@@ -63,7 +63,7 @@ def to_device(*tensors):
     return tuple(t.to(DEVICE) for t in tensors)
 
 
-# Who may use it
+# Where it runs
 
 
 def test_why_not_gives_the_reason(monkeypatch):
@@ -80,9 +80,9 @@ def test_why_not_gives_the_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert nf4_triton.why_not(torch.device("cpu")) is None
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert nf4_triton.why_not(torch.device("cpu")) == "it runs on NVIDIA GPUs, not on cpu"
+    assert nf4_triton.why_not(torch.device("cpu")) == "it runs on NVIDIA GPUs only, not on cpu"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert nf4_triton.why_not(cuda) == "it runs on NVIDIA GPUs, not on AMD"
+    assert nf4_triton.why_not(cuda) == "it runs on NVIDIA GPUs only, not on AMD"
     nf4_triton.triton.__version__ = "3.4.1"
     assert nf4_triton.why_not(cuda) == "triton 3.4.1 is older than 3.5"
 
@@ -123,7 +123,7 @@ def test_bf16_arithmetic_rounds_as_torch_does(backend):
     bf16_kernel[(1,)](*to_device(a, b), *results, roots, product, N=512, enable_fp_fusion=False)
     for got, expected in zip(results[1:], ((a.float() / b.float()).bfloat16(), torch.maximum(a, b)), strict=True):
         assert_same_bits(got, expected)
-    exact = a.double() * b.double() + a.double()  # each of two roundings moves it by half a bf16 step at most
+    exact = a.double() * b.double() + a.double()  # two roundings, each of at most half a bf16 step
     assert ((results[0].cpu().double() - exact).abs() <= 2**-8 * (exact.abs() + (a.double() * b.double()).abs())).all()
     torch.testing.assert_close(roots.cpu(), a.float().abs().sqrt(), rtol=2**-22, atol=0)
     expected = a.view(16, 32).float() @ b.view(32, 16).float()
@@ -149,7 +149,7 @@ def test_whole_blocks_multiply_by_the_reciprocal_and_a_short_block_divides(backe
     differ = (torch.bucketize(divided, midpoints) != torch.bucketize(multiplied, midpoints)).any(dim=1)
     assert (
         differ[:384].any() and differ[384:].any()
-    )  # in whole blocks of four rows, and in rows that may stand at the end
+    )  # the first fill whole blocks, the others are tried as the short last one
     for rest in blocks[384:][differ[384:]]:
         weight = torch.cat([blocks[:384].repeat_interleave(4, 0).view(-1), rest])
         assert_same_bits(backend.quantize(weight.to(DEVICE))[0], nf4_reference.quantize(weight)[0])
@@ -215,17 +215,16 @@ def test_tensors_may_start_at_any_element(backend):
     out = torch.zeros(200 * 64 + 2, dtype=torch.bfloat16, device=DEVICE)
     backend.dequantize(shifted[0], (shifted[1],), out[1:-1])
     expected = nf4_reference.dequantize(packed, absmax, torch.zeros(200 * 64, dtype=torch.bfloat16))
-    assert_same_bits(
-        out, torch.cat([torch.zeros(1), expected, torch.zeros(1)]).bfloat16()
-    )  # and no element is past its end
+    around = torch.zeros(1)  # nothing is written before or after the weight
+    assert_same_bits(out, torch.cat([around, expected, around]).bfloat16())
 
 
 # Products
 
 
 def assert_product(out, x, packed, absmax, shape):
-    """Half a step of the output type, and what fp32 sums may lose: 2**-17 of the sum of the absolute products, where rounding
-    the weights of a GEMV to bf16 would cost 2**-14."""
+    """out == x @ weight.T up to half a step of its dtype and 2**-17 of the sum of the absolute products, for the fp32 sums.
+    Rounding the weights of a GEMV to bf16 would cost 2**-14 of it."""
     weight_dtype = torch.float32 if x.shape[0] <= 4 else x.dtype
     weight = nf4_reference.dequantize(packed, absmax, torch.empty(shape, dtype=weight_dtype)).double()
     exact, x = x.double() @ weight.T, x.double()
@@ -325,8 +324,8 @@ def test_more_than_two_to_the_31_elements_are_addressed(backend):
 
 
 def every_launch(dtypes):
-    """(kernel, arguments, keywords) of the launches that the backend makes, for these types, both kinds of scales and every
-    width of x that has a build of its own: recorded instead of run, so that what is built is what would be launched."""
+    """(kernel, arguments, keywords) of the launches of the backend for these dtypes, both kinds of scales and every number of
+    rows of x that has its own build. They are recorded instead of run, so that exactly what would be launched is built."""
     launches = []
     nf4_triton.triton.JITFunction.run = lambda kernel, *args, grid, warmup, **options: launches.append(
         (kernel, args, options)
@@ -337,7 +336,7 @@ def every_launch(dtypes):
         for scales in ((absmax,), (q, absmax[:1], code2, code2[0])):
             nf4_triton.dequantize(packed, scales, torch.empty(4096, dtype=dtype))
             for rows, columns in ((1, 1024), *((rows, 1088) for rows in (1, 2, 3, 4, 5, 17, 64))):
-                if rows <= nf4_triton.max_rows((64, columns), dtype):  # 1024: every step of the GEMV is whole
+                if rows <= nf4_triton.max_rows((64, columns), dtype):  # 1024: no step of the GEMV is masked
                     x, out = (torch.empty(rows, size, dtype=dtype) for size in (columns, 64))
                     nf4_triton.matmul(x, packed, scales, (64, columns), out)
     nf4_triton.dequantize(torch.empty(2049, dtype=torch.uint8)[1:], (absmax,), torch.empty(4096, dtype=torch.bfloat16))
@@ -345,7 +344,7 @@ def every_launch(dtypes):
 
 
 def build_every_launch(capability):
-    """What a build is made of, as Triton's own launcher specialises it: a list of dicts."""
+    """Facts on each build, as a list of dicts. Arguments are specialised as by Triton's own launcher."""
     from triton import compile, knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -382,7 +381,7 @@ def build_every_launch(capability):
 
 @pytest.fixture(scope="module")
 def builds(backend):
-    """{compute capability: builds}, by one process each: under the interpreter nothing can be compiled."""
+    """{compute capability: builds}, each from a process of its own: this one may have the interpreter, which cannot compile."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, __file__]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
@@ -398,12 +397,12 @@ def test_every_kernel_builds_without_spills(builds, capability):
     assert {build["kernel"] for build in builds[capability]} == KERNELS
     for build in builds[capability]:
         assert build["stack_bytes"] == 0, build
-        assert build["shared_bytes"] <= 48 * 1024, build  # so that two programs fit on an SM of any of these chips
+        assert build["shared_bytes"] <= 48 * 1024, build  # two programs fit on an SM of any of these chips
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_bits_do_not_hang_on_contracted_products_or_flushed_subnormals(builds, capability):
+def test_no_kernel_contracts_products_or_flushes_subnormals(builds, capability):
     for build in builds[capability]:
         assert not build["flushes_subnormals"], build
         assert build["has_fma"] == (build["kernel"] == "gemv_kernel"), build

@@ -1,4 +1,4 @@
-"""A step that is played from a tape is the step that would have run: bit by bit, and only where nothing was left out."""
+"""A replayed decoding step has the bits of the step that would have run, and a step that cannot be replayed whole is not."""
 
 import gc
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def model_of(family, dtype=torch.bfloat16, quantized=None, has_lora=False):
-    """A random model that makes sharp choices. quantized: None, "nf4" or "nf4-dq"."""
+    """A random model whose likeliest token leads clearly. quantized: None, "nf4" or "nf4-dq"."""
     torch.manual_seed(0)
     model = draw(build({"model_type": family, **SIZES, **FAMILIES[family]}).to(dtype).eval(), 0.2)
     if quantized:
@@ -46,27 +46,29 @@ def model_of(family, dtype=torch.bfloat16, quantized=None, has_lora=False):
     return model
 
 
-class Played:
-    """Counts what tapes do."""
+class Replays:
+    """Collects the tapes that are made, and counts their replays."""
 
     def __init__(self, monkeypatch):
         self.tapes, self.steps = [], 0
         monkeypatch.setattr(replay, "Tape", self.make)
 
     def make(self, modules):
-        tape, counts = Tape(modules), self
-        play = tape.play
-        tape.play = lambda: counts.count() or play()
+        tape = Tape(modules)
+        own = tape.replay
+
+        def replay_and_count():
+            self.steps += 1
+            return own()
+
+        tape.replay = replay_and_count
         self.tapes.append(tape)
         return tape
 
-    def count(self):
-        self.steps += 1
-
 
 @pytest.fixture
-def played(monkeypatch):
-    return Played(monkeypatch)
+def replays(monkeypatch):
+    return Replays(monkeypatch)
 
 
 def answers(model, kind, new=20, eos=(11, 17)):
@@ -77,7 +79,7 @@ def answers(model, kind, new=20, eos=(11, 17)):
 
 
 def with_a_hook(model, kind, **options):
-    """The same without tapes: a module with a hook runs at every step. Returns (answers, calls of the hook)."""
+    """(answers, calls of the hook) of a model with a hook, which has to run at every step: no tapes are used."""
     calls = []
     handle = model.model.layers[-1].register_forward_hook(lambda *call: calls.append(1))
     found = answers(model, kind, **options)
@@ -87,63 +89,63 @@ def with_a_hook(model, kind, **options):
 
 @pytest.mark.parametrize("kind", DECODINGS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_decoding_with_tapes_is_the_one_without_bit_by_bit(family, kind, played):
+def test_a_decoding_with_tapes_is_the_one_without_bit_by_bit(family, kind, replays):
     model = model_of(family)
     expected, calls = with_a_hook(model, kind)
-    assert not played.steps and calls > 10
-    played.tapes.clear()
+    assert not replays.steps and calls > 10
+    replays.tapes.clear()
     assert answers(model, kind) == expected
-    assert played.steps > 5 and all(tape.fault is None for tape in played.tapes)
+    assert replays.steps > 5 and all(tape.fault is None for tape in replays.tapes)
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
 @pytest.mark.parametrize("quantized", [None, "nf4", "nf4-dq"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_4_bit_weights_and_adapters_are_played_too(family, quantized, has_lora, played):
+def test_4_bit_weights_and_adapters_are_replayed_too(family, quantized, has_lora, replays):
     model = model_of(family, quantized=quantized, has_lora=has_lora)
     expected, _ = with_a_hook(model, "beams")
-    played.tapes.clear()
+    replays.tapes.clear()
     assert answers(model, "beams") == expected
-    assert played.steps and all(tape.fault is None for tape in played.tapes)
+    assert replays.steps and all(tape.fault is None for tape in replays.tapes)
 
 
-def test_fp32_is_played_too(played):
+def test_fp32_is_replayed_too(replays):
     model = model_of("llama", torch.float32)
     expected, _ = with_a_hook(model, "greedy")
-    assert answers(model, "greedy") == expected and played.steps
+    assert answers(model, "greedy") == expected and replays.steps
 
 
-def test_a_cache_that_grows_is_recorded_again(played, monkeypatch):
+def test_a_cache_that_grows_is_recorded_again(replays, monkeypatch):
     monkeypatch.setattr(cache, "FIRST_CAPACITY", 4)
     model = model_of("llama")
     for kind in ("greedy", "beams"):
         expected, _ = with_a_hook(model, kind, new=30, eos=())
-        before = len(played.tapes)
+        before = len(replays.tapes)
         assert answers(model, kind, new=30, eos=()) == expected
-        assert len(played.tapes) - before == 4  # for 4, 8, 16 and 32 tokens
+        assert len(replays.tapes) - before == 4  # with room for 4, 8, 16 and 32 tokens
 
 
-def test_threads_share_a_tape_and_another_number_of_them_is_another_tape(played):
+def test_a_tape_replays_with_any_number_of_threads(replays):
     model, threads = model_of("llama"), torch.get_num_threads()
     expected, _ = with_a_hook(model, "beams")
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            before = played.steps
-            assert answers(model, "beams") == expected and played.steps > before
+            before = replays.steps
+            assert answers(model, "beams") == expected and replays.steps > before
     finally:
         torch.set_num_threads(threads)
 
 
 CHANGES = {
     "a function of torch": lambda x: torch.relu(x),
-    "a method that makes new numbers": lambda x: x.abs(),
+    "a method that computes": lambda x: x.abs(),
     "an operator": lambda x: x * 2,
     "a sum with a number": lambda x: x + 1,
     "a view that has to copy": lambda x: x.transpose(0, 2).reshape(-1).view(x.shape[::-1]).transpose(0, 2).contiguous(),
     "a choice by value": lambda x: x if x.sum().item() > 0 else -x,
     "an index": lambda x: x[..., [1, 0, *range(2, x.shape[-1])]],
-    "numbers made in place": lambda x: x.clone().mul_(0.5),
+    "a change in place": lambda x: x.clone().mul_(0.5),
     "an operator by its name": lambda x: torch.ops.aten.relu(x),
     "a function with a gradient of its own": lambda x: ops_torch.swiglu(x, x),
     "numpy": lambda x: torch.from_numpy(x.float().numpy() * 2).to(x.dtype),
@@ -151,14 +153,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_block_is_never_half_played(name, played, monkeypatch):
-    """Who studies the internals puts anything into a block."""
+def test_a_block_with_an_operation_that_no_tape_repeats_is_never_replayed(name, replays, monkeypatch):
     model = model_of("llama")
     own = ops.swiglu
     monkeypatch.setattr(ops, "swiglu", lambda gate, up: CHANGES[name](own(gate, up)))
     expected, _ = with_a_hook(model, "greedy")
     assert answers(model, "greedy") == expected
-    assert played.steps == 0 and all(tape.fault for tape in played.tapes if tape.runs >= RECORDED)
+    assert replays.steps == 0 and all(tape.fault for tape in replays.tapes if tape.runs >= RECORDED)
 
 
 def streamed(model, at, change, new=24):
@@ -201,16 +202,16 @@ def turn_by_a_hook(model):
 
 
 @pytest.mark.parametrize("change", [give_other_memory, give_other_weights, switch_off, scale_adapters, turn_by_a_hook])
-def test_a_model_that_is_changed_between_two_steps_is_played_no_more(change, played):
+def test_a_model_that_is_changed_between_two_steps_is_not_replayed_any_more(change, replays):
     expected, found = (model_of("llama", has_lora=True) for _ in range(2))
     for block in expected.model.layers:
         block.register_forward_pre_hook(lambda *call: None)  # no tapes
     expected = streamed(expected, 9, change)
-    assert not played.steps
-    assert streamed(found, 9, change) == expected and played.steps == 9 - RECORDED  # the last one in vain
+    assert not replays.steps
+    assert streamed(found, 9, change) == expected and replays.steps == 9 - RECORDED  # the last replay was not used
 
 
-def test_a_module_that_keeps_what_it_saw_sees_every_step(played, monkeypatch):
+def test_a_module_that_keeps_what_it_saw_sees_every_step(replays, monkeypatch):
     model = model_of("llama")
     mlp = model.model.layers[0].mlp
     mlp.calls, mlp.seen, own = 0, [], mlp.forward
@@ -225,8 +226,8 @@ def test_a_module_that_keeps_what_it_saw_sees_every_step(played, monkeypatch):
     assert mlp.calls == len(mlp.seen) == 20
 
 
-def test_tables_that_are_parts_of_a_buffer_stay_as_they_are(monkeypatch):
-    """A step's inputs are written to where it is played: they are copies."""
+def test_tables_that_are_views_of_a_buffer_are_not_written(monkeypatch):
+    """A replay writes into its inputs: they are copies."""
     model = model_of("llama")
     whole = model.config.rope.tables(torch.arange(100)[None], torch.bfloat16)
     before = [table.clone() for table in whole]
@@ -248,12 +249,12 @@ def test_dropout_in_place_is_no_view():
     assert tape.fault == "torch's dropout()"
 
 
-def test_a_changed_block_of_known_operations_is_played(played, monkeypatch):
+def test_a_changed_block_of_known_operations_is_replayed(replays, monkeypatch):
     model = model_of("llama")
     own = ops.swiglu
     monkeypatch.setattr(ops, "swiglu", lambda gate, up: own(up, gate) + gate)
     expected, _ = with_a_hook(model, "greedy")
-    assert answers(model, "greedy") == expected and played.steps
+    assert answers(model, "greedy") == expected and replays.steps
 
 
 def test_a_tape_repeats_what_it_recorded_with_other_numbers():
@@ -270,7 +271,7 @@ def test_a_tape_repeats_what_it_recorded_with_other_numbers():
         for _ in range(3):
             for given, result in zip((y, x), expected[::-1], strict=True):
                 tape.inputs[0].copy_(given)
-                assert torch.equal(tape.play(), result)
+                assert torch.equal(tape.replay(), result)
         del tape
         gc.collect()
 
@@ -292,19 +293,19 @@ def test_a_tape_that_an_interrupt_left_open_is_closed_when_it_goes():
     del tape
     with torch.no_grad():
         for _ in range(100):
-            ops_cpu.add(x, x)  # to memory that is another's now, if it were written down
+            ops_cpu.add(x, x)  # on an open tape this would write into freed memory
         other = Tape()
         other.record(lambda x: ops_cpu.add(x, x), x.clone())
         assert torch.equal(other.replay(), 2 * x)
 
 
-def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
-    """A compiled function is one: it calls nothing that Watch sees."""
+def test_an_operation_that_watch_cannot_see_is_found_by_the_step_that_is_replayed_and_computed():
+    """Compiled code calls torch without TorchFunctionMode."""
     hidden = torch.zeros(64)
 
     def function(x):
         hidden.data_ptr()
-        with torch._C.DisableTorchFunction():  # as compiled code does
+        with torch._C.DisableTorchFunction():
             hidden.copy_(x[0] * 2)
         return ops_cpu.add(x, hidden)
 
@@ -317,7 +318,7 @@ def test_what_no_one_saw_is_found_by_the_step_that_is_computed_too():
 
 
 class Traced(Repeated):
-    """A CUDA graph for a CPU: torch's operations with the memory and the Python numbers of the step that was recorded."""
+    """Stands for a CUDA graph on a CPU: torch's operations, with the memory and the Python numbers of the recorded step."""
 
     made = []
 
@@ -326,9 +327,9 @@ class Traced(Repeated):
         with torch.no_grad():
             self.graph = make_fx(function, tracing_mode="real")(*inputs)
         self.made.append(self)
-        return self.play()
+        return self.replay()
 
-    def play(self):
+    def replay(self):
         with torch.no_grad():
             return self.graph(*self.inputs)
 
@@ -336,7 +337,7 @@ class Traced(Repeated):
 @pytest.mark.parametrize("kind", DECODINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_that_a_cuda_graph_would_freeze_changes_between_steps(family, kind, monkeypatch):
-    """Slots, masks and positions come as tensors: what was recorded at one step is right at all others."""
+    """Slots, masks and positions are tensors, so a recording of one step is right for all others."""
     monkeypatch.setenv("MINITUNE_KERNELS", "torch")
     model = model_of(family, torch.float32)
     expected = answers(model, kind, new=40)
