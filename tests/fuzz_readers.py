@@ -1,4 +1,4 @@
-"""Reads damaged files and says what came of it; tests/test_fuzz.py starts it, writes the files, and sees a crash or a hang.
+"""Reads damaged files and reports how each reading ended. tests/test_fuzz.py starts it, writes the files, and sees crashes.
 
 In: a line {"reader": name, "argv": [words of a command line]} for each input. Out: a line {"fault": words or null, "refused":
 words or null, "seconds": of CPU}. The working folder holds what test_fuzz.make_folder() wrote."""

@@ -1,4 +1,4 @@
-"""A server on the loopback that speaks the hub's API, and all that may go wrong with one.
+"""A server on the loopback that speaks the hub's API, with everything that may go wrong.
 
 Large files are answered as the hub does: HEAD tells ETag (SHA-256) and size, GET redirects to another host, which must never
 see the token."""

@@ -1,4 +1,4 @@
-"""What the tests of the report write: a run folder with everything in it, and the page of a report."""
+"""A run folder with everything that a report reads, and the page of a report: what tests of the report share."""
 
 import json
 import re
@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 
 def check_page(text):
-    """A Page that is whole, opens offline and names no id twice."""
+    """The text as a Page. Asserts that it is well-formed, loads nothing, and has no id twice."""
     found = Page(text)
     assert text.startswith("<!doctype html>") and all(target.startswith("#") for target in found.targets)
     assert not {"script", "link", "iframe", "object", "img"} & {tag for tag, _ in found.tags}

@@ -10,7 +10,7 @@ needs_c = pytest.mark.skipif(not ops_cpu.runs_here(None), reason="there is no C 
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    """As in a new process: nothing was compared yet. What these tests find is forgotten after them."""
+    """Start as a new process does, with nothing compared yet, and forget afterwards what these tests found."""
     monkeypatch.delenv("MINITUNE_KERNELS", raising=False)
     for name, empty in (("_verdicts", {}), ("_aside", set()), ("_said", set())):
         monkeypatch.setattr(agreement, name, empty)
@@ -102,7 +102,7 @@ def test_the_check_leaves_random_numbers_threads_gradients_and_modes_alone():
     assert len(agreement._verdicts) == 1 and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
     assert len(seen) == 3  # x, the weight and a number a row
-    assert calls.names and "cos" not in calls.names  # by which the check multiplies
+    assert calls.names and "cos" not in calls.names  # which the check calls, in a thread of its own
     out.sum().backward()
     with torch.inference_mode():
         ops.layer_norm(x, WEIGHT, WEIGHT, 1e-5)

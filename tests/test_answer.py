@@ -90,8 +90,8 @@ def vars_of(config):
     return {"adapter": config.adapter, "dtype": config.dtype, "quantize": config.quantize}
 
 
-def test_no_answer_steers_a_terminal(monkeypatch, capsys):
-    """A question and an answer with an escape, a C1 control, marks that turn the direction, and half a surrogate pair."""
+def test_control_characters_reach_no_terminal(monkeypatch, capsys):
+    """A question and an answer with an escape, a C1 control, marks that change the direction of text, and half a surrogate."""
     text = "a\x1b[2J\x9b1m\u202ex\udc80é"
     with print_text(2) as write:
         write([{"prompt": text, "answer": text}])
@@ -208,7 +208,7 @@ def test_a_conversation_has_one_begin_token_for_each_that_its_template_has(templ
     assert ids.count(answerer.tokenizer.eos_id) == (0 if template == "plain" else 1)
 
 
-def test_half_a_character_waits_for_its_other_half():
+def test_a_character_is_shown_when_all_of_its_bytes_are_there():
     class Bytes:
         decode = staticmethod(lambda ids: bytes(ids).decode(errors="replace"))
 
@@ -436,7 +436,7 @@ def test_rows_without_a_question_are_named(tmp_path):
         read_questions(AnswerConfig(prompts=str(tmp_path / "q.json")))
 
 
-def test_a_stop_text_is_not_written_and_what_may_begin_one_waits():
+def test_a_stop_text_is_not_written_and_text_that_may_begin_one_is_held_back():
     class Letters:
         decode = staticmethod("".join)
 

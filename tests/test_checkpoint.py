@@ -1,4 +1,4 @@
-"""Weights from disk equal what was written, whatever the files look like, and take no more memory than they have to."""
+"""Weights from disk equal what was written, in every layout of files, and loading takes little memory beside the model."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Options: their order of strength, the study's recipes, and one clear line for whatever is wrong. Files are written
-whole or not at all."""
+"""Options: which source of a value goes before which, the study's recipes, one clear line for whatever is wrong, and files that
+are written whole or not at all."""
 
 import errno
 import json
@@ -88,7 +88,7 @@ def test_a_recipe_leaves_the_split_of_rows_to_the_data():
     assert parse(TrainConfig, ["--model", "llama2", "--test-data", "held_out.json"]).test_data == "held_out.json"
 
 
-def test_strength_is_default_then_recipe_then_file_then_typed(tmp_path):
+def test_the_command_line_goes_before_the_file_the_recipe_and_the_default(tmp_path):
     path = stored(tmp_path, model="llama2", lora_rank=7, accumulation=3, seed=1)
     config = parse(TrainConfig, ["--config", str(path), "--seed", "2", "--lora-rank", "5"])
     assert (config.lora_rank, config.seed) == (5, 2), "typed beats the file"

@@ -1,4 +1,4 @@
-"""Files, schemas and the screen under odd input: the ground that every reader and writer stands on."""
+"""Files, schemas and the screen with unusual input."""
 
 import io
 import json
@@ -151,7 +151,7 @@ def test_what_fits_comes_back():
 # --- the screen ---
 
 
-def test_what_steers_a_terminal_is_shown_as_its_escape(capsys):
+def test_control_characters_are_shown_as_escapes(capsys):
     screen.say("a\x1b[31mb\x9bc\u202ed\r\ud800 é 日本 \U0001f468\u200d\U0001f469\ttab")
     assert (
         capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""The formula is the law: who edits a function of kernels/formulas.py sees the edit wherever the operation is computed, and is
-told once which faster version was set aside. What was not edited sets nothing aside."""
+"""Whoever edits a function of kernels/formulas.py sees the edit wherever the operation is computed, and is told once which faster
+version was set aside. Without an edit no version is set aside."""
 
 import json
 import os

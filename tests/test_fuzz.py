@@ -279,7 +279,7 @@ def make_model(folder):
 
 
 def make_folder(folder):
-    """Everything that is damaged: whole, small and readable."""
+    """Write every file that is damaged later: small, whole and readable."""
     make_model(folder)
     encoder = {"model_type": "bert", "type_vocab_size": 2, "pad_token_id": 0, "hidden_act": "gelu", **SIZES}
     (folder / "encoder").mkdir()
@@ -370,7 +370,7 @@ class Reader:
         assert self.reply(120) is not None, self.errors()
 
     def reply(self, seconds):
-        """What it answered, None where it did not in this time, or is no more."""
+        """The answer, or None where there was none in this time or the process has ended."""
         line, deadline = b"", time.monotonic() + seconds
         while not line.endswith(b"\n") and select.select([self.process.stdout], [], [], deadline - time.monotonic())[0]:
             if not (more := self.process.stdout.readline()):
@@ -379,7 +379,7 @@ class Reader:
         return json.loads(line) if line.endswith(b"\n") else None
 
     def read(self, reader, argv=()):
-        """What is wrong with how `reader` took what is there, in words, or None."""
+        """Let `reader` read what is there. What is wrong with how it ended, in words, or None."""
         if self.process is None:
             self.start()
         self.process.stdin.write(json.dumps({"reader": reader, "argv": list(argv)}).encode() + b"\n")
@@ -427,7 +427,7 @@ def reader(tmp_path_factory):
 
 
 class Kept:
-    """The files of a folder as they are now, and back to that."""
+    """Remembers the files of a folder as they are now, and restores them."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -508,7 +508,7 @@ def test_an_odd_command_line_is_taken_or_refused_in_one_line(reader, job):
 
 
 def first_of_each(faults):
-    """How many, and one of each kind: of those that end with the same line."""
+    """How many faults, and one of each kind. Faults that end with the same line are of one kind."""
     kinds = {}
     for fault in faults:
         kinds.setdefault(fault.strip().splitlines()[-1][-60:], fault)

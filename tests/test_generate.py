@@ -130,7 +130,7 @@ def test_sampled_tokens_are_as_frequent_as_transformers_says(pair, case):
     assert chisquare(found, wanted / wanted.sum() * draws).pvalue > 1e-4
 
 
-def test_beam_sampling_draws_without_putting_back_as_often_as_it_should():
+def test_beam_sampling_draws_without_replacement_with_the_right_probabilities():
     """The first of two draws has the probabilities, the pair those of drawing one after the other."""
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     generator, pairs = torch.Generator().manual_seed(0), {}
@@ -260,7 +260,7 @@ def test_modules_are_left_in_the_mode_in_which_they_were():
     assert model.training and model.model.layers[1].training and not model.model.layers[0].mlp.training
 
 
-def test_scores_beyond_every_number_do_not_stop_the_search():
+def test_scores_that_overflow_do_not_stop_the_search():
     for penalty in (10000.0, -10000.0):
         options = GenerateConfig(max_new_tokens=4, num_beams=2, eos_ids=(), length_penalty=penalty)
         assert len(decode(MODEL(), [[4]], options)[0][0].ids) == 4

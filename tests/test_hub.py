@@ -315,7 +315,7 @@ def test_a_disk_that_fills_up_meanwhile_is_explained(run, tmp_path):
     assert one_line(outcome, "is full", "HF_HOME")
 
 
-# A server that is not to be trusted
+# A server that cannot be trusted
 
 EVIL = ["../../../../evil", "..", "a/../../b", "\\..\\evil", "~/evil", "x\x1b[2J", "a" * 5000]
 
@@ -325,7 +325,7 @@ def written(home):
     return sorted(str(path.relative_to(home)) for path in home.rglob("*") if not path.is_dir())
 
 
-def test_no_word_of_a_server_becomes_a_path(server, run, tmp_path):
+def test_no_text_from_a_server_becomes_a_path(server, run, tmp_path):
     server.repos, server.pages, code, home = {}, {}, "", tmp_path / "deep" / "down" / "in" / "home"
     evil_of = {}
     names = [{"rfilename": name} for name in SINGLE]

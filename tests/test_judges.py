@@ -26,7 +26,7 @@ ENCODERS = {
 
 
 def randomise(model):
-    """Weights larger than an initialisation's, so that faults show."""
+    """Draw larger weights than models start with, so that errors show."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         is_scale = parameter.ndim == 1 and name.endswith("weight")  # of a LayerNorm

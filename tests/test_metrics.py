@@ -1,4 +1,4 @@
-"""BLEU, chrF, ROUGE, token F1 and exact match: the very numbers of nltk, sacrebleu, rouge_score and SQuAD's script."""
+"""BLEU, chrF, ROUGE, token F1 and exact match: the same numbers as nltk, sacrebleu, rouge_score and SQuAD's script."""
 
 import json
 import logging

@@ -45,7 +45,7 @@ CORNERS = {
 
 
 def pair(corner, seed=0):
-    """(transformers' model, ours) with the same random weights, larger than an initialisation's so that faults show."""
+    """(transformers' model, ours) with the same random weights, larger than models start with, so that errors show."""
     transformers = pytest.importorskip("transformers", reason="parity is proven against transformers")
     family, options = CORNERS[corner]
     torch.manual_seed(seed)

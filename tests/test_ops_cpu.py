@@ -1,4 +1,4 @@
-"""The C kernels of decoding: what torch computes, on every instruction set, and taken only where they may be."""
+"""The C kernels of decoding compute what torch computes, on every instruction set, and are used only where they may be."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def close(found, expected, dtype, size=1.0):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(1, 1, 768), (3, 2, 100), (40, 1, 33), (7,), (0, 5)])
-def test_rms_norm_is_torchs(level, dtype, shape):
+def test_rms_norm_equals_torchs(level, dtype, shape):
     x, weight = random(*shape, dtype=dtype), random(shape[-1], seed=1, dtype=dtype)
     close(ops_cpu.rms_norm(x, weight, 1e-5), formulas.rms_norm(x, weight, 1e-5), dtype)
     strided = random(*shape, 2, dtype=dtype)[..., 0]
@@ -61,7 +61,7 @@ def test_rms_norm_is_torchs(level, dtype, shape):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("B, H, T, D, tables", [(1, 12, 1, 64, 1), (3, 2, 5, 10, 3), (4, 3, 1, 32, 4), (2, 1, 7, 8, 1)])
-def test_rope_is_torchs(level, dtype, B, H, T, D, tables):
+def test_rope_equals_torchs(level, dtype, B, H, T, D, tables):
     angles = random(tables, 1, T, D // 2, dtype=torch.float32) * 100
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     for x in (random(B, H, T, D, dtype=dtype), random(B, T, H, D, dtype=dtype).transpose(1, 2)):
@@ -73,7 +73,7 @@ def test_rope_is_torchs(level, dtype, B, H, T, D, tables):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("G, T, D", [(3, 1, 2), (7, 1, 6), (3, 3, 20), (7, 3, 40), (3, 1, 100)])
 def test_what_a_sequence_attends_to_does_not_depend_on_the_others(level, dtype, G, T, D):
-    """Odd numbers of queries, which are taken by twos, and heads that end in the middle of a vector."""
+    """Queries are processed in pairs, so their number is odd here. Heads end in the middle of a vector register."""
     n, capacity, new, P = 5, 70, 61, 3
     for seed in range(4):
         q, k, v = (random(n, heads, T, D, seed=seed + 9 * i, dtype=dtype) for i, heads in enumerate((G, 1, 1)))
@@ -91,8 +91,8 @@ def test_what_a_sequence_attends_to_does_not_depend_on_the_others(level, dtype, 
             )
 
 
-def test_shapes_that_do_not_fit_are_torchs_to_judge(level):
-    """C would read beyond them."""
+def test_shapes_that_do_not_fit_are_left_to_torch(level):
+    """The C kernels would read beyond the ends of such tensors."""
     x, cos = torch.ones(2, 4, 3, 16), torch.ones(1, 1, 3, 8)
     for call in (
         lambda: RMSNorm(8, 1e-5)(x),
@@ -110,7 +110,7 @@ def test_shapes_that_do_not_fit_are_torchs_to_judge(level):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(1, 1, 2048), (5, 37), (3, 3, 3333), (0, 8)])
-def test_swiglu_is_torchs(level, dtype, shape):
+def test_swiglu_equals_torchs(level, dtype, shape):
     gate, up = random(*shape, dtype=dtype) * 8, random(*shape, seed=1, dtype=dtype)
     close(ops_cpu.swiglu(gate, up), formulas.swiglu(gate, up), dtype, size=2.0)
 
@@ -141,7 +141,7 @@ def test_logits_with_nan_have_nan_as_log_probabilities(level):
 
 
 def cached(dtype, lengths, n, heads, kv_heads, D, window=None, new=6, draft=0, seed=0):
-    """A cache of one layer with its prompts read, for the backend of the moment."""
+    """A cache of one layer whose prompts were read, in the form of the current backend."""
     cache = Cache(1, lengths, n, new, window, draft)
     cache.read([(i, 0, length) for i, length in enumerate(lengths)])
     total = sum(lengths)
@@ -175,7 +175,7 @@ class Positions:
         ([2, 5], 1, 2, 1, 80, 9),
     ],
 )
-def test_attention_over_the_cache_is_torchs(level, dtype, lengths, n, heads, kv_heads, D, window, monkeypatch):
+def test_attention_over_the_cache_equals_torchs(level, dtype, lengths, n, heads, kv_heads, D, window, monkeypatch):
     """Unequal prompts, several sequences, windows, reordered beams, prompts that leave."""
     caches = {}
     for name in ("c", "torch"):
@@ -305,7 +305,7 @@ def test_a_layer_takes_its_kernel_for_few_rows_of_bf16(monkeypatch):
 
 
 def test_layers_with_and_without_a_gradient_agree():
-    """What is trained and what decodes are one model."""
+    """The model that is trained and the model that decodes are one function."""
     x, norm = random(4, 1, 64, dtype=torch.float32), RMSNorm(64, 1e-5)
     angles = random(4, 1, 1, 8, dtype=torch.float32)
     heads = x.view(4, 1, 4, 16).transpose(1, 2)
@@ -340,7 +340,7 @@ def test_fp32_rows_are_multiplied_to_the_last_places_and_do_not_depend_on_each_o
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_gelu_is_torchs(level, dtype):
+def test_gelu_equals_torchs(level, dtype):
     x = random(3, 333, dtype=dtype) * 4
     close(ops_cpu.gelu_tanh(x), F.gelu(x, approximate="tanh"), dtype)
     odd = ops_cpu.gelu_tanh(torch.tensor([torch.nan, 1e30, -1e30, 0.0]))

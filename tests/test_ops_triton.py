@@ -130,7 +130,7 @@ def test_swiglu_and_its_gradients_are_those_of_the_reference_and_of_the_model(ra
     check_close(reference, model, steps)
 
 
-@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, in the interpreter
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of numpy, in the interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu_holds_at_the_ends_of_the_range(dtype):
     top = torch.finfo(dtype).max
@@ -214,7 +214,7 @@ def test_16_bit_values_are_rounded_where_the_model_rounds(random, dtype):
         (ops_triton.swiglu, ops_torch.swiglu, (x, up)),
     ]:
         for a, e in zip(run(ours, inputs, grad), run(model, inputs, grad), strict=True):
-            # fp32's last bit turns one rounding in thousands; a rounding left out, every fourth value or more
+            # a last bit of fp32 changes one rounding in thousands; a missing rounding changes every fourth value or more
             assert (a != e).float().mean() < 0.01
 
 
@@ -264,7 +264,7 @@ def test_cross_entropy_holds_where_exp_would_overflow_and_where_logits_are_maske
     assert logits.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, in the interpreter
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of numpy, in the interpreter
 @pytest.mark.parametrize("poison", ["a NaN", "an infinity", "nothing but -infinity"])
 def test_what_has_no_loss_gives_nan(random, poison):
     logits = random(1, 50).detach()
@@ -385,7 +385,7 @@ def test_the_door_takes_the_kernels_only_where_they_are_asked_for_and_fit(random
         lambda: ops.rope(torch.ones(1, 1, 2, 8), torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4)),
     ],
 )
-def test_shapes_that_do_not_fit_are_torchs_to_judge(call, asked_for):
+def test_shapes_that_do_not_fit_are_left_to_torch(call, asked_for):
     with pytest.raises(RuntimeError, match="size|shape"):
         call()
 

@@ -1,4 +1,4 @@
-"""Adapters and losses against PEFT: the same losses, ours read there, theirs read here."""
+"""Adapters and losses against PEFT: equal losses, and adapters that each side reads from the other."""
 
 import dataclasses
 import json

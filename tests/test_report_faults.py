@@ -1,4 +1,4 @@
-"""scripts/report.py on broken files, and on text that would steer a page or a terminal."""
+"""scripts/report.py on broken files, and on text that would change a page or control a terminal."""
 
 import json
 import math

@@ -161,7 +161,7 @@ def test_a_run_killed_before_a_file_operation_ends_as_the_uninterrupted_one(exac
     assert_same_end(tmp_path / "run", expected)
 
 
-def test_the_scaler_of_fp16_has_a_history_worth_keeping(exact):
+def test_the_scaler_of_the_fp16_run_skipped_steps_and_changed_its_scale(exact):
     _, run, _ = exact("fp16")
     norms = [record["grad_norm"] for record in metrics(run) if "loss" in record]
     assert None in norms, "no gradient ever overflowed, so nothing was skipped"
@@ -356,7 +356,7 @@ def test_a_damaged_state_is_one_line_with_the_way_out(options, copied):
     quiet(options(copied, resume="never", max_steps=2))
 
 
-def test_best_of_a_lost_future_is_not_taken_for_the_best(options, copied, base):
+def test_a_best_adapter_that_is_newer_than_the_state_is_not_used(options, copied, base):
     newer = adapter(copied / "best")
     save_file({name: t + 1 for name, t in newer.items()}, copied / "best" / "adapter_model.safetensors")
     lines = quiet(options(copied))

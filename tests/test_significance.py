@@ -51,7 +51,7 @@ def test_without_widening_the_limits_are_those_of_scipy_on_the_same_draws(method
     assert got.value == pytest.approx(values.mean(), rel=1e-12) and got.n == 27 and not got.note
 
 
-def test_95_percent_intervals_of_27_examples_hold_the_truth_as_often_as_they_say():
+def test_95_percent_intervals_of_27_examples_contain_the_true_value_as_often_as_they_promise():
     rng, trials = np.random.default_rng(1), 1000
     share = {}
     for name, draw, truth in [
@@ -100,7 +100,7 @@ def test_few_or_equal_examples_are_not_given_more_certainty_than_they_have():
     equal = bootstrap_interval([1.0] * 27)
     assert equal.low is None and "every example has the same score" in equal.note
     for method, level in itertools.product(("bca", "percentile"), (0.5, 0.999)):
-        for n in (2, 3, 4, 9):  # skewed to the limit: the correction runs out of room
+        for n in (2, 3, 4, 9):  # so skewed that the correction reaches its limit
             found = bootstrap_interval([0.0] * (n - 1) + [1.0], level=level, method=method)
             assert 0 <= found.low <= found.high <= 1 and f"{n} examples are few" in found.note
 
@@ -238,7 +238,7 @@ def test_correlation_and_its_draws_are_those_of_scipy(method, peer):
 
 @pytest.mark.parametrize("interval", ["bootstrap", "fisher"])
 @pytest.mark.parametrize("method", ["spearman", "kendall"])
-def test_intervals_of_a_correlation_hold_the_truth_as_often_as_they_say(method, interval):
+def test_intervals_of_a_correlation_contain_the_true_value_as_often_as_they_promise(method, interval):
     rng, slope = np.random.default_rng(9), 0.5
     truth = (
         6 / np.pi * np.arcsin(slope / 2) if method == "spearman" else 2 / np.pi * np.arcsin(slope)

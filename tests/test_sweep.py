@@ -115,7 +115,7 @@ def test_one_load_serves_all_points_and_equal_decodings_are_decoded_once(run, de
 
 @pytest.mark.parametrize("room", [0, 400_000, 2**29], ids=["none", "for some batches", "for all"])
 def test_prompts_are_read_once_for_all_points_while_there_is_room(room, run, monkeypatch):
-    """Of 3 batches, not all of which fit into 400 kB, at each of 3 points."""
+    """Three points, each with three batches of prompts. Some of the batches fit into 400 kB."""
     read, calls = Decoder.read, []
 
     def counted(decoder, *args):
@@ -186,7 +186,7 @@ def test_a_kill_in_the_middle_and_a_second_start_give_the_files_of_one_start(run
     argv = ["--run", run, "--max-new-tokens", 30, "--min-new-tokens", 30, "--num-beams", 2, 3, 4, "--resamples", 50]
     process = forks.script("sweep.py", *argv, "--batch-size", 2)
     deadline = time.monotonic() + 60
-    while not list(run.glob("sweep/topk50_nb3_t1_minnewtokens30/generations/*.jsonl")):  # the second point
+    while not list(run.glob("sweep/topk50_nb3_t1_minnewtokens30/generations/*.jsonl")):  # of the second point
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
