@@ -41,7 +41,8 @@ def run(dtype):
             x, out = buffer(M * K * BYTES[dtype]), buffer(M * N * BYTES[dtype])
             for given in (nf4_cpu.Weight(packed, absmax), nf4_cpu.Weight(packed, None, q, absmax2, code2, offset)):
                 assert run_nf4("matmul", nf4_cpu.Matmul(dtype, x, given, out, M, N, K)) == 0
-            libc.free(x), libc.free(out)
+            for address in (x, out):
+                libc.free(address)
         for address in (packed, absmax, q, absmax2, code2, offset):
             libc.free(address)
 
@@ -57,7 +58,8 @@ def run_linears(dtype):
             assert steps.linears(2, ctypes.addressof(products), 2) == 0
             for address in (x, first, second):
                 libc.free(address)
-        libc.free(weight), libc.free(bias)
+        for address in (weight, bias):
+            libc.free(address)
 
 
 def run_lora(dtype):
