@@ -3,6 +3,7 @@ has the parts around it.
 
 Not here: rows and learning rate of a step (plan.py), the loss (loss.py), checks of a step (health.py), files (runs/)."""
 
+import inspect
 import math
 import os
 import shlex
@@ -532,12 +533,23 @@ def say_next(run, test_set, config, say):
     say(f"next: {score}, or {ask}" if can_score else f"next: {ask}")
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, its methods without the wrappers that keep them out of torch's compiler. The wrappers import the compiler at
+    the first call, which takes 1 to 2 s in every process that trains; nothing is compiled here."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+
+
 def make_optimizer(trained, config):
     """AdamW for `trained`, {name: parameter}. Weight decay applies to matrices only, not to biases and weights of norms."""
     matrices = [p for p in trained.values() if p.ndim >= 2]
     vectors = [p for p in trained.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    return AdamW(
         [g for g in groups if g["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -156,6 +158,34 @@ def test_weight_decay_shrinks_matrices_only():
     optimizer.step()
     torch.testing.assert_close(matrix.data, torch.full((2, 3), 1 - 0.5 * 0.1))
     assert torch.equal(vector.data, torch.ones(3))
+
+
+def test_the_optimizer_is_torch_s_and_a_training_step_loads_no_compiler():
+    """Of torch._dynamo and sympy, which take a second or two. In a process of its own: other tests may have loaded them."""
+    code = """
+import sys, torch
+from minitune.config import TrainConfig
+from minitune.train import make_optimizer
+from minitune_kernels import ops
+c = TrainConfig(model="tiny-llama", weight_decay=0.1)
+options = {"lr": c.learning_rate, "betas": (c.adam_beta1, c.adam_beta2), "eps": c.adam_eps, "weight_decay": 0.1}
+weight, states = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), []
+for make in (lambda p: make_optimizer({"w": p}, c), lambda p: torch.optim.AdamW([p], **options, fused=True)):
+    head = torch.nn.Linear(4, 9, bias=False)
+    head.weight.data.copy_(weight)
+    optimizer = make(head.weight)
+    for step in range(3):
+        optimizer.zero_grad()
+        ops.cross_entropy(torch.arange(8.0).view(2, 4) - step, head, torch.tensor([1, 2])).backward()
+        torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
+        optimizer.load_state_dict(optimizer.state_dict())
+    states.append((head.weight.detach(), *optimizer.state_dict()["state"][0].values()))
+    print(sorted({"torch._dynamo", "sympy"} & set(sys.modules)))
+print([torch.equal(*pair) for pair in zip(*states)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours, theirs, equal = done.stdout.splitlines()
+    assert ours == "[]" and theirs != "[]" and equal == "[True, True, True, True]"
 
 
 @pytest.mark.parametrize(
