@@ -147,9 +147,8 @@ def test_whole_blocks_multiply_by_the_reciprocal_and_a_short_block_divides(backe
     blocks = torch.cat([midpoints * absmax[:, None], absmax[:, None]], dim=1)  # (400, 16), each value at a tie
     divided, multiplied = blocks / absmax[:, None], blocks * (1 / absmax)[:, None]
     differ = (torch.bucketize(divided, midpoints) != torch.bucketize(multiplied, midpoints)).any(dim=1)
-    assert (
-        differ[:384].any() and differ[384:].any()
-    )  # the first fill whole blocks, the others are tried as the short last one
+    # The first 384 fill whole blocks; each of the others is tried as the short last block.
+    assert differ[:384].any() and differ[384:].any()
     for rest in blocks[384:][differ[384:]]:
         weight = torch.cat([blocks[:384].repeat_interleave(4, 0).view(-1), rest])
         assert_same_bits(backend.quantize(weight.to(DEVICE))[0], nf4_reference.quantize(weight)[0])
