@@ -1,11 +1,19 @@
 """The demonstration: fine-tune the embedded models with LoRA and QLoRA, and compare them with their bases. Needs no network and
 no GPU."""
 
+import functools
+import multiprocessing
+import os
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitune import checkpoint, data
+import torch
+from minitune_kernels import ops
+
+from minitune import checkpoint, data, screen
 from minitune.config import TrainConfig, arg
 from minitune.decoding.options import GenerateConfig
 from minitune.device import choose_device, choose_dtype
@@ -16,6 +24,8 @@ from minitune.model_folder import ModelFolder
 from minitune.runs.folder import read_lines
 from minitune.train import train
 
+EVAL_EVERY = 101  # steps: in the middle of a run of 202, and at its end
+KINDS = {"none": "LoRA", "nf4": "QLoRA"}
 RUNS = (("tiny-mistral", "none"), ("tiny-mistral", "nf4"), ("tiny-llama", "none"), ("tiny-phi", "none"))
 
 
@@ -31,11 +41,9 @@ def demo(config, say=print):
     """Fine-tune each of RUNS. Print a table with held-out loss and exact match before and after, and a sample answer of each.
 
     Returns the rows of the table, a list of dicts, which are also written to demo.json in the folder."""
-    started, table = time.perf_counter(), []
-    for name, quantize in RUNS:
-        kind = "LoRA" if quantize == "none" else "QLoRA"
-        say(f"\n== {name}, {kind} ==")
-        table.append(fine_tune_and_compare(name, quantize, kind, config, say))
+    started = time.perf_counter()
+    count = processes(config.device)
+    table = side_by_side(config, count) if count > 1 else one_by_one(config, say)
     columns = ("model", "method", "held-out loss", "", "exact match", "", "seconds")
     say("\n{:<14}{:<8}{:>14}{:>9}{:>14}{:>9}{:>10}".format(*columns))
     say("{:<14}{:<8}{:>14}{:>9}{:>14}{:>9}{:>10}".format("", "", "before", "after", "before", "after", ""))
@@ -53,12 +61,62 @@ def demo(config, say=print):
     return table
 
 
-def fine_tune_and_compare(name, quantize, kind, config, say):
-    """One row of the table, a dict. name: an embedded model. quantize: as in TrainConfig. kind: "LoRA" or "QLoRA"."""
-    started = time.perf_counter()
+def processes(device):
+    """How many of RUNS are done at once. On a CPU as many as there are cores: with steps this short, two threads of one run are
+    little faster than one. Only on Linux can a process be forked that uses torch."""
+    can_fork = sys.platform == "linux" and choose_device(device).type == "cpu"
+    return min(len(RUNS), torch.get_num_threads()) if can_fork else 1
+
+
+def one_by_one(config, say):
+    """The rows of the table, a run after the other."""
+    rows = []
+    for name, quantize in RUNS:
+        say(f"\n== {name}, {KINDS[quantize]} ==")
+        rows.append(fine_tune_and_compare(name, quantize, config, say))
+    return rows
+
+
+def side_by_side(config, count):
+    """The rows of the table, by `count` processes that share the threads. A stop or an error of one ends the others, too."""
+    ops.prepare()  # builds the C kernels, before the processes need them
+    fork, threads = multiprocessing.get_context("fork"), max(1, torch.get_num_threads() // count)
+    pool = ProcessPoolExecutor(count, fork, torch.set_num_threads, (threads,))
+    try:
+        rows = [pool.submit(compare_apart, *run, config) for run in RUNS]
+        for row in as_completed(rows):
+            row.result()  # raises what it failed with
+        return [row.result() for row in rows]
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def compare_apart(name, quantize, config):
+    """fine_tune_and_compare() in a process of its own, whose lines say which run they are about."""
+    screen.progress = functools.partial(screen.progress, disable=True)  # two bars would overwrite each other
+    try:
+        say = lambda line: screen.say(f"{name}, {KINDS[quantize]}: {line}")  # noqa: E731
+        return fine_tune_and_compare(name, quantize, config, say)
+    except KeyboardInterrupt:
+        os._exit(130)  # the process that waits says it
+
+
+def fine_tune_and_compare(name, quantize, config, say):
+    """One row of the table, a dict. name: an embedded model. quantize: as in TrainConfig."""
+    started, kind = time.perf_counter(), KINDS[quantize]
     run = Path(config.runs) / f"{name}-{kind.lower()}"
     options = TrainConfig(
-        model=name, quantize=quantize, run=str(run), resume="never", samples=0, eval_every=50, device=config.device
+        model=name,
+        quantize=quantize,
+        run=str(run),
+        resume="never",
+        samples=0,
+        eval_every=EVAL_EVERY,
+        device=config.device,
     )
     folder, device = ModelFolder.open(name), choose_device(options.device)
     tokenizer = folder.tokenizer
