@@ -9,11 +9,14 @@ noticed.
 The comparison runs in a thread of its own (direct.apart), so the caller's autograd, autocast, torch modes and tape do not see it.
 Its random numbers come from a generator of its own. README.md says how long it takes."""
 
+import ast
 import functools
+import hashlib
 import math
+from pathlib import Path
 
 import torch
-from minitune_kernels import built, formulas, ops_cpu, ops_torch
+from minitune_kernels import built, formulas, nf4_reference, ops_cpu, ops_torch
 from minitune_kernels.direct import apart
 from torch.compiler import is_compiling
 from torch.linalg import vector_norm as norm
@@ -39,7 +42,7 @@ def agrees(operation, version, x):
     key = operation, version, x.dtype, "cpu" if x.is_cpu else x.device.type, torch.is_grad_enabled()
     formula = getattr(formulas, operation)
     found = _verdicts.get(key)
-    if found is not None and found[0] is formula.__code__:
+    if found is not None and found[0] is code_of(formula):
         return found[1]
     if key[3] == "meta" or torch._C._are_functorch_transforms_active():
         return False
@@ -48,17 +51,36 @@ def agrees(operation, version, x):
     return judge(key, formula, compare, words_of(operation, version))
 
 
+def code_of(formula):
+    """What changes when a formula is edited: its code, or the formula itself where it is no function of Python."""
+    return getattr(formula, "__code__", formula)
+
+
+@functools.cache
+def formulas_fingerprint():
+    """sha256 of the code of formulas.py and nf4_reference.py, without comments and
+    docstrings. What was computed with other formulas was computed with another model."""
+    code = []
+    for module in (formulas, nf4_reference):
+        tree = ast.parse(Path(module.__file__).read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        code.append(ast.unparse(tree))
+    return hashlib.sha256("\n".join(code).encode()).hexdigest()
+
+
 def known(key, formula):
     """The verdict on a key, None where there is none."""
     found = _verdicts.get(key)
-    return found[1] if found is not None and found[0] is formula.__code__ else None
+    return found[1] if found is not None and found[0] is code_of(formula) else None
 
 
 def judge(key, formula, compare, version):
     """Whether compare() finds no difference between a version and its formula. The verdict is kept for the key.
 
     compare: returns the difference in words, or None. version: in words, for the line on the screen."""
-    code = formula.__code__
+    code = code_of(formula)
     fault = apart(compare)
     _verdicts[key] = code, fault is None
     _aside.discard(key)
@@ -66,8 +88,9 @@ def judge(key, formula, compare, version):
         _aside.add(key)
         if (key[0], code) not in _said:
             _said.add((key[0], code))
+            place = f"{code.co_filename}:{code.co_firstlineno}" if hasattr(code, "co_filename") else repr(code)
             built.tell(
-                f"{key[0]} follows its formula ({code.co_filename}:{code.co_firstlineno}), which is slower: {version} {fault}. "
+                f"{key[0]} follows its formula ({place}), which is slower: {version} {fault}. "
                 "It is set aside in this process, as is every other version that differs"
             )
     return fault is None
@@ -80,25 +103,27 @@ def is_any_set_aside():
     if not _aside:
         return False
     current = {key: getattr(formulas, key[0], None) for key in _aside}
-    return any(formula is None or _verdicts[key][0] is formula.__code__ for key, formula in current.items())
+    return any(formula is None or _verdicts[key][0] is code_of(formula) for key, formula in current.items())
 
 
 # --- the comparison ---
 
 
 def difference(operation, version, dtype, device, has_gradient):
-    """How a version differs from its formula, in words, or None."""
+    """How a version differs from its formula, in words, or None. One for 16 bits is compared in fp32 too, where a change shows
+    that is smaller than the rounding of 16 bits."""
     formula, fast = called(operation, getattr(formulas, operation)), VERSIONS[operation, version]
-    limit = LIMITS.get(dtype, FP32_LIMIT)
-    for arguments in EXAMPLES[operation](Numbers(dtype, device), version):
-        try:
-            expected, found = outcomes((formula, fast), arguments, has_gradient)
-        except Exception as error:  # raised again where the operation is called
-            return f"cannot be compared, as the formula or this version fails with {type(error).__name__}"
-        for number, pair in enumerate(zip(found, expected, strict=True)):
-            is_gradient = has_gradient and number > 0
-            if share := distance(*pair, 4 * limit if is_gradient else limit):
-                return f"differs {'in its gradient ' if is_gradient else ''}by {share} of the values"
+    for kind in dict.fromkeys((dtype, torch.float32)):
+        limit = LIMITS.get(kind, FP32_LIMIT)
+        for arguments in EXAMPLES[operation](Numbers(kind, device), version):
+            try:
+                expected, found = outcomes((formula, fast), arguments, has_gradient)
+            except Exception as error:  # raised again where the operation is called
+                return f"cannot be compared, as the formula or this version fails with {type(error).__name__}"
+            for number, pair in enumerate(zip(found, expected, strict=True)):
+                is_gradient = has_gradient and number > 0
+                if share := distance(*pair, 4 * limit if is_gradient else limit):
+                    return f"differs {'in its gradient ' if is_gradient else ''}by {share} of the values"
     return None
 
 
@@ -115,7 +140,7 @@ def outcomes(functions, arguments, has_gradient):
     found, sums, leaves = [], [], []
     with torch.set_grad_enabled(has_gradient):
         for function in functions:
-            own = [t.detach().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for t in arguments]
+            own = [t.detach().clone().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for t in arguments]
             results = function(*own)
             found.append(list(results) if isinstance(results, tuple) else [results])
             if has_gradient:
@@ -138,7 +163,7 @@ def weights(count, device):
 
 def distance(found, expected, limit):
     """None where two tensors agree, else how far they are apart, in words."""
-    if found.shape != expected.shape:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
         return "all"
     if not found.is_floating_point():
         return None if torch.equal(found, expected) else f"{(found != expected).double().mean().item():.0%}"
@@ -286,7 +311,9 @@ EXAMPLES = {
 
 def in_one_pass(activation, approximation):
     """An activation by oneDNN, which has it as the end of a product: here with the identity matrix."""
-    return lambda x: one_dnn(x, torch.eye(x.shape[-1]), torch.zeros(x.shape[-1]), activation, approximation)
+    return lambda x: one_dnn(
+        x, torch.eye(x.shape[-1], dtype=x.dtype), x.new_zeros(x.shape[-1]), activation, approximation
+    )
 
 
 def one_dnn(x, weight, bias, activation="none", approximation=""):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch  # noqa: F401 - loads OpenMP; our library, loaded later, then shares it
@@ -54,6 +55,20 @@ CPU_FLAGS = (  # the same in the words of /proc/cpuinfo
 
 
 INT, POINTER, SIZE = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
+
+
+BACKENDS = {
+    "torch": "nf4_reference",
+    "cpu": "nf4_cpu",
+    "triton": "nf4_triton",
+    "cuda": "nf4_cuda",
+}  # name -> module for NF4
+
+
+def check_backend(wanted):
+    """Raises ValueError where MINITUNE_KERNELS, if it is set, names no backend."""
+    if wanted and wanted not in BACKENDS:
+        raise ValueError(f"MINITUNE_KERNELS is {wanted!r}, expected {', '.join(BACKENDS)}")
 
 
 class NoCompiler(Exception):
@@ -118,7 +133,8 @@ def kept(name, suffix):
         if is_trusted and path.name == file_name(name, suffix, path.read_bytes()):
             return path
         tell(f"{path} is damaged or belongs to somebody else; it is built again")
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # of a cache that cannot be written
+            path.unlink(missing_ok=True)
     return None
 
 

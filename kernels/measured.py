@@ -59,7 +59,9 @@ def conditions():
 
 
 def kernels():
-    """Instruction set and sources of the C kernels; "none" without a compiler."""
+    """Instruction set and sources of the C kernels; "none" without a compiler, or where MINITUNE_KERNELS asks for others."""
+    if os.environ.get("MINITUNE_KERNELS") not in (None, "", "cpu"):
+        return "none"
     try:
         _, level = built.library()
     except built.NoCompiler:
@@ -77,7 +79,9 @@ def machine():
     key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
     name = f"machine-{key}"
     if (path := built.kept(name, ".json")) is not None:
-        return json.loads(path.read_bytes())
+        kept = json.loads(path.read_bytes())
+        if isinstance(kept, dict) and kept.get("conditions") == found:
+            return kept
     figures = {"conditions": found, **apart(measure)}
     built.keep(name, ".json", json.dumps(figures, indent=1).encode())
     return figures

@@ -109,7 +109,7 @@ WORK(quantize_blocks, Quantize)
 
 /* The first `count` elements of a block, rounded to `dtype`, to `out` in the dtype `as`: a product in fp32 takes weights that are
  * rounded to bf16. */
-INLINE void decode_portable(const uint8_t *packed, float absmax, int dtype, int as, void *out, int count) {
+INLINE void expand_portable(const uint8_t *packed, float absmax, int dtype, int as, void *out, int count) {
   float table[16];
   for (int i = 0; i < 16; i++) {
     float value = CODE[i] * absmax;
@@ -118,7 +118,7 @@ INLINE void decode_portable(const uint8_t *packed, float absmax, int dtype, int 
   for (int i = 0; i < count; i++) store(out, as, i, table[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4]);
 }
 
-/* decode(): the same for a whole block. stream: write past the caches, where the instruction set can. */
+/* expand(): the same for a whole block. stream: write past the caches, where the instruction set can. */
 #if LEVEL == AVX2
 
 /* Eight fp32 rounded to 16 bits, as eight uint16. */
@@ -135,7 +135,7 @@ INLINE __m256 widen_avx2(__m128i h, int dtype) {
   return dtype == FP16 ? _mm256_cvtph_ps(h) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-INLINE void decode(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
+INLINE void expand(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
   (void)stream;
   __m256 low = _mm256_mul_ps(_mm256_load_ps(CODE), _mm256_set1_ps(absmax));
   __m256 high = _mm256_mul_ps(_mm256_load_ps(CODE + 8), _mm256_set1_ps(absmax));
@@ -193,7 +193,7 @@ INLINE void put_avx512(void *out, __m512i v, int stream) {
   else _mm512_storeu_si512(out, v);
 }
 
-INLINE void decode(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
+INLINE void expand(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
   __m512 table = _mm512_mul_ps(_mm512_load_ps(CODE), _mm512_set1_ps(absmax));
   if (as == FP32) {
     if (dtype == FP16) table = _mm512_cvtph_ps(round_avx512(table, FP16));
@@ -214,9 +214,9 @@ INLINE void decode(const uint8_t *packed, float absmax, int dtype, int as, void 
 
 #else
 
-INLINE void decode(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
+INLINE void expand(const uint8_t *packed, float absmax, int dtype, int as, void *out, int stream) {
   (void)stream;
-  decode_portable(packed, absmax, dtype, as, out, BLOCK);
+  expand_portable(packed, absmax, dtype, as, out, BLOCK);
 }
 
 #endif
@@ -224,7 +224,7 @@ INLINE void decode(const uint8_t *packed, float absmax, int dtype, int as, void 
 /* Whole blocks. dtype and stream are compile-time constants. */
 INLINE void dequantize_whole(const Dequantize *j, int64_t begin, int64_t end, const int dtype, const int stream) {
   for (int64_t b = begin; b < end; b++)
-    decode(j->weight.packed + b * BLOCK / 2, scale_of(&j->weight, b), dtype, dtype, element(j->out, dtype, b * BLOCK), stream);
+    expand(j->weight.packed + b * BLOCK / 2, scale_of(&j->weight, b), dtype, dtype, element(j->out, dtype, b * BLOCK), stream);
 }
 
 static void dequantize_blocks(const Dequantize *j, int64_t begin, int64_t end) {
@@ -241,16 +241,16 @@ static void dequantize_blocks(const Dequantize *j, int64_t begin, int64_t end) {
   else if (j->dtype == FP16) dequantize_whole(j, begin, full, FP16, 0);
   else dequantize_whole(j, begin, full, FP32, 0);
   for (int64_t b = full; b < end; b++)  // a last block that is not whole
-    decode_portable(j->weight.packed + b * BLOCK / 2, scale_of(&j->weight, b), j->dtype, j->dtype,
+    expand_portable(j->weight.packed + b * BLOCK / 2, scale_of(&j->weight, b), j->dtype, j->dtype,
                     element(j->out, j->dtype, b * BLOCK), (int)(j->n - b * BLOCK));
 }
 WORK(dequantize_blocks, Dequantize)
 
 // --- multiply: out (M, N) = x (M, K) times the transposed weight (N, K), for few rows; K is a multiple of 64 --------
 
-enum { CHUNK = 1024, MAX_ROWS = 128 };  // elements of a row of the weight that are decoded at a time; the largest M
+enum { CHUNK = 1024, MAX_ROWS = 128 };  // elements of a row of the weight that are expanded at a time; the largest M
 
-/* In fp32, for every dtype: a chunk of a row of the weight is decoded into the L1 cache and multiplied with each row of x (fp32). */
+/* In fp32, for every dtype: a chunk of a row of the weight is expanded into the L1 cache and multiplied with each row of x (fp32). */
 static void multiply_blocks(const Matmul *j, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n++) {
     float w[CHUNK], sums[MAX_ROWS] = {0};
@@ -258,7 +258,7 @@ static void multiply_blocks(const Matmul *j, int64_t begin, int64_t end) {
       int64_t size = j->K - k < CHUNK ? j->K - k : CHUNK;
       for (int64_t i = 0; i < size; i += BLOCK) {
         int64_t b = (n * j->K + k + i) / BLOCK;
-        decode(j->weight.packed + b * BLOCK / 2, scale_of(&j->weight, b), j->dtype, FP32, w + i, 0);
+        expand(j->weight.packed + b * BLOCK / 2, scale_of(&j->weight, b), j->dtype, FP32, w + i, 0);
       }
       for (int64_t m = 0; m < j->M; m++) {
         const float *x = (const float *)j->x + m * j->K + k;
@@ -309,7 +309,7 @@ static void permute_x(const Layout *j, int64_t begin, int64_t end) {
 WORK(permute_x, Layout)
 
 /* 128 weights of a row in that order, from two blocks with the absmax `scale` and `next_scale`. is_half: the row ends after 64. */
-INLINE void decode_blocks(const uint8_t *packed, int is_half, float scale, float next_scale, __m512bh w[4]) {
+INLINE void expand_blocks(const uint8_t *packed, int is_half, float scale, float next_scale, __m512bh w[4]) {
   const __m512 code = _mm512_load_ps(CODE);
   const __m512i nibble = _mm512_set1_epi16(15);
   const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);  // bit 4 selects the second half of the table
@@ -323,14 +323,14 @@ INLINE void decode_blocks(const uint8_t *packed, int is_half, float scale, float
 }
 
 /* The same from `block` on. */
-INLINE void decode_128(const Weight *w, int64_t block, int is_half, __m512bh parts[4]) {
+INLINE void expand_128(const Weight *w, int64_t block, int is_half, __m512bh parts[4]) {
   const float next_scale = is_half ? 0 : scale_of(w, block + 1);
-  decode_blocks(w->packed + block * (BLOCK / 2), is_half, scale_of(w, block), next_scale, parts);
+  expand_blocks(w->packed + block * (BLOCK / 2), is_half, scale_of(w, block), next_scale, parts);
 }
 
-/* Few rows of x: the weight is decoded in registers and multiplied there. With one row of x, STREAMS rows of the weight are read at
+/* Few rows of x: the weight is expanded in registers and multiplied there. With one row of x, STREAMS rows of the weight are read at
  * once, `stride` rows apart: memory delivers four long streams faster than one or eight. With more rows of x only two rows of the
- * weight, so that their sums and the decoded weights fit into the registers. */
+ * weight, so that their sums and the expanded weights fit into the registers. */
 enum { STREAMS = 4, FEW = 8 };
 
 typedef struct {  // what multiply_few() computes at once. All but stride are compile-time constants: loops unroll, branches vanish
@@ -356,7 +356,7 @@ INLINE void few_step(const Matmul *j, const Few few, int64_t block, const int is
       const float *absmax = j->weight.absmax;
       const float scale = few.is_nested ? scale_of(&j->weight, at) : absmax[at];
       _mm_prefetch(packed + 512, _MM_HINT_T0);
-      decode_blocks(packed, is_half, scale,
+      expand_blocks(packed, is_half, scale,
                     is_half ? 0 : few.is_nested ? scale_of(&j->weight, at + 1) : absmax[at + 1], w[r]);
     }
 #pragma GCC unroll 4
@@ -411,7 +411,7 @@ MULTIPLY_FEW(8)
 static const Work FEW_ROWS[] = {NULL, multiply_few_1_work, multiply_few_2_work, multiply_few_3_work, multiply_few_4_work,
                                 multiply_few_5_work, multiply_few_6_work, multiply_few_7_work, multiply_few_8_work};
 
-/* More rows of x: a chunk of ROWS rows of the weight is decoded into the L1 cache and multiplied with COLUMNS rows of x at a time, so
+/* More rows of x: a chunk of ROWS rows of the weight is expanded into the L1 cache and multiplied with COLUMNS rows of x at a time, so
  * that 24 products need 10 loads. */
 enum { ROWS = 6, COLUMNS = 4 };
 
@@ -431,7 +431,7 @@ static void multiply_many(const Matmul *j, int64_t begin, int64_t end) {
           const int64_t next = block + (k + CHUNK < K ? CHUNK : ROWS * K - k) / BLOCK;  // read while the products run
           _mm_prefetch(j->weight.packed + next * (BLOCK / 2), _MM_HINT_T0);
           if (i == 0 && j->weight.absmax) _mm_prefetch(j->weight.absmax + next, _MM_HINT_T0);
-          decode_128(&j->weight, block, k + i + BLOCK == K, parts);
+          expand_128(&j->weight, block, k + i + BLOCK == K, parts);
           for (int part = 0; part < 4; part++) _mm512_store_si512(w[r] + i + 32 * part, (__m512i)parts[part]);
         }
       for (int64_t m = 0; m < M; m += COLUMNS) {
@@ -466,7 +466,7 @@ WORK(multiply_many, Matmul)
 
 #if LEVEL >= AMX
 
-/* AMX, for tens of rows of x: 128 elements of 16 rows of the weight become four tiles of 16 x 32, in the order of decode_128(). Up to
+/* AMX, for tens of rows of x: 128 elements of 16 rows of the weight become four tiles of 16 x 32, in the order of expand_128(). Up to
  * 64 rows of x are multiplied at once, in four tiles of 16 x 32 each (see tile_x). A tile of sums is 16 x 16. */
 #ifdef EMULATE_AMX  // for tests on a CPU without AMX: the five instructions in C, on eight tiles of each thread
 static __thread uint8_t tiles[8][16][64];
@@ -537,7 +537,7 @@ static void multiply_amx(const Matmul *j, int64_t begin, int64_t end) {
           __m512bh parts[4];
           const int64_t block = ((n + r) * K + k) / BLOCK;
           _mm_prefetch(j->weight.packed + block * (BLOCK / 2) + 512, _MM_HINT_T0);
-          decode_128(&j->weight, block, k + BLOCK == K, parts);
+          expand_128(&j->weight, block, k + BLOCK == K, parts);
           for (int part = 0; part < 4; part++) _mm512_store_si512(w[part][r], (__m512i)parts[part]);
         }
         const uint16_t *x = (const uint16_t *)j->x + (k / 128 * groups + group) * 2048;

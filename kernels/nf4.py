@@ -36,8 +36,6 @@ BLOCK = nf4_reference.BLOCK
 NESTED_BLOCK = nf4_reference.NESTED_BLOCK
 CODE = nf4_reference.CODE
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-BACKENDS = {"torch": "nf4_reference", "cpu": "nf4_cpu", "triton": "nf4_triton", "cuda": "nf4_cuda"}  # name -> module
-
 _buffers = {}  # (device, dtype) -> the flat tensor that workspace() lends
 _lent = threading.Lock()  # held while a workspace is in use
 
@@ -106,12 +104,11 @@ def chosen(kind, index, wanted):
     device = torch.device(kind, index)
     names = ["cpu", "torch"] if kind == "cpu" else ["triton", "cuda", "torch"] if kind == "cuda" else ["torch"]
     if wanted:
-        if wanted not in BACKENDS:
-            raise ValueError(f"MINITUNE_KERNELS is {wanted!r}, expected {', '.join(BACKENDS)}")
+        built.check_backend(wanted)
         names = [wanted]
     passed = []
     for name in names:
-        module = importlib.import_module(f"minitune_kernels.{BACKENDS[name]}")
+        module = importlib.import_module(f"minitune_kernels.{built.BACKENDS[name]}")
         if not (fault := module.why_not(device)):
             break
         passed.append(f"{name}: {fault}")
@@ -401,13 +398,15 @@ def dequantized_apart(module, dtype, device):
 def product_apart(module, dtype, device):
     shape = 9, 2 * BLOCK
     weight, packed, absmax = example(dtype, device, *shape)
-    weight = nf4_reference.dequantize(packed, absmax, torch.empty_like(weight))
+    nested = nf4_reference.double_quantize(absmax)
     limit = agreement.LIMITS.get(dtype, agreement.FP32_LIMIT)
-    for rows in {min(rows, module.max_rows(shape, dtype) or 1) for rows in (3, 33)}:
-        x = agreement.Numbers(dtype, device)(rows, shape[1]).detach()
-        found = module.matmul(x, packed, (absmax,), shape, x.new_empty(rows, shape[0]))
-        if share := agreement.distance(found, formulas.linear(x, weight), limit):
-            return f"differs by {share} of the values"
+    for scales, plain in (((absmax,), absmax), (nested, nf4_reference.double_dequantize(*nested))):
+        weight = nf4_reference.dequantize(packed, plain, torch.empty_like(weight))
+        for rows in {min(rows, module.max_rows(shape, dtype) or 1) for rows in (3, 33)}:
+            x = agreement.Numbers(dtype, device)(rows, shape[1]).detach()
+            found = module.matmul(x, packed, scales, shape, x.new_empty(rows, shape[0]))
+            if share := agreement.distance(found, formulas.linear(x, weight), limit):
+                return f"differs by {share} of the values"
     return None
 
 

@@ -17,6 +17,7 @@ from minitune_kernels import agreement, formulas, nf4, ops_cpu, ops_torch
 from minitune_kernels.agreement import agrees
 from minitune_kernels.direct import is_direct
 
+formulas_fingerprint = agreement.formulas_fingerprint  # for files that are wrong once a formula was edited
 prepare = ops_cpu.prepare  # builds the C kernels: call it before a measured time begins
 Shape = ops_cpu.Shape  # of a cache in C
 ACTIVATIONS = ("gelu", "gelu_tanh")  # of linear_activation()

@@ -66,17 +66,23 @@ def library():
 
 @functools.cache
 def runs_here(wanted):
-    """Whether there is a compiler, and MINITUNE_KERNELS does not ask for another backend."""
+    """Whether the C kernels can be built, and MINITUNE_KERNELS (`wanted`) does not ask for another backend. A line says, once,
+    why they cannot. Raises ValueError where they are asked for by name."""
     try:
         return wanted in (None, "", "cpu") and library()[1] >= 0
-    except built.NoCompiler:
+    except built.NoCompiler as error:
+        if wanted:
+            raise ValueError(f"MINITUNE_KERNELS={wanted} does not run on cpu: {error}") from None
+        built.tell(f"computing in plain PyTorch, which is slower: {error}")
         return False
 
 
 def prepare():
     """Build and load the C kernels where they will be used, and measure where they are faster than torch, once a machine. Call it
-    before a measured time begins."""
-    if runs_here(os.environ.get("MINITUNE_KERNELS")):
+    before a measured time begins. Raises ValueError where MINITUNE_KERNELS names no backend."""
+    wanted = os.environ.get("MINITUNE_KERNELS")
+    built.check_backend(wanted)
+    if runs_here(wanted):
         measured.machine()
 
 

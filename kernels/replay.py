@@ -149,7 +149,7 @@ class Snapshot:
 
 def formula_codes():
     """The code objects of the formulas. Equal lists cost a microsecond to compare, as == of objects begins with identity."""
-    return [value.__code__ for value in vars(formulas).values() if hasattr(value, "__code__")]
+    return [agreement.code_of(value) for value in vars(formulas).values() if callable(value)]
 
 
 def copied(value):

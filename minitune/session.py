@@ -12,12 +12,12 @@ from minitune.adapters import peft_files
 from minitune.config import arg, is_out_of_memory
 from minitune.data import labels
 from minitune.device import DTYPES, choose_device, choose_dtype
-from minitune.files import read_json
+from minitune.files import expand, read_json
 from minitune.formats.templates import ADAPTER_TEMPLATES, CHAT_TEMPLATES, for_tokenizer
 from minitune.generate import decode, earlier_copies
 from minitune.generation_config import DecodingOptions, settle
 from minitune.model_folder import ModelFolder
-from minitune.runs.folder import ADAPTERS, find_adapter
+from minitune.runs.folder import ADAPTERS, find_adapter, unfinished
 from minitune.screen import short, some
 
 ADAPTER_CONFIG = peft_files.ADAPTER_CONFIG
@@ -88,7 +88,11 @@ class Answerer:
 
     def __init__(self, config, say, folder=None, **weaker):
         self.config, self.say = config, say
-        self.adapter = None if config.adapter is None else find_adapter(config.adapter)
+        self.adapter = None
+        if config.adapter is not None:
+            self.adapter = find_adapter(config.adapter)
+            if self.adapter != expand(config.adapter) and (line := unfinished(self.adapter)):
+                say(line)
         trained = read_facts(self.adapter)  # a bad one is said before anything else
         self.name = config.model if config.model is not None else trained["base"] or "tiny-mistral"
         is_base = config.model is None or config.model == trained["base"]

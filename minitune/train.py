@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 
 import torch
+from minitune_kernels import ops
 
 from minitune import checkpoint, data, distributed, hub, screen
 from minitune.adapters import lora, peft_files
@@ -26,6 +27,7 @@ from minitune.loss import batch_loss, first_nonfinite, held_out_loss
 from minitune.model_folder import ModelFolder
 from minitune.plan import StepPlan, check_plan, learning_rate
 from minitune.pulse import Pulse, duration
+from minitune.runs.answers import FORMULAS
 from minitune.runs.curves import Curve, draw_curves
 from minitune.runs.folder import (
     append_line,
@@ -183,6 +185,7 @@ class Training:
             "model files (sha256)": folder.fingerprint,
             "training rows (sha256)": self.train_set.fingerprint,
             "held-out rows (sha256)": self.test_set.fingerprint,
+            FORMULAS: ops.formulas_fingerprint(),
         }
 
     def load(self, folder, targets):
@@ -473,7 +476,10 @@ def starting_point(config, state_file, plan, facts):
         for key in now
         if key not in free and stored.get(key) != now[key]
     ]
-    other = {name for name in facts if facts[name] != progress.facts.get(name)}
+    before = {FORMULAS: facts[FORMULAS], **progress.facts}  # older states lack it
+    other = {name for name in facts if facts[name] != before.get(name)}
+    if FORMULAS in other:
+        changed.append("the formulas in kernels/, which were edited")
     if "compute dtype" in other:
         changed.append(f"compute dtype {progress.facts.get('compute dtype')} -> {facts['compute dtype']}")
     other_parts = []

@@ -1,5 +1,7 @@
 """The check behind the doors: what differs from its formula is set aside and said once, and the check itself leaves no trace."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from minitune_kernels import agreement, built, formulas, nf4, nf4_cpu, nf4_reference, ops, ops_cpu, ops_torch, replay
@@ -51,6 +53,56 @@ def test_a_formula_with_another_gradient_is_followed_where_one_is_recorded(monke
     gate, up = X.clone().requires_grad_(), X.clone().requires_grad_()
     grads = torch.autograd.grad(ops.swiglu(gate, up).sum(), [gate, up])
     assert grads[0].any() and not grads[1].any()
+
+
+def with_z_loss(hidden, head, targets, own=formulas.cross_entropy):
+    return own(hidden, head, targets) + 1e-4 * head(hidden).float().logsumexp(-1).square()
+
+
+def with_smoothing(hidden, head, targets, own=formulas.cross_entropy):
+    return 0.99 * own(hidden, head, targets) - 0.01 * head(hidden).float().log_softmax(-1).mean(-1)
+
+
+def with_softcap(q, k, v, mask=None, own=formulas.attention):
+    return own(50 * (q / 50).tanh(), k, v, mask)
+
+
+@pytest.mark.parametrize(
+    "edited, versions",
+    [
+        (with_z_loss, ["torch", "torch, without a gradient"]),
+        (with_smoothing, ["torch", "torch, without a gradient"]),
+        (with_softcap, ["torch", "torch, causal", "torch, over a cache"]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_edit_smaller_than_the_rounding_of_16_bits_is_followed(edited, versions, dtype, monkeypatch):
+    operation = "attention" if edited is with_softcap else "cross_entropy"
+    for version in versions:
+        x, is_recorded = X.to(dtype), version in agreement.RECORDED
+        with torch.set_grad_enabled(is_recorded):
+            assert agreement.agrees(operation, version, x)
+            with monkeypatch.context() as edit:
+                edit.setattr(formulas, operation, edited)
+                assert not agreement.agrees(operation, version, x), version
+
+
+@torch.no_grad()
+def test_a_formula_that_changes_its_arguments_or_returns_another_dtype_is_followed(monkeypatch):
+    gate, up = X.bfloat16(), X.bfloat16() + 1
+    monkeypatch.setattr(formulas, "swiglu", lambda gate, up: torch.nn.functional.silu(gate.clamp_(max=0.1)) * up)
+    assert torch.equal(ops.swiglu(gate.clone(), up), formulas.swiglu(gate.clone(), up))
+    own = formulas.rms_norm
+    monkeypatch.setattr(formulas, "rms_norm", lambda x, weight, eps: own(x, weight, eps).float())
+    assert ops.rms_norm(gate, up[0], 1e-5).dtype is torch.float32
+
+
+@torch.no_grad()
+def test_a_formula_may_be_any_callable(monkeypatch):
+    monkeypatch.setattr(formulas, "gelu", torch.nn.functional.gelu)
+    torch.testing.assert_close(ops.gelu(X), torch.nn.functional.gelu(X))
+    monkeypatch.setattr(formulas, "gelu", torch.nn.functional.silu)
+    assert torch.equal(ops.gelu(X), torch.nn.functional.silu(X)) and replay.formula_codes()
 
 
 @pytest.mark.parametrize("name", ["C", "torch"])
@@ -155,6 +207,33 @@ def test_a_backend_of_4_bit_weights_with_other_numbers_is_set_aside(what, monkey
     assert torch.equal(nf4.dequantize(packed, absmax, (9, 128), torch.float32), whole)
     torch.testing.assert_close(nf4.matmul(x, packed, absmax, (9, 128)), x @ whole.T)
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_an_edit_of_double_quantised_scales_is_followed_for_every_number_of_rows(rows, monkeypatch):
+    packed, absmax = nf4.quantize(torch.linspace(-1, 1, 128 * 9).view(9, 128))
+    nested, x = nf4_reference.double_quantize(absmax), torch.linspace(-1, 1, rows * 128).view(rows, 128)
+    before, own = nf4.matmul(x, packed, nested, (9, 128)), nf4_reference.double_dequantize
+    monkeypatch.setattr(agreement, "_verdicts", {})
+    monkeypatch.setattr(nf4_reference, "double_dequantize", lambda *nested: 1.5 * own(*nested))
+    torch.testing.assert_close(nf4.matmul(x, packed, nested, (9, 128)), 1.5 * before)
+
+
+def test_the_fingerprint_of_the_formulas_is_of_their_code_alone(monkeypatch, tmp_path):
+    whole = agreement.formulas_fingerprint()
+    text = Path(formulas.__file__).read_text()
+    for number, (new, is_same) in enumerate(
+        [
+            (text.replace('"""', '"""Also: ', 1) + "\n# more\n", True),
+            (text.replace("return F.silu", "return 2 * F.silu"), False),
+        ]
+    ):
+        (tmp_path / f"{number}.py").write_text(new)
+        monkeypatch.setattr(formulas, "__file__", str(tmp_path / f"{number}.py"))
+        agreement.formulas_fingerprint.cache_clear()
+        assert (agreement.formulas_fingerprint() == whole) is is_same
+    monkeypatch.undo()
+    agreement.formulas_fingerprint.cache_clear()
 
 
 def test_the_product_of_a_4_bit_weight_and_its_gradient_follow_the_formula_of_linear(monkeypatch):

@@ -254,7 +254,7 @@ def test_files_of_earlier_commits_are_gone_on_with_and_those_without_a_check_ref
     settings = {"quantize": "none", "adapter (sha256)": None, "decoding": {"num_beams": 5}}
     path.write_text(OLD_ROWS)
     before = path.read_bytes()
-    for more in ({}, {"a new setting": None}):
+    for more in ({}, {"a new setting": None, "formulas (sha256)": "1"}):
         with opening(path, settings | more) as file:
             assert [record["answer"] for record in file.records] == ["Paris é"]
     with opening(path, settings | more) as file:

@@ -1,5 +1,7 @@
 """The demonstration: its runs side by side, in processes of their own."""
 
+import os
+import signal
 import sys
 import time
 
@@ -13,6 +15,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs are side b
 def test_runs_side_by_side_give_the_rows_of_the_table_in_order(monkeypatch):
     monkeypatch.setattr(demo, "fine_tune_and_compare", lambda name, quantize, config, say: (name, quantize))
     assert demo.side_by_side(demo.DemoConfig(), 2) == list(demo.RUNS)
+
+
+def test_a_process_that_the_system_kills_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(demo, "fine_tune_and_compare", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(OSError, match="a process of the demonstration was killed"):
+        demo.side_by_side(demo.DemoConfig(), 2)
 
 
 def test_a_run_that_fails_ends_the_others_and_says_why(monkeypatch):

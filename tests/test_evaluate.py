@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from minitune_kernels import ops
 
 from minitune import data, hub, session
 from minitune.adapters import lora
@@ -248,11 +249,15 @@ def test_more_rows_go_on_from_fewer(run):
     assert len(evaluate(config, QUIET)["systems"]["tuned"]["examples"]) == 3
 
 
-def test_other_settings_are_refused_by_name_and_resume_never_answers_again(run):
+def test_other_settings_are_refused_by_name_and_resume_never_answers_again(run, monkeypatch):
     config = EvaluateConfig(run=str(run), max_new_tokens=6, resamples=20, base=False, limit=3)
     evaluate(config, QUIET)
     with pytest.raises(ValueError, match=r"other settings: max_new_tokens 6 -> 7; use --resume never"):
         evaluate(replace(config, max_new_tokens=7), QUIET)
+    with monkeypatch.context() as edit:
+        edit.setattr(ops, "formulas_fingerprint", lambda: "edited")
+        with pytest.raises(ValueError, match=r"other settings: formulas \(sha256\) .* -> edited; use --resume never"):
+            evaluate(config, QUIET)
     evaluate(replace(config, max_new_tokens=7, resume="never"), QUIET)
     evaluate(replace(config, max_new_tokens=7, top_p=0.5), QUIET)  # which greedy decoding does not read
     shutil.rmtree(run / "adapter")

@@ -283,6 +283,9 @@ def test_a_resume_with_changed_options_is_refused_with_their_names(options, done
         quiet(options(done, learning_rate=5e-3, seed=7))
     with pytest.raises(ValueError, match="compute dtype float32 -> bfloat16"):
         quiet(options(done, dtype="bf16"))
+    monkeypatch.setattr("minitune_kernels.ops.formulas_fingerprint", lambda: "edited")
+    with pytest.raises(ValueError, match="settings: the formulas in kernels/, which were edited. Use --run"):
+        quiet(options(done))
     assert snapshot(done) == before
 
 

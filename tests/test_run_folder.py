@@ -40,7 +40,12 @@ def test_every_job_takes_the_first_adapter_of_a_run_that_is_whole(missing, copie
     """generate, evaluate and the report, where adapter/ lacks a file."""
     (copied / "adapter" / missing).unlink()
     assert run_folder.adapter_folder(copied) == run_folder.find_adapter(copied) == copied / "best"
-    assert Answerer(ModelConfig(adapter=str(copied)), quiet).adapter == copied / "best"
+    said = []
+    assert Answerer(ModelConfig(adapter=str(copied)), said.append).adapter == copied / "best"
+    assert said[0] == f"warning: {copied / 'adapter'} has no {missing}: {copied / 'best'} is used in its place"
+    shutil.rmtree(copied / "adapter")
+    Answerer(ModelConfig(adapter=str(copied)), said.append)
+    assert f"{copied} did not end its training: {copied / 'best'} is used" in said
     shutil.rmtree(copied / "best")
     shutil.rmtree(copied / "last")
     assert run_folder.adapter_folder(copied) is None

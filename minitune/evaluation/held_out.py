@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 
+from minitune_kernels import ops
+
 from minitune import data, hub, screen
 from minitune.adapters import lora
 from minitune.config import arg, positive
@@ -21,8 +23,8 @@ from minitune.generate import Prefix
 from minitune.generation_config import DecodingOptions, settle
 from minitune.metrics.perplexity import sequence_nll
 from minitune.model_folder import ModelFolder
-from minitune.runs.answers import ADAPTER, open_row_answers
-from minitune.runs.folder import adapter_fingerprint, adapter_folder, hold, read_options
+from minitune.runs.answers import ADAPTER, FORMULAS, open_row_answers
+from minitune.runs.folder import adapter_fingerprint, adapter_folder, hold, read_options, unfinished
 from minitune.session import Answerer, ModelConfig, read_facts
 from minitune.study.names import point_name
 
@@ -181,14 +183,14 @@ class Run:
         self.working_on = None  # the RowAnswers that were asked for last
 
     def find_adapter(self):
-        """The folder of the run's adapter. Says where the run did not end."""
+        """The folder of the run's adapter. Says where it is not the one that training writes in the end."""
         found = adapter_folder(self.folder)
         if found is None:
             raise ValueError(
                 f"{self.folder} has no adapter/, best/ or last/ with weights; train it first: scripts/train.py"
             )
-        if found.name != "adapter":
-            self.say(f"{self.folder} did not end its training: {found} is evaluated")
+        if line := unfinished(found):
+            self.say(line)
         return found
 
     @functools.cached_property
@@ -261,7 +263,10 @@ class Run:
 
     def answer_settings(self, is_tuned, decoding):
         """The same for the answers alone, of one system."""
-        settings = self.facts | {ADAPTER: self.adapter_sha256 if is_tuned else None}
+        settings = self.facts | {
+            ADAPTER: self.adapter_sha256 if is_tuned else None,
+            FORMULAS: ops.formulas_fingerprint(),
+        }
         return settings | {"decoding": json.loads(json.dumps(asdict(decoding.meaning())))}
 
     def check_answers(self, config, folder, with_base, point):

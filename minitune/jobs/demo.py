@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +88,13 @@ def side_by_side(config, count):
         for row in as_completed(rows):
             row.result()  # raises what it failed with
         return [row.result() for row in rows]
-    except BaseException:
+    except BaseException as error:
         for process in multiprocessing.active_children():
             process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise OSError(
+                "a process of the demonstration was killed; if memory was short, OMP_NUM_THREADS=1 makes the runs one by one"
+            ) from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)

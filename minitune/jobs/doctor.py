@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ def doctor(config, say=screen.say):
     """Print the report. Returns it, as examine() does."""
     report = examine(config.again)
     if config.json:
-        say(without_names(json.dumps(report, indent=1)))
+        say(json.dumps(without_names(report), indent=1))
     else:
         for line in as_lines(report):
             say(line)
@@ -123,7 +124,8 @@ def verdict(device, missing):
     if device.type == "cuda":
         ready = "Ready: training and decoding run on the GPU."
     elif any(what == "the C kernels" for what, _ in missing):
-        ready = "Works, but slowly: there is no C compiler."
+        ready = "Works, but slowly: the C kernels cannot be built."
+        missing = [(what, words) for what, words in missing if what != "the C kernels"]
     else:
         ready = "Ready: training and decoding run on the CPU, with compiled kernels."
     return ready + (f" {len(missing)} optional part{'s are' * (len(missing) > 1) or ' is'} missing." if missing else "")
@@ -206,15 +208,19 @@ def section(name, text):
         yield f"  {name if number == 0 else '':<10} {line}"
 
 
-def without_names(text):
-    """`text` with placeholders for the home folder and the names of user and host."""
-    names = {str(Path.home()): "~"}
-    for found, instead in ((user_name(), "USER"), (platform.node(), "HOST"), (socket.gethostname(), "HOST")):
-        if found:
-            names[found] = instead
-    for name, instead in sorted(names.items(), key=lambda pair: -len(pair[0])):
-        text = text.replace(name, instead) if len(name) > 1 else text
-    return text
+def without_names(value):
+    """A report with placeholders for the home folder and the names of user and host in its texts."""
+    if isinstance(value, dict):
+        return {key: without_names(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_names(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    value = value.replace(str(Path.home()), "~")
+    for name, instead in ((user_name(), "USER"), (platform.node(), "HOST"), (socket.gethostname(), "HOST")):
+        if len(name) > 1:
+            value = re.sub(rf"(?<=[/\\@]){re.escape(name)}(?![\w-])", instead, value)
+    return value
 
 
 def user_name():

@@ -6,12 +6,14 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
+from minitune_kernels import ops
+
 from minitune import data, screen
 from minitune.config import arg
 from minitune.files import expand, prove_writable, to_json, write_json, write_whole
 from minitune.formats import files as row_files
 from minitune.formats.templates import BOS, alpaca_prompt, conversation
-from minitune.runs.answers import ADAPTER, open_answers, settings_path
+from minitune.runs.answers import ADAPTER, FORMULAS, open_answers, settings_path
 from minitune.runs.folder import adapter_fingerprint
 from minitune.screen import Writer, speaks_unicode
 from minitune.session import Answerer, ModelConfig
@@ -182,6 +184,7 @@ def answer_settings(answerer):
         "model": answerer.name,
         "model files (sha256)": answerer.folder.fingerprint,
         ADAPTER: adapter_fingerprint(answerer.adapter),
+        FORMULAS: ops.formulas_fingerprint(),
         "template": answerer.template,
         **({} if answerer.special_text == "text" else {"special text": answerer.special_text}),
         "quantize": answerer.quantize,

@@ -27,6 +27,7 @@ from minitune.schema import COUNT, check
 from minitune.screen import short, some, warn
 
 ADAPTER = "adapter (sha256)"  # the key of the settings for the adapter's fingerprint
+FORMULAS = "formulas (sha256)"  # the key for the fingerprint of the formulas, which older files lack
 SUMS = "checksums (crc32)"  # the key of NAME.settings.json for one of each answer that was begun to be written
 
 
@@ -112,6 +113,8 @@ class AnswerFile:
 
     def check_settings(self, stored):
         """Raises ValueError where the answers that are there have other settings."""
+        if FORMULAS in self.settings:
+            stored = {FORMULAS: self.settings[FORMULAS], **stored}
         if stored.get(ADAPTER) != self.settings.get(ADAPTER) and stored | {ADAPTER: 0} == self.settings | {ADAPTER: 0}:
             raise ValueError(
                 f"{self.path} holds answers of another adapter, or of one that was trained again since; {self.again}"

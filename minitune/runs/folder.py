@@ -159,6 +159,17 @@ def has_adapter(folder):
     return all((folder / name).is_file() for name in ADAPTER_FILES)
 
 
+def unfinished(found):
+    """A line on an adapter that adapter_folder() found in place of adapter/, None where it is that one."""
+    final = found.parent / ADAPTERS[0]
+    if found.name not in ADAPTERS[1:] or has_adapter(final):
+        return None
+    missing = [name for name in ADAPTER_FILES if not (final / name).is_file()]
+    if len(missing) < len(ADAPTER_FILES):
+        return f"warning: {final} has no {missing[0]}: {found} is used in its place"
+    return f"{found.parent} did not end its training: {found} is used"
+
+
 def find_adapter(path):
     """The folder of an adapter: `path`, or what adapter_folder() finds in it. Raises ValueError where there is none."""
     folder = expand(path)
