@@ -69,7 +69,8 @@ class ModelConfig(DecodingOptions):
 
     @staticmethod
     def of_run(folder, options):
-        """The options that the config.json of a training run in `folder` means here. options: what it holds."""
+        """The options that a training run's config.json stands for when it is given as --config. folder: of the run;
+        options: its content."""
         if any((folder / name / ADAPTER_CONFIG).is_file() for name in ADAPTERS):
             return {"adapter": str(folder)}
         return {name: options[name] for name in ("model", "revision", "quantize", "dtype") if options.get(name)}
@@ -81,10 +82,10 @@ def no_prefix(batch):
 
 
 class Answerer:
-    """A model, which loads when it is first asked for, with its tokenizer, template and decoding.
+    """A model with its tokenizer, template and decoding options. The weights are loaded at the first use of `model`.
 
-    config: a ModelConfig. folder: the ModelFolder that it names, where it is open already. weaker: defaults of decoding in
-    place of GenerateConfig's, see generation_config.settle()."""
+    config: a ModelConfig. folder: its ModelFolder, if that is open already. weaker: defaults for decoding that replace those
+    of GenerateConfig, see generation_config.settle()."""
 
     def __init__(self, config, say, folder=None, **weaker):
         self.config, self.say = config, say
@@ -93,7 +94,7 @@ class Answerer:
             self.adapter = find_adapter(config.adapter)
             if self.adapter != expand(config.adapter) and (line := unfinished(self.adapter)):
                 say(line)
-        trained = read_facts(self.adapter)  # a bad one is said before anything else
+        trained = read_facts(self.adapter)  # first, so that bad values are reported before anything is loaded
         self.name = config.model if config.model is not None else trained["base"] or "tiny-mistral"
         is_base = config.model is None or config.model == trained["base"]
         revision = config.revision or (trained["revision"] if is_base else None)
@@ -131,24 +132,23 @@ class Answerer:
         return checkpoint.load_model(self.folder, self.dtype, self.device, self.quantize, self.adapter, say=self.say)
 
     def encode(self, pieces, special_text="text"):
-        """Token ids of a rendered conversation. Text from outside becomes a special token only with special_text "tokens"."""
+        """Token ids of a rendered conversation. Text from outside becomes a special token only if special_text is "tokens"."""
         pieces = for_tokenizer(pieces, self.tokenizer)
         if special_text == "tokens":
             pieces = labels.read_special(pieces, self.tokenizer)
         return [token for ids in self.tokenizer.encode_pieces(pieces) for token in ids]
 
     def decode_batches(self, prompts, size, is_done, take, unit="prompt", label="", on_token=None, prefix_of=no_prefix):
-        """Decode prompts in batches, and call take(batch, answers) after each. A batch with nothing left to do is left out; the
-        others are the same ones whatever is done, and so are their answers.
+        """Decode prompts in batches, and call take(batch, answers) after each. Batches whose prompts are all done are skipped.
+        The grouping does not depend on what is done, so the answers do not either.
 
-        prompts: token ids of each. size: prompts of a batch. is_done(i): whether prompt i has its answers. batch: a range of
-        indices of prompts. answers: the Answers of each prompt of the batch, one after the other. unit, label: what a prompt and
-        the whole are called on the screen. on_token, and the prefix that the context manager prefix_of(batch) gives: see
-        decode()."""
+        prompts: token ids of each. size: prompts in a batch. is_done(i): whether prompt i has its answers. batch: a range of
+        indices of prompts. answers: their Answers, in order. unit, label: names of a prompt and of the whole job on the screen.
+        on_token: see decode(). prefix_of(batch): a context manager that gives the prefix for decode()."""
         missing = [i for i in range(len(prompts)) if not is_done(i)]
         if not missing:
             return
-        model, decoding = self.model, self.decoding  # the model loads here: not a part of the time that is measured
+        model, decoding = self.model, self.decoding  # loads the model, before the clock starts
         size = 1 if decoding.lookup else size
         copies = earlier_copies(prompts)
         tokens = guessed = accepted = 0
@@ -184,15 +184,16 @@ class Answerer:
         )
 
     def text(self, answer):
-        """The text of an Answer, cut at a stop text."""
+        """The text of an Answer, cut before the stop text that ended it."""
         text = self.tokenizer.decode(answer.ids)
         cuts = [text.find(stop) for stop in self.decoding.stop if stop in text] if answer.ended_by == "stop" else []
         return text[: min(cuts)] if cuts else text
 
 
 def say_idle(given, decoding, say):
-    """Says which of the given options change nothing in a decoding, such as a temperature where nothing is drawn."""
-    meaning, samples = decoding.meaning(), decoding.do_sample  # temperature 0 is known to make the others idle
+    """Warn of options that have no effect, such as a temperature without sampling."""
+    meaning = decoding.meaning()
+    samples = decoding.do_sample  # at temperature 0 too, where users expect no other option to matter
     idle = [name for name in given if getattr(decoding, name) != getattr(meaning, name)]
     for option, named in (
         ("--num-beams", [name for name in idle if name in ("length_penalty", "early_stopping")]),
@@ -204,9 +205,11 @@ def say_idle(given, decoding, say):
 
 
 def read_facts(adapter):
-    """{"template", "base", "special_text", "revision", "dtype", "quantize"} that an adapter was trained with, None where its
-    files do not say, or there is no adapter. A run of an older minitune has revision, dtype and quantize in its config.json.
-    Raises ValueError where a value is not what minitune writes."""
+    """The settings that an adapter was trained with: {"template", "base", "special_text", "revision", "dtype", "quantize"}.
+    A value is None if the files do not have it, or `adapter` is None.
+
+    Runs of an older minitune have revision, dtype and quantize in config.json only. Raises ValueError on a value that
+    minitune does not write."""
     facts = dict.fromkeys(("template", "base", "special_text", "revision", "dtype", "quantize"))
     if adapter is None:
         return facts
@@ -227,7 +230,8 @@ def read_facts(adapter):
 
 
 def choose_template(config, trained, say):
-    """The template of the options, of the adapter, or plain. trained: of read_facts(). Says where these do not agree."""
+    """The template that the options ask for, else the adapter's, else plain. Warns if they differ. trained: see
+    read_facts()."""
     names = [Path(hub.MODELS.get(name, name)).name for name in (trained["base"], config.model) if name is not None]
     if len(set(names)) > 1:
         say(f"warning: the adapter was trained on {some([trained['base']])}, not on {config.model}")
@@ -241,7 +245,7 @@ def choose_template(config, trained, say):
 
 @contextmanager
 def out_of_memory_explained(decoding, prompts):
-    """Turns what torch raises where memory is short, of a GPU and of the CPU, into a MemoryError that names the options."""
+    """Turn an out-of-memory error of the CPU or a GPU into a MemoryError that names the options to change."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A run's answers to its held-out rows, and their scores."""
+"""The answers of a run to its held-out rows, and their scores."""
 
 import functools
 import json
@@ -28,12 +28,12 @@ from minitune.runs.folder import adapter_fingerprint, adapter_folder, hold, read
 from minitune.session import Answerer, ModelConfig, read_facts
 from minitune.study.names import point_name
 
-GROUP = 16  # held-out rows whose loss is computed together
+GROUP = 16  # rows in a batch of the held-out loss
 
 
 @dataclass(frozen=True)
 class DecodeConfig(ScoreConfig):
-    """What evaluate and sweep share where a run answers."""
+    """The options for decoding held-out rows that evaluate and sweep share."""
 
     run: str | None = arg(None, "run folder of scripts/train.py", group="run")
     batch_size: int = arg(16, "questions that are decoded together; changes no answer", low=1, high=65_536)
@@ -53,7 +53,7 @@ class DecodeConfig(ScoreConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig(DecodeConfig, DecodingOptions):
-    """What is evaluated: a run, or files."""
+    """The options of evaluate.py."""
 
     base: bool = arg(True, "answer with the base model too, and compare", group="what is scored")
     predictions: str | None = arg(
@@ -89,7 +89,7 @@ class EvaluateConfig(DecodeConfig, DecodingOptions):
 
 
 def next_command(folder):
-    """The last line of a job that scored something: what to do next."""
+    """The last line of a job that scored something: the command that comes next."""
     return f"next: python scripts/report.py {shlex.quote(str(folder))} --out {shlex.quote(str(folder / 'report.html'))}"
 
 
@@ -97,13 +97,13 @@ def next_command(folder):
 
 
 def stopped(config, kept):
-    """The KeyboardInterrupt that says what is kept, in words, and how to go on."""
+    """A KeyboardInterrupt that says what is kept and how to resume. kept: in words."""
     without = " without --resume never" if config.resume == "never" else ""
     return KeyboardInterrupt(f"{kept}; the same command{without} goes on from there")
 
 
 def assess(systems, config, judges, settings):
-    """The content of evaluation.json. systems: {key: (name, records)}; settings: how they came about."""
+    """The content of evaluation.json. systems: {key: (name, records)}. settings: see Run.settings()."""
     records = {key: records for key, (_, records) in systems.items()}
     names = scoring.choose_metrics(config, judges, records.values())
     metrics, comparisons = scoring.score(records, names, judges, config.resamples, config.seed)
@@ -125,7 +125,7 @@ def assess(systems, config, judges, settings):
 
 
 def sealed(content):
-    """A dict with a check: the fingerprint of the rest of it. Who edits a number in the file breaks it."""
+    """`content` with a checksum of itself under "check", which no longer matches once a number in the file was edited."""
     rest = {key: value for key, value in content.items() if key != "check"}
     return rest | {"check": fingerprint(rest)}
 
@@ -139,7 +139,7 @@ def score_settings(config):
 
 
 def example(record):
-    """A record as evaluation.json holds it."""
+    """A record as it stands in evaluation.json."""
     keys = ("prompt", "input", "reference", "answer", "tokens", "ended_by", "scores")
     return {key: record[key] for key in keys if key != "input" or record.get("input")}
 
@@ -148,7 +148,7 @@ def example(record):
 
 
 class Run:
-    """A run folder opened for answering: its held-out rows, and its model, which loads when the first answer is needed."""
+    """A run folder whose held-out rows are answered. The model is loaded when the first answer is decoded."""
 
     def __init__(self, config, say):
         self.config, self.say, self.folder = config, say, Path(config.run)
@@ -183,7 +183,7 @@ class Run:
         self.working_on = None  # the RowAnswers that were asked for last
 
     def find_adapter(self):
-        """The folder of the run's adapter. Says where it is not the one that training writes in the end."""
+        """The folder of the run's adapter. Reports if it is not the one that training writes at its end."""
         found = adapter_folder(self.folder)
         if found is None:
             raise ValueError(
@@ -195,7 +195,7 @@ class Run:
 
     @functools.cached_property
     def answerer(self):
-        """The model with its adapter: loaded once, whatever the number of decodings."""
+        """The model with its adapter, loaded once for all decodings."""
         options = self.options
         return Answerer(
             ModelConfig(
@@ -212,7 +212,8 @@ class Run:
         )
 
     def decoding(self, config):
-        """The GenerateConfig of an EvaluateConfig, with one answer a question. What the checkpoint asks for is said once."""
+        """The GenerateConfig of an EvaluateConfig, with one answer a question. Options that the checkpoint sets are reported
+        once."""
 
         def say_once(line):
             if line not in self.said:
@@ -226,9 +227,10 @@ class Run:
         return (self.config.name or f"{base}-finetuned") if is_tuned else base
 
     def evaluate(self, config, folder, judges, with_base, out=None, say=screen.say, point=None):
-        """Answer by the decoding options of `config`, score, and write `folder` or `out`. Returns what evaluation.json holds.
+        """Decode with the options of `config`, score, and write to `folder` or `out`. Returns the content of
+        evaluation.json.
 
-        point: the end of the names of the files, as in the study; None: made from the options."""
+        point: suffix of the file names, as in the study. None: made from the options."""
         decoding = self.decoding(config)
         point = point or point_name(decoding)
         generations = folder / "generations"
@@ -250,7 +252,7 @@ class Run:
         return result
 
     def settings(self, config):
-        """How the answers and scores of `config` come about: the same settings, the same evaluation."""
+        """{setting: value} of all that the answers and scores of `config` depend on."""
         return {
             "model": self.options.model,
             "adapter": str(self.adapter),
@@ -262,7 +264,7 @@ class Run:
         }
 
     def answer_settings(self, is_tuned, decoding):
-        """The same for the answers alone, of one system."""
+        """{setting: value} of all that the answers of one system depend on."""
         settings = self.facts | {
             ADAPTER: self.adapter_sha256 if is_tuned else None,
             FORMULAS: ops.formulas_fingerprint(),
@@ -270,7 +272,7 @@ class Run:
         return settings | {"decoding": json.loads(json.dumps(asdict(decoding.meaning())))}
 
     def check_answers(self, config, folder, with_base, point):
-        """Raises ValueError where `folder` holds answers of other settings than evaluate() would give."""
+        """Raises ValueError if `folder` has answers of other settings than evaluate() would write."""
         decoding = self.decoding(config)
         for is_tuned in (True, False)[: 1 + with_base]:
             path = folder / "generations" / f"{self.name(is_tuned)}_{point}.jsonl"
@@ -279,7 +281,8 @@ class Run:
                     pass
 
     def answers(self, is_tuned, decoding, path):
-        """The records of one system, in order: those in the file `path`, and the others decoded and appended to it."""
+        """The records of one system in the order of the rows: those in the file `path`, and the others, which are decoded
+        and appended."""
         settings = self.answer_settings(is_tuned, decoding)
         found = self.known.setdefault((is_tuned, decoding.meaning()), {})
         with open_row_answers(path, settings, len(self.test.examples), self.config.resume == "never") as file:
@@ -291,14 +294,14 @@ class Run:
         return [self.record(row, found[row]) for row in range(len(self.examples))]
 
     def kept(self):
-        """What a stop leaves, in words."""
+        """What remains after a stop, in words."""
         if self.working_on is None:
             return "what was answered is kept"
         number = len(self.working_on.records)
         return f"{self.working_on.path} has {number} answer{'s' * (number != 1)}"
 
     def decode_rows(self, is_tuned, decoding, file, found):
-        """Decode the rows that are not `found`, and append their answers to a RowAnswers and to `found`."""
+        """Decode the rows that are not in `found`, and add their answers to the RowAnswers and to `found`."""
         answerer = self.answerer
         answerer.decoding = decoding
 
@@ -331,7 +334,7 @@ class Run:
 
     @contextmanager
     def prefix_of(self, is_tuned, batch):
-        """The Prefix of a batch, kept for the next decoding of it while there is room; None where none is kept."""
+        """The Prefix of a batch, which is kept for its next decoding while there is memory. None if there is not."""
         key = is_tuned, tuple(batch)
         prefix = self.prefixes.get(key) or (Prefix() if self.prefix_room else None)
         yield prefix
@@ -340,8 +343,8 @@ class Run:
             self.prefix_room -= prefix.bytes()
 
     def reference_losses(self, is_tuned, batch):
-        """[nats, tokens] of the held-out answer of each row, end token included as in the held-out loss of training. Rows are
-        read in groups that no option changes, so that no bit depends on them."""
+        """[nats, tokens] of the held-out answer of each row, with its end token, as in the held-out loss of training. Rows
+        are computed in groups of fixed size, so the bits do not depend on any option."""
         for group in sorted({row // GROUP for row in batch if (is_tuned, row) not in self.losses}):
             examples = self.test.examples[group * GROUP : (group + 1) * GROUP]
             found = sequence_nll(self.answerer.model, [e.ids for e in examples], [e.prompt_length for e in examples])

@@ -23,7 +23,7 @@ HELP = (
 
 @dataclass(frozen=True)
 class ChatConfig(ModelConfig):
-    """How a conversation is held. DEFAULTS: of decoding, in place of GenerateConfig's."""
+    """The options of chat.py. DEFAULTS: for decoding, in place of those of GenerateConfig."""
 
     DEFAULTS = {"max_new_tokens": 512}
 
@@ -36,7 +36,7 @@ class ChatConfig(ModelConfig):
 
 
 class Stopped(Exception):
-    """Ctrl-C while an answer was being written."""
+    """Raised by Ctrl-C while an answer is written."""
 
 
 def chat(config, ask=input, say=screen.say):
@@ -45,7 +45,7 @@ def chat(config, ask=input, say=screen.say):
     if answerer.decoding.num_beams > 1 or answerer.decoding.num_return_sequences > 1:
         screen.tell("a chat streams one answer: num_beams and num_return_sequences of the model's files are not used")
         answerer.decoding = replace(answerer.decoding, num_beams=1, num_return_sequences=1)
-    _ = answerer.model  # loads it now, not while the first answer is awaited
+    _ = answerer.model  # loads it now, not at the first question
     if ask is input and sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on every system
             importlib.import_module("readline")  # arrow keys, and lines beyond the 4095 bytes that a terminal takes
@@ -80,19 +80,19 @@ def chat(config, ask=input, say=screen.say):
                 say(f"there is no {short(command)}. {HELP}")
             elif question:
                 turns = [*turns, question, reply(answerer, [*turns, question], config.system, memory, say)]
-        except (ValueError, FloatingPointError, MemoryError) as error:  # a conversation beyond the context, for one
+        except (ValueError, FloatingPointError, MemoryError) as error:  # such as a conversation beyond the context
             say(f"error: {error} (/reset forgets the conversation)")
         except Stopped as stopped:
             say(str(stopped))
-        except KeyboardInterrupt as stop:  # before or after the answer was being written
+        except KeyboardInterrupt as stop:  # Ctrl-C before or after the answer was written
             if str(stop):
                 raise
             say("(stopped)")
 
 
 def reply(answerer, turns, system, memory, say):
-    """Write the answer to the last question as it comes, and return it. Ctrl-C keeps what was written; Stopped where that is
-    nothing. memory: of the turns before, which are not read again."""
+    """Write the answer to the last question token by token, and return it. Ctrl-C keeps what was written so far. Raises
+    Stopped if that is nothing. memory: keys and values of the earlier turns."""
     writer, stopped = Writer(answerer.tokenizer, stop=answerer.decoding.stop), threading.Event()
 
     def on_token(token):
@@ -131,8 +131,8 @@ def reply(answerer, turns, system, memory, say):
 
 
 class until_ctrl_c:
-    """While open, Ctrl-C sets the event instead of ending the program; a second one raises Stopped at once, which the reading
-    of a long prompt needs."""
+    """A context in which the first Ctrl-C sets the event, and the second raises Stopped at once, as reading a long prompt
+    checks no event."""
 
     def __init__(self, event):
         self.event = event
@@ -140,7 +140,7 @@ class until_ctrl_c:
     def __enter__(self):
         try:
             self.previous = signal.signal(signal.SIGINT, self.stop)
-        except ValueError:  # not the main thread, which alone gets signals
+        except ValueError:  # only the main thread receives signals
             self.previous = None
 
     def stop(self, number, frame):

@@ -1,7 +1,8 @@
-"""Base beside tuned on the held-out rows of a run, or two files of answers: the job of scripts/evaluate.py.
+"""The job of scripts/evaluate.py: score the base model and the tuned one on the held-out rows of a run, or two files of
+answers.
 
-Answers stream into generations/NAME.jsonl, so that a kill loses none that was written and a second start repeats none. The
-metrics are those of minitune/evaluation/scoring.py. Point by point, the sweep does the same through Run."""
+Answers are appended to generations/NAME.jsonl as they are decoded. A kill loses none of them, and a second start repeats
+none. The metrics are in minitune/evaluation/scoring.py. The sweep does the same for each of its points, through Run."""
 
 import os
 from pathlib import Path
@@ -20,9 +21,9 @@ REFERENCE_KEYS = ("reference", "references", "output", "completion", "answer", "
 
 
 def evaluate(config, say=screen.say):
-    """Answer or read, score, write evaluation.json and print a table. Returns what evaluation.json holds.
+    """Decode or read answers, score them, write evaluation.json and print a table. Returns the content of evaluation.json.
 
-    Raises ValueError on bad input, KeyboardInterrupt, with what is kept, after Ctrl-C or SIGTERM."""
+    Raises ValueError on bad input, and KeyboardInterrupt after Ctrl-C or SIGTERM, with what is kept."""
     if config.out is not None:
         prove_writable(config.out)
     if config.run is None:
@@ -53,7 +54,7 @@ def evaluate_files(config, say):
 
 
 def read_systems(config):
-    """{key: (name, records)} of --predictions, and of --other where there is one, beside --references."""
+    """{key: (name, records)} of --predictions and, if it is given, --other, with the references in the records."""
     paths = [path for path in (config.predictions, config.other) if path is not None]
     references = read_references(config.references, paths)
     systems = {}
@@ -79,8 +80,9 @@ def read_systems(config):
 
 
 def read_references(paths, answered):
-    """[(reference, row)] of one file, or of several side by side: a reference is then a list of texts. answered: the files of
-    answers. Raises ValueError where a file holds a model's answers, and a system would be scored against itself."""
+    """[(reference, row)] of one file. With several files a reference is the list of their texts.
+
+    answered: the files of answers. Raises ValueError if a file of references holds a model's answers."""
     files_read = []
     for path in paths:
         for other in answered:
@@ -114,8 +116,8 @@ def refuse(path, why):
 
 
 def is_answered(path, found):
-    """Whether a file of references is one of answers that minitune wrote: it says so in its head, in its rows, or the file
-    that it was made from lies beside it."""
+    """Whether minitune wrote a file of references as answers of a model. Its first line, its rows or a file beside it show
+    that."""
     made_by = {"ended_by", "reference_loss"}
     if any("answer" in row and "reference" not in row and made_by & row.keys() for _, row in found):
         return True
@@ -129,7 +131,8 @@ def is_answered(path, found):
 
 
 def read_texts(path, keys, several=False):
-    """[(text, row)] of a file; row: the object that the text is of, or {}. several: a list of texts may stand in place of one.
+    """[(text, row)] of a file. row: the JSON object of the text, or {}. several: a row may have a list of texts.
+
     Raises ValueError with the file and the row."""
     path = files.expand(path)
     if path.suffix.lower() == ".txt":

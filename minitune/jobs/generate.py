@@ -1,4 +1,5 @@
-"""Prompts to answers, the job of scripts/generate.py: load model and adapter, wrap prompts as it was trained, decode, write."""
+"""The job of scripts/generate.py: load a model and an adapter, wrap the questions in the adapter's template, decode, write
+the answers."""
 
 import json
 import math
@@ -21,7 +22,7 @@ from minitune.session import Answerer, ModelConfig
 
 @dataclass(frozen=True)
 class AnswerConfig(ModelConfig):
-    """What is asked, and what is written."""
+    """The options of generate.py."""
 
     prompt: str | None = arg(None, "one question", group="questions and answers")
     prompts: str | None = arg(
@@ -52,7 +53,7 @@ class AnswerConfig(ModelConfig):
 
 
 def read_questions(config):
-    """The questions as [(Alpaca's (instruction, input) pair, where it stands)]. Raises ValueError with the file and the place."""
+    """[((instruction, input), place)] of the questions, as in Alpaca. Raises ValueError with file and line of a bad one."""
     if config.prompt is not None:
         if not config.prompt.strip():
             raise ValueError("--prompt is empty; give a question")
@@ -76,7 +77,7 @@ def read_questions(config):
 
 
 def answer(config, say=screen.tell):
-    """Answer the questions of `config`. Returns the records, which are printed, or written to config.out."""
+    """Answer the questions of `config`. Returns the records, which are printed or written to config.out."""
     questions = read_questions(config)
     if config.out:
         check_out(config)
@@ -114,7 +115,7 @@ def answer(config, say=screen.tell):
             decode_questions(answerer, questions, prompts, places, take, on_token=writer)
         except BaseException:
             if writer and writer.shown:
-                writer.end(writer.shown)  # what is said next gets a line of its own
+                writer.end(writer.shown)  # so that the next message starts on a new line
             raise
     if config.out:
         write_document(expand(config.out), records)
@@ -122,8 +123,10 @@ def answer(config, say=screen.tell):
 
 
 def decode_questions(answerer, questions, prompts, places, write, done=0, on_token=None):
-    """Decode the prompts, and call write(records) after each batch. done: answers that are there, of the first prompts; places:
-    where the questions stand."""
+    """Decode the prompts, and call write(records) after each batch.
+
+    done: number of answers that exist already, those to the first prompts. places: file and line of each question, for
+    messages."""
     config, each = answerer.config, answerer.decoding.num_return_sequences
     if done == len(prompts) * each:
         return
@@ -142,7 +145,8 @@ def decode_questions(answerer, questions, prompts, places, write, done=0, on_tok
 
 
 def encode_question(answerer, question, place):
-    """The token ids of an (instruction, input) pair. Raises ValueError with the place where it is not Unicode text."""
+    """Token ids of a question (instruction, input) in its template. Raises ValueError with the place if it is not Unicode
+    text."""
     instruction, given = question
     if answerer.template == "alpaca":
         pieces = [BOS, alpaca_prompt(instruction, given)]
@@ -155,7 +159,7 @@ def encode_question(answerer, question, place):
 
 
 def check_lengths(answerer, prompts, places):
-    """Before anything is decoded: raises ValueError where a prompt leaves no room, and says where an answer may not have it."""
+    """Raises ValueError, before decoding, if a prompt fills the context. Warns if an answer may not fit."""
     context, longest = answerer.model.config.max_position_embeddings, max(map(len, prompts))
     if longest >= context:
         i = next(i for i, prompt in enumerate(prompts) if len(prompt) >= context)
@@ -178,7 +182,7 @@ def check_lengths(answerer, prompts, places):
 
 
 def answer_settings(answerer):
-    """{what: value} that the answers depend on beside the questions."""
+    """{setting: value} of all that the answers depend on, apart from the questions."""
     config = answerer.config
     settings = {
         "model": answerer.name,
@@ -195,7 +199,7 @@ def answer_settings(answerer):
 
 
 def check_out(config):
-    """Raises ValueError where config.out is no place for the answers."""
+    """Raises ValueError if the answers cannot be written to config.out."""
     out = expand(config.out)
     prove_writable(out)
     if config.prompts is not None and out.exists() and out.samefile(expand(config.prompts)):
@@ -207,7 +211,7 @@ def check_out(config):
 
 
 def write_document(path, records):
-    """The answers to one question, whole or not at all."""
+    """Write the answers to one question, whole or not at all."""
     settings_path(path).unlink(missing_ok=True)
     if path.suffix == ".jsonl":
         write_whole(path, "".join(to_json(entry) + "\n" for entry in records))
@@ -217,7 +221,7 @@ def write_document(path, records):
 
 @contextmanager
 def print_text(total):
-    """write(records) that prints answers, each behind its question where there are several."""
+    """Gives write(records), which prints answers, each below its question if there are several."""
     count = 0
 
     def write(records):
@@ -232,7 +236,7 @@ def print_text(total):
 
 @contextmanager
 def print_json(total):
-    """write(records) that prints one JSON list, batch by batch. It is closed where the decoding stops, too."""
+    """Gives write(records), which prints one JSON list in parts. The list is closed if decoding stops, too."""
     count = 0
 
     def write(records):
@@ -248,7 +252,7 @@ def print_json(total):
 
 
 def json_for_a_screen(value):
-    """Indented JSON text. What would steer a terminal, or what the screen lacks, is an escape of JSON."""
+    """Indented JSON text. Control characters, and characters that the screen cannot show, are JSON escapes."""
     text = json.dumps(value, indent=2, ensure_ascii=not speaks_unicode())
     return screen.UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -259,7 +263,7 @@ def nothing(total):
 
 
 def record(found, answerer, question, prompt_tokens, with_logprobs):
-    """What is written of an Answer. question: {"prompt": ..., "input": ...}."""
+    """The record of an Answer in the output. question: {"prompt": ..., "input": ...}."""
     entry = question | {"answer": answerer.text(found), "prompt_tokens": prompt_tokens, "tokens": len(found.ids)}
     entry |= {"ended_by": found.ended_by}
     if found.score is not None:

@@ -6,8 +6,8 @@ from minitune.files import write_whole
 
 
 class Curve:
-    """The records that curves.png is drawn from: every one of a short run, a regular part of a long one, so that neither
-    memory nor the time of a drawing grows with the run."""
+    """The records that curves.png is drawn from: all of a short run, every n-th of a long one. So neither memory nor drawing
+    time grows with the length of the run."""
 
     LIMIT = 2000  # points of each line
 

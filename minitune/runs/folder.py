@@ -1,5 +1,5 @@
-"""The folder of a run: who holds it, what a run writes at its start, and the lines of metrics.jsonl and samples.jsonl. The state
-is in state.py, curves.png in curves.py."""
+"""The run folder: its lock, the files that are written at the start of a run, and the lines of metrics.jsonl and
+samples.jsonl. The training state is in state.py, curves.png in curves.py."""
 
 import errno
 import hashlib
@@ -20,16 +20,16 @@ from minitune.locks import held
 from minitune.schema import COUNT, check
 from minitune.screen import short
 
-ADAPTERS = ("adapter", "best", "last")  # of a run folder, the first that is there
+ADAPTERS = ("adapter", "best", "last")  # folders of a run with an adapter, in order of preference
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @contextmanager
 def hold(run):
-    """Hold the run folder for this process: made if need be, proved writable, locked, and free of the temporary files
-    of a process that was killed. A folder that is still empty in the end goes away again.
+    """Lock the run folder for this process. The folder is made if it does not exist, checked to be writable, and cleared of
+    temporary files that a killed process left. A folder that is still empty at the end is removed.
 
-    Raises ValueError where it cannot be written, is a model's folder, or another process works in it."""
+    Raises ValueError if it cannot be written, is the folder of a model, or is in use by another process."""
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         try:
@@ -56,9 +56,10 @@ def hold(run):
 
 
 def append_line(path, record):
-    """Append `record` as one JSON line, with null for a number that is not finite (JSON has none).
+    """Append `record` as one line of JSON. A number that is not finite becomes null, as JSON has no such numbers.
 
-    One write call: a kill leaves the whole line or none of it, and so does a full disk (OSError with the path in it)."""
+    The line is written in one call: after a kill or a full disk (OSError with the path) the file has the whole line or none
+    of it."""
     record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     line = (to_json(record) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -74,9 +75,11 @@ def append_line(path, record):
 
 
 def read_lines(path, shape=None):
-    """The records of a .jsonl file; an absent file has none. A torn last line (a crash of the machine) is left out.
+    """The records of a .jsonl file, [] if it does not exist. A torn last line, as a crash of the machine leaves it, is
+    ignored.
 
-    shape: of a line, for schema.check(). Raises ValueError with the line that is not JSON or does not fit."""
+    shape: what a line must hold, for schema.check(). Raises ValueError with the number of a line that is not JSON or does
+    not fit."""
     path = Path(path)
     lines = read_bytes(path).split(b"\n") if path.exists() else []  # splitlines() would cut at U+2028 in an answer
     records = []
@@ -96,8 +99,7 @@ STEPS = {"step": COUNT, "loss?": (float, None), "eval_loss?": (float, None), "lr
 
 
 def read_steps(path):
-    """The records of metrics.jsonl or samples.jsonl. Raises ValueError, with the line, unless each has a step that is
-    above the one before it."""
+    """The records of metrics.jsonl or samples.jsonl. Raises ValueError with the line unless the steps increase."""
     records = read_lines(path, STEPS)
     for number, (before, record) in enumerate(itertools.pairwise(records), 2):
         if record["step"] <= before["step"]:
@@ -109,7 +111,7 @@ def read_steps(path):
 
 
 def last_step(path):
-    """The step of the last line of metrics.jsonl that can be read, 0 where there is none."""
+    """The step in the last readable line of metrics.jsonl, 0 if there is none."""
     for line in reversed(Path(path).read_bytes().split(b"\n") if Path(path).is_file() else []):
         with suppress(ValueError):
             return check(parse_json(line.decode(), path), STEPS, path)["step"]
@@ -117,9 +119,10 @@ def last_step(path):
 
 
 def keep_lines(path, size, crc, step):
-    """Cut a .jsonl file to its first `size` bytes, those of the state of `step`: a resumed run writes the others again.
+    """Cut a .jsonl file to its first `size` bytes, which were there when `step` was saved. A resumed run writes the other
+    lines again.
 
-    Raises ValueError where it does not begin with these bytes. crc: their zlib.crc32()."""
+    crc: zlib.crc32() of these bytes. Raises ValueError if the file does not begin with them."""
     content = read_bytes(path) if path.exists() else b""
     if len(content) < size or zlib.crc32(content[:size]) != crc:
         raise ValueError(
@@ -131,8 +134,9 @@ def keep_lines(path, size, crc, step):
 
 
 def sync_lines(path, size, crc):
-    """Have the lines of a .jsonl file on the disk, where it is one. Returns [bytes, zlib.crc32] of them, from those of its
-    first `size` bytes. Raises OSError where it has become shorter."""
+    """Flush the lines of a .jsonl file to the disk. Returns its [size in bytes, zlib.crc32].
+
+    size, crc: those of the last call, so that only new lines are read. Raises OSError if the file became shorter."""
     if size == 0 and not path.exists():
         return [0, 0]
     with open(path, "rb") as file:
@@ -145,13 +149,13 @@ def sync_lines(path, size, crc):
 
 
 def file_sha256(path):
-    """sha256 of a file, or None where there is none."""
+    """sha256 of a file, None if it does not exist."""
     return hashlib.sha256(read_bytes(path)).hexdigest() if Path(path).exists() else None
 
 
 def adapter_folder(run):
-    """Where the adapter of a run lies: adapter/, which train.py writes in the end; of a run that did not end best/ or last/.
-    None where no such folder has both files of an adapter."""
+    """The folder of a run's adapter: adapter/, which training writes at its end, else best/ or last/. None if none of them
+    has both files of an adapter."""
     return next((folder for name in ADAPTERS if has_adapter(folder := Path(run) / name)), None)
 
 
@@ -160,7 +164,7 @@ def has_adapter(folder):
 
 
 def unfinished(found):
-    """A line on an adapter that adapter_folder() found in place of adapter/, None where it is that one."""
+    """A line for the user if adapter_folder() found another folder than adapter/, else None."""
     final = found.parent / ADAPTERS[0]
     if found.name not in ADAPTERS[1:] or has_adapter(final):
         return None
@@ -171,7 +175,7 @@ def unfinished(found):
 
 
 def find_adapter(path):
-    """The folder of an adapter: `path`, or what adapter_folder() finds in it. Raises ValueError where there is none."""
+    """The folder of an adapter: `path` itself, or adapter_folder(path). Raises ValueError if there is none."""
     folder = expand(path)
     found = folder if (folder / ADAPTER_FILES[0]).is_file() else adapter_folder(folder)
     if found is None:
@@ -183,7 +187,7 @@ def find_adapter(path):
 
 
 def read_options(run):
-    """The TrainConfig of a run folder. Raises ValueError where it is none."""
+    """The TrainConfig of a run folder. Raises ValueError if it is not a run folder."""
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"{run} has no config.json; expected a run folder of scripts/train.py")
@@ -195,9 +199,9 @@ def read_options(run):
 
 
 def adapter_fingerprint(folder):
-    """sha256 of an adapter in PEFT's format, or None where `folder` is None or holds no adapter.
+    """sha256 of an adapter in PEFT's format, None if `folder` is None or has no adapter.
 
-    Whatever is made from an adapter (answers, scores, points of a sweep) stores it: what does not fit is out of date."""
+    Answers, scores and points of a sweep store it. If it no longer matches, they are out of date."""
     if folder is None:
         return None
     parts = [file_sha256(Path(folder) / name) for name in ADAPTER_FILES]
@@ -205,12 +209,12 @@ def adapter_fingerprint(folder):
 
 
 def free_name(run):
-    """A run folder beside `run` that does not exist."""
+    """The path of a run folder beside `run` that does not exist yet."""
     return next(path for i in itertools.count(2) if not (path := run.with_name(f"{run.name}-{i}")).exists())
 
 
 def place_of(run):
-    """What a folder is, whatever its name: None where there is none."""
+    """(device, inode) of a folder, which stay the same when it is renamed. None if it does not exist."""
     try:
         found = os.stat(run)
     except OSError:
@@ -219,7 +223,7 @@ def place_of(run):
 
 
 def check_place(run, place):
-    """Raises OSError where the run folder is not the one that this training began in."""
+    """Raises OSError if the run folder is not the one in which this training began."""
     if place_of(run) != place:
         raise OSError(
             f"the run folder {run} was removed or replaced while this training ran, so its state is lost; start again, "
@@ -228,9 +232,9 @@ def check_place(run, place):
 
 
 def start_run(run, config, device, fingerprint):
-    """An empty run folder, with config.json and environment.json. What an earlier run left there is removed."""
+    """Remove what an earlier run left in the folder, and write config.json and environment.json."""
     for name in (
-        "last/state.safetensors",  # first: without it nobody goes on from what remains
+        "last/state.safetensors",  # removed first: without it the rest cannot be resumed
         "metrics.jsonl",
         "samples.jsonl",
         "curves.png",
@@ -242,14 +246,15 @@ def start_run(run, config, device, fingerprint):
 
 
 def write_held_out(run, test_set):
-    """heldout.jsonl: the held-out rows as they were read, for --prompts FILE and --references FILE."""
+    """Write heldout.jsonl: the held-out rows as they were read, for --prompts FILE and --references FILE."""
     if not test_set.examples:
         (run / "heldout.jsonl").unlink(missing_ok=True)
     else:
-        rows = (json.loads(json.dumps(row, default=str)) for row in test_set.rows)  # Parquet has values JSON lacks
+        # Through JSON, as Parquet has values that JSON has not.
+        rows = (json.loads(json.dumps(row, default=str)) for row in test_set.rows)
         write_whole(run / "heldout.jsonl", "".join(to_json(row) + "\n" for row in rows))
 
 
 def write_config(run, config):
-    """config.json. `resume` is auto in it: who gives it as --config wants to go on, not to start again."""
+    """Write config.json. Its `resume` is auto, as a run that is given as --config is to be resumed, not started again."""
     write_json(run / "config.json", asdict(config) | {"run": str(run), "resume": "auto"})

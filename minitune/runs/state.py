@@ -1,4 +1,4 @@
-"""The state beside `last/`, from which a run goes on exactly: progress, random numbers, optimizer."""
+"""The state file in last/, from which training resumes exactly: progress, random states, the optimizer's moments."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from minitune.screen import some
 
 @dataclass
 class Progress:
-    """What a run knows of itself beyond its tensors."""
+    """What a run must remember beside its tensors."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # tokens read, prompts included
@@ -55,7 +55,7 @@ SCALER = {
 
 
 def random_state(device):
-    """{name: state} of the generators that the dropout of a step draws from."""
+    """{name: state} of the random generators that dropout draws from."""
     states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -63,11 +63,11 @@ def random_state(device):
 
 
 def save_state(path, progress, parameters, optimizer, scaler, random):
-    """One safetensors file with everything that the next step depends on: weights, AdamW's moments, random state,
-    progress, and a checksum over the whole file.
+    """Write one safetensors file with all that the next step depends on: weights, AdamW's moments, random states, progress,
+    and a checksum of the whole file.
 
-    parameters: {name: trained parameter}; random: of random_state(). One file, so that a kill can never leave halves of
-    two states."""
+    parameters: {name: trained parameter}. random: see random_state(). It is one file, so a kill cannot leave parts of two
+    states."""
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"weight.{name}"] = parameter.detach()
@@ -84,13 +84,13 @@ NO_DIGEST = "0" * 64  # stands where the checksum goes while it is computed
 
 
 def place_of_digest(content):
-    """(start, end) of the 64 digits of the checksum in the bytes of a state file, None where it has none."""
+    """(start, end) of the 64 digits of the checksum in the bytes of a state file. None if it has no checksum."""
     found = list(re.finditer(rb'"sha256":"([0-9a-f]{64})"', content[: 8 + int.from_bytes(content[:8], "little")]))
     return found[0].span(1) if len(found) == 1 else None
 
 
 def read_state(path):
-    """(the bytes, the metadata) of a state file. Raises ValueError unless it is whole, bit for bit."""
+    """(bytes, metadata) of a state file. Raises ValueError if its checksum does not match."""
     content, problem = read_bytes(path), "it has no checksum"
     if place := place_of_digest(content):
         start, end = place
@@ -104,7 +104,7 @@ def read_state(path):
 
 
 def read_progress(path):
-    """The Progress in a state file, or None where there is no such file. Raises ValueError where it is damaged."""
+    """The Progress in a state file, None if the file does not exist. Raises ValueError if it is damaged."""
     if not Path(path).exists():
         return None
     stored = check(parse_json(read_state(path)[1]["progress"], path), PROGRESS, f"{path}, progress")
@@ -112,8 +112,9 @@ def read_progress(path):
 
 
 def load_state(path, parameters, optimizer, scaler):
-    """Put the tensors of a state file back in place. Raises ValueError, with nothing changed, where names, shapes, dtypes
-    or values are not those of a state of `parameters`: fused AdamW would read beyond the end of a moment."""
+    """Copy the tensors of a state file into the parameters, the optimizer and the random generators. Raises ValueError, with
+    nothing changed, if names, shapes, dtypes or values do not fit `parameters`. (Fused AdamW would read beyond the end of a
+    moment that is too short.)"""
     content, metadata = read_state(path)
     scaler_state = parse_json(metadata["scaler"], path)
     if scaler_state != {}:
