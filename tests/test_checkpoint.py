@@ -362,6 +362,7 @@ import torch
 from minitune.checkpoint import load_model, model_bytes
 from minitune.device import peak_bytes, reset_peak, resident_bytes
 small, large, cpu = sys.argv[1], sys.argv[2], torch.device("cpu")
+torch.set_num_threads(1)  # a fork has none of the threads that a product on several left waiting, and would wait for them
 load_model(small, quantize="nf4-dq")  # whatever is imported or made at the first load
 for quantize, dtype in (("none", "bfloat16"), ("none", "float32"), ("nf4", "bfloat16"), ("nf4-dq", "float32")):
     if os.fork() == 0:  # a process of its own, without the seconds of another import of torch
