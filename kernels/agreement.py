@@ -2,9 +2,9 @@
 
 The first use of a version in a process, for a dtype and a kind of device, compares it with its formula on a small input. If a
 gradient is recorded, the gradients are compared too. A version that differs by more than the rounding of the dtype is set aside
-in this process. The first such version of an operation is reported in one line. A verdict holds while the formula's code is the
-same object, so an edit in a running process is seen too. An edit that changes nothing for the sizes and values of EXAMPLES is not
-noticed.
+in this process; one for 16 bits must agree in fp32 too. The first version of an operation that is set aside is reported in one
+line. A verdict holds while the formula's code is the same object, so an edit in a running process is seen too. An edit that
+changes nothing for the sizes and values of EXAMPLES is not noticed.
 
 The comparison runs in a thread of its own (direct.apart), so the caller's autograd, autocast, torch modes and tape do not see it.
 Its random numbers come from a generator of its own. README.md says how long it takes."""
